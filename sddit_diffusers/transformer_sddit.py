@@ -1,0 +1,367 @@
+"""The SD-DiT network: a masked DiT encoder with a [CLS] token, and a light DiT decoder (Sec. 3.2-3.3, Fig.
+2).
+
+The model is EDM's raw network F (supplementary, Eq. 1): it takes the input scaled by c_in and the timestep
+c_noise. The scheduler turns its output into the denoised image D. This file imports only torch and diffusers,
+so a plain copy of it beside the weights is enough to load them.
+
+Shapes: b batch, c channels, h x w pixels of the sample, n patches, k visible patches (k = n without a mask),
+D encoder width, E decoder width, p patch size. Token 0 of the encoder is [CLS].
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+
+@dataclass
+class SDDiTTransformer2DOutput(BaseOutput):
+    """What [`SDDiTTransformer2DModel`] returns.
+
+    Attributes:
+        sample: raw network output F, `[b, out_channels, h, w]`; None for a model without decoder.
+        encoder_hidden_states: the encoder's tokens, [CLS] first, `[b, 1 + k, D]`.
+    """
+
+    sample: Tensor | None
+    encoder_hidden_states: Tensor
+
+
+class SDDiTAttnProcessor:
+    """Self-attention through diffusers' dispatcher, so that `set_attention_backend` reaches it."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "SDDiTAttention", hidden_states: Tensor) -> Tensor:
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (query, key, value))
+        hidden_states = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )  # [b, tokens, heads, head_dim]
+        return attn.to_out[0](hidden_states.flatten(2))
+
+
+class SDDiTAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head self-attention with biases, as in DiT; `[b, tokens, dim]` to the same."""
+
+    _default_processor_cls = SDDiTAttnProcessor
+    _available_processors = [SDDiTAttnProcessor]
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.head_dim = dim // heads
+        self.use_bias = True
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])  # a list, since LoRA tools look for `to_out.0`
+        self.set_processor(SDDiTAttnProcessor())
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.processor(self, hidden_states)
+
+
+class AdaLayerNorm(nn.Module):
+    """LayerNorm without weights of its own, shifted and scaled by the condition; zero at the start."""
+
+    def __init__(self, dim: int, conditioning_dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(conditioning_dim, 2 * dim)
+
+    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        shift, scale = self.linear(F.silu(temb)).unsqueeze(1).chunk(2, dim=-1)
+        return modulate(self.norm(hidden_states), shift, scale)
+
+
+class SDDiTBlock(nn.Module):
+    """DiT block with adaLN-Zero (Peebles & Xie 2023, Fig. 3): `[b, tokens, dim]` and `temb` `[b, D]` to the
+    same.
+
+    The condition keeps the encoder's width D in the narrower decoder too.
+    """
+
+    def __init__(self, dim: int, num_attention_heads: int, mlp_ratio: float, conditioning_dim: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.attn = SDDiTAttention(dim, num_attention_heads)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.ff = nn.Sequential(
+            nn.Linear(dim, int(dim * mlp_ratio)),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(int(dim * mlp_ratio), dim),
+        )
+        self.modulation = nn.Linear(conditioning_dim, 6 * dim)
+
+    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        modulation = self.modulation(F.silu(temb)).unsqueeze(1)  # [b, 1, 6 dim]
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
+        attended = self.attn(modulate(self.norm1(hidden_states), shift_msa, scale_msa))
+        hidden_states = hidden_states + gate_msa * attended
+        transformed = self.ff(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
+        return hidden_states + gate_mlp * transformed
+
+
+# Lets diffusers' block caches (FirstBlockCache, MagCache, TaylorSeer, ...) know what a block returns.
+TransformerBlockRegistry.register(
+    SDDiTBlock,
+    TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
+)
+
+
+class SinCosPositions(nn.Module):
+    """Fixed 2-D sine-cosine positions; a grid unlike the trained one spans the same coordinates."""
+
+    def __init__(self, dim: int, base_size: int):
+        super().__init__()
+        self.dim, self.base_size = dim, base_size
+        self.register_buffer("table", self._compute(base_size, base_size), persistent=False)
+
+    def _compute(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
+        grid = (height, width)
+        return get_2d_sincos_pos_embed(
+            self.dim, grid, base_size=self.base_size, device=device
+        ).float()  # [n, dim]
+
+    def forward(self, height: int, width: int) -> Tensor:
+        if height == width == self.base_size:
+            return self.table
+        return self._compute(height, width, self.table.device).to(self.table.dtype)
+
+
+class SDDiTDecoder(nn.Module):
+    """The light decoder G: the complete token set H to an image-shaped output (Sec. 3.3).
+
+    # Paper silent: widths and the way of [CLS] into the decoder follow from the parameter counts (see
+    # README).
+    """
+
+    def __init__(
+        self, dim: int, num_layers: int, heads: int, head_dim: int, mlp_ratio: float, base_size: int,
+        patch_size: int, out_channels: int,
+    ):  # fmt: skip
+        super().__init__()
+        width = heads * head_dim
+        self.patch_size = patch_size
+        self.gradient_checkpointing = False
+        self.cls_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.cls_proj = nn.Linear(dim, dim)
+        self.norm_in = AdaLayerNorm(dim, dim)
+        self.proj_in = nn.Linear(dim, width)
+        self.pos_embed = SinCosPositions(width, base_size)
+        self.blocks = nn.ModuleList([SDDiTBlock(width, heads, mlp_ratio, dim) for _ in range(num_layers)])
+        self.norm_out = AdaLayerNorm(width, dim)
+        self.proj_out = nn.Linear(width, patch_size**2 * out_channels)
+
+    def forward(self, hidden_states: Tensor, cls: Tensor, temb: Tensor, height: int, width: int) -> Tensor:
+        """`[b, n, D]`, [CLS] `[b, D]`, `temb` `[b, D]` and the grid's size to `[b, out_channels, h, w]`."""
+        temb = temb + self.cls_proj(self.cls_norm(cls))
+        hidden_states = self.proj_in(self.norm_in(hidden_states, temb)) + self.pos_embed(
+            height, width
+        )  # [b, n, E]
+        for block in self.blocks:
+            hidden_states = run_block(self, block, hidden_states, temb)
+        hidden_states = self.proj_out(self.norm_out(hidden_states, temb))  # [b, n, p p c]
+        p = self.patch_size
+        hidden_states = hidden_states.unflatten(1, (height, width)).unflatten(
+            -1, (p, p, -1)
+        )  # [b, H, W, p, p, c]
+        return hidden_states.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+class SDDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
+    """The SD-DiT student: encoder S and decoder G (Zhu et al., CVPR 2024, Sec. 3).
+
+    Args:
+        sample_size: height and width of the training samples (latents or pixels); others work too.
+        patch_size: side p of a patch; the sample's sides must be multiples of it.
+        in_channels: channels of the input.
+        out_channels: channels of the output; None for `in_channels`.
+        num_layers: blocks of the encoder.
+        num_attention_heads, attention_head_dim: heads of the encoder; their product is its width D.
+        mlp_ratio: hidden width of the MLPs over their width.
+        num_decoder_layers: blocks of the decoder; 0 for an encoder alone, as the teacher is.
+        decoder_num_attention_heads, decoder_attention_head_dim: the same for the decoder, of width E.
+        num_classes: classes; the embedding has one row more for the null class, whose index is `num_classes`.
+            0 for a model without classes.
+
+    Raises:
+        ValueError: a width that sine-cosine positions cannot have, or a size that the patches do not tile.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["SDDiTBlock"]
+    _repeated_blocks = ["SDDiTBlock"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        num_layers: int = 28,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        mlp_ratio: float = 4.0,
+        num_decoder_layers: int = 8,
+        decoder_num_attention_heads: int = 16,
+        decoder_attention_head_dim: int = 32,
+        num_classes: int = 1000,
+    ):
+        super().__init__()
+        dim = num_attention_heads * attention_head_dim
+        decoder_dim = decoder_num_attention_heads * decoder_attention_head_dim
+        for name, width in (("encoder", dim), ("decoder", decoder_dim)):
+            if width % 4:
+                raise ValueError(
+                    f"The {name}'s width (heads x head dim) is {width}; it must be a multiple of 4."
+                )
+        if sample_size % patch_size:
+            raise ValueError(f"sample_size {sample_size} is not a multiple of patch_size {patch_size}.")
+        base_size = sample_size // patch_size
+        self.gradient_checkpointing = False
+
+        self.patch_embed = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.pos_embed = SinCosPositions(dim, base_size)
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embed = TimestepEmbedding(256, dim)
+        self.label_embed = nn.Embedding(num_classes + 1, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.transformer_blocks = nn.ModuleList(
+            [SDDiTBlock(dim, num_attention_heads, mlp_ratio, dim) for _ in range(num_layers)]
+        )
+        self.decoder = None
+        if num_decoder_layers > 0:
+            self.decoder = SDDiTDecoder(
+                dim, num_decoder_layers, decoder_num_attention_heads, decoder_attention_head_dim, mlp_ratio,
+                base_size, patch_size, out_channels or in_channels,
+            )  # fmt: skip
+        self._initialize_weights()
+
+    def _initialize_weights(self) -> None:
+        """DiT's initialisation: Xavier linears, small embeddings, and zeros where a residual branch ends."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.zeros_(module.bias)
+        for linear in (self.time_embed.linear_1, self.time_embed.linear_2):
+            nn.init.normal_(linear.weight, std=0.02)
+        nn.init.normal_(self.label_embed.weight, std=0.02)
+        nn.init.normal_(self.cls_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, SDDiTBlock):
+                nn.init.zeros_(module.modulation.weight)
+            elif isinstance(module, AdaLayerNorm):
+                nn.init.zeros_(module.linear.weight)
+            elif isinstance(module, SDDiTDecoder):
+                nn.init.zeros_(module.proj_out.weight)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in `ModelMixin`, and aligned: CPU kernels round otherwise on weights at odd addresses."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        for parameter in (loaded[0] if isinstance(loaded, tuple) else loaded).parameters():
+            if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+                parameter.data = parameter.data.clone()
+        return loaded
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        visible_ids: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SDDiTTransformer2DOutput | tuple:
+        """Runs the student.
+
+        Args:
+            hidden_states: the sample scaled by c_in, `[b, in_channels, h, w]`.
+            timestep: c_noise = ln(sigma) / 4, one for all or one each, `[b]`; kept in float32.
+            class_labels: integers `[b]` in 0..num_classes, where num_classes is the null class; None: all
+                null.
+            visible_ids: indices of the patches that the encoder sees, `[b, k]`, without repeats; None: all.
+            return_dict: False for a plain tuple.
+
+        Raises:
+            ValueError: wrong number of channels, or sides that are no multiples of the patch size.
+        """
+        height, width = self._grid_of(hidden_states)
+        patches = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # [b, n, D]
+        patches = patches + self.pos_embed(height, width)
+        temb = self._condition(timestep, class_labels, hidden_states)  # [b, D]
+
+        # The encoder sees [CLS] and the visible patches only.
+        visible = patches
+        if visible_ids is not None:
+            index = visible_ids.unsqueeze(-1).expand(-1, -1, patches.shape[-1])  # [b, k, D]
+            visible = patches.gather(1, index)
+        tokens = torch.cat([self.cls_token.to(visible.dtype).expand(len(visible), -1, -1), visible], dim=1)
+        for block in self.transformer_blocks:
+            tokens = run_block(self, block, tokens, temb)  # [b, 1 + k, D]
+
+        sample = None
+        if self.decoder is not None:
+            # The complete token set H: encoded where visible, the bare patch embeddings where masked (Sec.
+            # 3.3).
+            cls, complete = tokens[:, 0], tokens[:, 1:]
+            if visible_ids is not None:
+                complete = patches.scatter(1, index, complete.to(patches.dtype))  # [b, n, D]
+            sample = self.decoder(complete, cls, temb, height, width)  # [b, c, h, w]
+
+        if not return_dict:
+            return (sample, tokens)
+        return SDDiTTransformer2DOutput(sample=sample, encoder_hidden_states=tokens)
+
+    def _condition(
+        self, timestep: Tensor | float, class_labels: Tensor | None, hidden_states: Tensor
+    ) -> Tensor:
+        """c = MLP(sinusoid(c_noise)) + label embedding, `[b, D]`; the sinusoid is always float32."""
+        batch, device = hidden_states.shape[0], hidden_states.device
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=device).expand(batch)
+        if class_labels is None:
+            class_labels = torch.full((batch,), self.config.num_classes, device=device)
+        sinusoid = self.time_proj(timestep).to(hidden_states.dtype)
+        return self.time_embed(sinusoid) + self.label_embed(class_labels)
+
+    def _grid_of(self, hidden_states: Tensor) -> tuple[int, int]:
+        """The number of patches down and across."""
+        channels, height, width = hidden_states.shape[1:]
+        p = self.config.patch_size
+        if channels != self.config.in_channels:
+            raise ValueError(
+                f"The input has {channels} channels; this model takes {self.config.in_channels}."
+            )
+        if height % p or width % p:
+            raise ValueError(f"The input is {height} x {width}; both must be multiples of patch_size {p}.")
+        return height // p, width // p
+
+
+def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: `[b, tokens, dim]` with shift and scale `[b, 1, dim]`."""
+    return hidden_states * (1 + scale) + shift
+
+
+def run_block(parent: nn.Module, block: SDDiTBlock, hidden_states: Tensor, temb: Tensor) -> Tensor:
+    """Runs a block, recomputing it in the backward pass where `parent` has gradient checkpointing on."""
+    if torch.is_grad_enabled() and parent.gradient_checkpointing:
+        return parent._gradient_checkpointing_func(block, hidden_states, temb)
+    return block(hidden_states, temb)
