@@ -1,0 +1,249 @@
+"""The SD-DiT pipeline: class labels to images, by EDM sampling with classifier-free guidance."""
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models import AutoencoderKL, AutoencoderTiny, ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+Label = int | str | None
+
+
+class SDDiTPipeline(DiffusionPipeline):
+    """Generates images of given classes.
+
+    Args:
+        transformer: an `SDDiTTransformer2DModel`, the raw network F.
+        scheduler: an `EDMHeunScheduler`, or another of diffusers' EDM schedulers made from its config.
+        vae: decodes latents into images; None if the transformer works on pixels in -1..1.
+        id2label: names of the classes by number; commas separate synonyms.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | AutoencoderTiny | None = None,
+        id2label: dict | None = None,
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        # JSON has no integer keys, so the saved table has strings.
+        id2label = {int(number): name for number, name in (id2label or {}).items()}
+        self.register_to_config(id2label={str(number): name for number, name in id2label.items()} or None)
+        self.id2label = id2label
+        self.label2id = {
+            synonym.strip().lower(): number
+            for number, name in id2label.items()
+            for synonym in name.split(",")
+        }
+        self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance of the call in progress; 1 is off."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Network evaluations of the call in progress."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call in progress stops after this evaluation; callbacks set `_interrupt` for it."""
+        return self._interrupt
+
+    def get_label_ids(self, class_labels: Label | Sequence[Label] | Tensor) -> list[int]:
+        """Class numbers of labels given as numbers, names or None, which is the null class.
+
+        Raises:
+            ValueError: a number out of range, or an unknown name; the message lists the nearest names.
+        """
+        if isinstance(class_labels, Tensor):
+            class_labels = class_labels.flatten().tolist()
+        if isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
+            class_labels = [class_labels]
+        return [self._label_id(label) for label in class_labels]
+
+    def _label_id(self, label: Label) -> int:
+        num_classes = self.transformer.config.num_classes
+        if label is None:
+            return num_classes
+        if isinstance(label, str):
+            number = self.label2id.get(label.strip().lower())
+            if number is not None:
+                return number
+            nearest = difflib.get_close_matches(label.strip().lower(), self.label2id, n=5, cutoff=0.5)
+            hint = f" Nearest names: {', '.join(nearest)}." if nearest else ""
+            known = (
+                f"{len(self.label2id)} names are known"
+                if self.label2id
+                else "this pipeline has no class names"
+            )
+            raise ValueError(f"Unknown class name {label!r}; {known}.{hint}")
+        if int(label) != label or not 0 <= label < num_classes:
+            allowed = f"0 to {num_classes - 1}" if num_classes else "none, for this model has no classes"
+            raise ValueError(f"Class label {label} is out of range; allowed are {allowed}.")
+        return int(label)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Label | Sequence[Label] | Tensor = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, float("inf")),
+        num_images_per_label: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 40,
+        sigmas: Sequence[float] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["SDDiTPipeline", int, Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """Generates one image, or `num_images_per_label`, for every label.
+
+        Args:
+            class_labels: numbers, names, or a tensor of numbers; None is the null class (an unconditional
+                image).
+            guidance_scale: w of D_null + w (D_class - D_null); 1 is off, and costs half.
+            guidance_interval: the range of sigma, ends included, in which guidance acts (Kynkäänniemi et al.
+                2024).
+            num_images_per_label: images of each label, side by side in the result.
+            height, width: size of the images in pixels; by default that of the training samples.
+            num_inference_steps: N. The Heun scheduler evaluates the network 2N - 1 times.
+            sigmas: the noise levels themselves, decreasing, in place of `num_inference_steps`.
+            generator: one for all images, or a list with one for each image, which then depends on its own
+                alone.
+            latents: the initial noise of unit variance, `[images, in_channels, h, w]`, instead of drawing it.
+            output_type: "pil", "np" `[images, H, W, channels]`, "pt" `[images, channels, H, W]`, both in
+                0..1, or "latent", the samples as the transformer makes them.
+            return_dict: False for a plain tuple.
+            callback_on_step_end: called with the pipeline, the evaluation's number, its timestep and a dict
+                of tensors, after each evaluation; what it returns replaces the `latents`.
+            callback_on_step_end_tensor_inputs: names of the tensors it gets: "latents".
+
+        Raises:
+            ValueError: a label that does not exist, or any other argument out of its range; the message says
+                which.
+        """
+        labels = [i for i in self.get_label_ids(class_labels) for _ in range(num_images_per_label)]
+        default_size = self.transformer.config.sample_size * self.vae_scale_factor
+        height, width = height or default_size, width or default_size
+        self._check_inputs(
+            len(labels),
+            guidance_interval,
+            height,
+            width,
+            generator,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+        device = self._execution_device
+
+        labels = torch.tensor(labels, device=device)
+        null = torch.full_like(labels, self.transformer.config.num_classes)
+        if sigmas is not None:
+            self.scheduler.set_timesteps(sigmas=sigmas, device=device)
+        else:
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self.scheduler.set_begin_index(0)
+        latents = self._prepare_latents(len(labels), height, width, generator, latents, device)
+
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self._interrupt:
+                    break
+                model_input = self.scheduler.scale_model_input(latents, t).to(self.transformer.dtype)
+                sigma = float(self.scheduler.sigmas[self.scheduler.step_index])
+                if guidance_scale != 1 and guidance_interval[0] <= sigma <= guidance_interval[1]:
+                    output = self._evaluate(
+                        "guided", torch.cat([model_input] * 2), t, torch.cat([labels, null])
+                    )
+                    conditional, unconditional = output.to(latents.dtype).chunk(2)
+                    # D is linear in F, so guiding F guides D.
+                    output = unconditional + guidance_scale * (conditional - unconditional)
+                else:
+                    output = self._evaluate("conditional", model_input, t, labels).to(latents.dtype)
+                latents = self.scheduler.step(output, t, latents, generator=generator, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
+                    latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
+                progress_bar.update()
+
+        images = self._decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _evaluate(self, context: str, model_input: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+        # A cache must not mix batches of two sizes, hence the name of the context.
+        with self.transformer.cache_context(context):
+            return self.transformer(model_input, timestep, labels, return_dict=False)[0]
+
+    def _prepare_latents(self, batch: int, height: int, width: int, generator, latents, device) -> Tensor:
+        """Noise of standard deviation sigma_0, in float32 whatever the transformer's dtype."""
+        f = self.vae_scale_factor
+        shape = (batch, self.transformer.config.in_channels, height // f, width // f)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif latents.shape != shape:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}; this call needs {shape}.")
+        latents = latents.to(device=device, dtype=torch.promote_types(latents.dtype, torch.float32))
+        return latents * self.scheduler.init_noise_sigma
+
+    def _decode(self, latents: Tensor, output_type: str):
+        if output_type == "latent":
+            return latents
+        if self.vae is not None:
+            shift = self.vae.config.get("shift_factor") or 0.0
+            latents = latents / self.vae.config.scaling_factor + shift
+            latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return self.image_processor.postprocess(latents.float(), output_type=output_type)
+
+    def _check_inputs(
+        self,
+        images: int,
+        guidance_interval: tuple[float, float],
+        height: int,
+        width: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        output_type: str,
+        names: Sequence[str],
+    ) -> None:
+        unit = self.vae_scale_factor * self.transformer.config.patch_size
+        if images == 0:
+            raise ValueError("class_labels is empty; give at least one label.")
+        if height % unit or width % unit:
+            raise ValueError(f"height x width is {height} x {width}; both must be multiples of {unit}.")
+        if isinstance(generator, list) and len(generator) != images:
+            raise ValueError(f"{len(generator)} generators were given for {images} images.")
+        if len(guidance_interval) != 2 or guidance_interval[0] > guidance_interval[1]:
+            raise ValueError(
+                f"guidance_interval is {guidance_interval}; it must be (lowest sigma, highest sigma)."
+            )
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'.")
+        unknown = set(names) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"Callbacks cannot get {sorted(unknown)}; they can get {self._callback_tensor_inputs}."
+            )

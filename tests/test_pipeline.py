@@ -1,0 +1,275 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, randomize
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FirstBlockCacheConfig,
+)
+
+from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline, SDDiTTransformer2DModel
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def generate(pipe, labels, seed=0, **arguments):
+    arguments = {"num_inference_steps": 4, "output_type": "pt", **arguments}
+    return pipe(labels, generator=torch.Generator().manual_seed(seed), **arguments).images
+
+
+@pytest.fixture(params=["kl", "tiny"])
+def latent_pipe(request):
+    channels = (8, 8)
+    vae = {
+        "kl": lambda: AutoencoderKL(
+            block_out_channels=channels, down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, latent_channels=3,
+            scaling_factor=0.25, shift_factor=0.5,
+        ),
+        "tiny": lambda: AutoencoderTiny(
+            encoder_block_out_channels=channels, decoder_block_out_channels=channels,
+            num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), latent_channels=3, scaling_factor=0.5,
+        ),
+    }[request.param]()  # fmt: skip
+    pipe = SDDiTPipeline(randomize(SDDiTTransformer2DModel(**TINY)), EDMHeunScheduler(), vae=vae)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_saved_and_loaded_makes_the_same_image_to_the_bit(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = SDDiTPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(generate(loaded, ["goldfish", 1]), generate(pipe, [2, "retriever"]))
+    assert loaded.id2label == pipe.id2label and loaded.vae is None
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".json", ".safetensors"}
+    again = tmp_path / "again"
+    loaded.save_pretrained(again)
+    assert json.loads((again / "model_index.json").read_text())["id2label"] == {
+        "0": "cat", "1": "golden retriever, retriever", "2": "goldfish", "3": "truck"
+    }  # fmt: skip
+
+
+def test_equals_the_sampler_written_out(pipe, transformer):
+    """Guidance, preconditioning and labels, in one plain loop over Euler steps and corrections."""
+    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+
+    def denoise(x, sigma):
+        def once(labels):
+            f = transformer(
+                x / (sigma**2 + 0.25) ** 0.5, torch.tensor(sigma).log() / 4, torch.tensor(labels)
+            ).sample
+            return 0.25 / (sigma**2 + 0.25) * x + 0.5 * sigma / (sigma**2 + 0.25) ** 0.5 * f
+
+        conditional, null = once([3, 0]), once([4, 4])
+        return null + 2.5 * (conditional - null) if 0.1 <= sigma <= 10 else conditional
+
+    with torch.no_grad():
+        x, levels = noise * 80, [80.0, 9.0, 0.5, 0.002]
+        for sigma, after in zip(levels, levels[1:] + [0.0], strict=True):
+            d = (x - denoise(x, sigma)) / sigma
+            euler = x + (after - sigma) * d
+            x = (
+                euler
+                if after == 0
+                else x + (after - sigma) * (d + (euler - denoise(euler, after)) / after) / 2
+            )
+    actual = pipe(
+        [3, 0],
+        latents=noise,
+        sigmas=levels,
+        guidance_scale=2.5,
+        guidance_interval=(0.1, 10.0),
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(actual, x, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_of_one_is_the_conditional_output(pipe):
+    once = generate(pipe, [1, 2])
+    calls = []
+    pipe.transformer.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+    assert torch.equal(generate(pipe, [1, 2], guidance_scale=1.0), once)
+    assert calls == [2] * 7  # no pass for the null class
+    calls.clear()
+    generate(pipe, [1, 2], guidance_scale=3.0)
+    assert calls == [4] * 7  # one batched call for both halves
+    assert torch.equal(generate(pipe, [1, 2], guidance_scale=3.0, guidance_interval=(100.0, 200.0)), once)
+
+
+def test_null_class_is_the_models_own(pipe):
+    assert torch.equal(generate(pipe, [1], guidance_scale=0.0), generate(pipe, [None], guidance_scale=0.0))
+    torch.testing.assert_close(generate(pipe, [1], guidance_scale=0.0), generate(pipe, None))
+
+
+@pytest.mark.parametrize(
+    "labels", [2, [2], torch.tensor([2]), torch.tensor(2), np.array([2]), "goldfish", [" Goldfish"]]
+)
+def test_kinds_of_labels(pipe, labels):
+    assert pipe.get_label_ids(labels) == [2]
+
+
+def test_synonyms_are_names(pipe):
+    assert pipe.get_label_ids(["golden retriever", "retriever", "truck", None]) == [1, 1, 3, 4]
+
+
+def test_every_image_depends_on_its_own_generator_alone(pipe):
+    together = pipe([0, 1, 2], generator=generators(7, 8, 9), num_inference_steps=4, output_type="pt").images
+    alone = pipe([1], generator=generators(8), num_inference_steps=4, output_type="pt").images
+    torch.testing.assert_close(together[1:2], alone)
+
+
+def test_images_per_label(pipe):
+    images = pipe(
+        [0, 3], num_images_per_label=2, generator=generators(1, 2, 1, 2), num_inference_steps=3
+    ).images
+    assert len(images) == 4
+    singles = pipe([0, 0, 3, 3], generator=generators(1, 2, 1, 2), num_inference_steps=3).images
+    assert [image.tobytes() for image in images] == [image.tobytes() for image in singles]
+
+
+def test_output_types(pipe):
+    pt, np_, latent = (generate(pipe, [1], output_type=kind) for kind in ("pt", "np", "latent"))
+    pil = generate(pipe, [1], output_type="pil")[0]
+    assert pt.shape == (1, 3, 8, 8) and np_.shape == (1, 8, 8, 3) and pil.size == (8, 8)
+    torch.testing.assert_close(pt, (latent / 2 + 0.5).clamp(0, 1))
+    np.testing.assert_allclose(np_[0], pt[0].permute(1, 2, 0).numpy())
+    np.testing.assert_allclose(np.asarray(pil) / 255, np_[0], atol=0.5 / 255 + 1e-6)
+    assert isinstance(pipe([1], num_inference_steps=2, return_dict=False), tuple)
+
+
+def test_latents_replace_the_noise(pipe):
+    noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(generate(pipe, [1], latents=noise), generate(pipe, [1], seed=0))
+
+
+def test_other_sizes(pipe):
+    assert generate(pipe, [1], height=4, width=12).shape == (1, 3, 4, 12)
+
+
+def test_latents_are_decoded(latent_pipe):
+    latent = generate(latent_pipe, [1], output_type="latent")
+    image = generate(latent_pipe, [1])
+    config = latent_pipe.vae.config
+    with torch.no_grad():
+        expected = latent_pipe.vae.decode(
+            latent / config.scaling_factor + (config.get("shift_factor") or 0)
+        ).sample
+    assert image.shape == (1, 3, 16, 16)
+    torch.testing.assert_close(image, (expected / 2 + 0.5).clamp(0, 1))
+    with pytest.raises(ValueError, match="18 x 16; both must be multiples of 4"):
+        generate(latent_pipe, [1], height=18)
+
+
+def test_latent_pipeline_is_saved_whole(latent_pipe, tmp_path):
+    latent_pipe.save_pretrained(tmp_path)
+    loaded = SDDiTPipeline.from_pretrained(tmp_path)
+    assert type(loaded.vae) is type(latent_pipe.vae)
+    assert torch.equal(
+        generate(loaded, [1], output_type="latent"), generate(latent_pipe, [1], output_type="latent")
+    )
+    torch.testing.assert_close(generate(loaded, [1]), generate(latent_pipe, [1]))
+
+
+def test_callback_sees_every_evaluation_and_may_change_it(pipe):
+    seen = []
+
+    def callback(pipe, i, t, tensors):
+        seen.append((i, float(t), tensors["latents"].clone()))
+        return {"latents": tensors["latents"] * 0} if i == 6 else {}
+
+    assert generate(pipe, [1], callback_on_step_end=callback, output_type="latent").abs().max() == 0
+    assert [i for i, _, _ in seen] == list(range(7)) and pipe.num_timesteps == 7
+    assert [t for _, t, _ in seen] == pipe.scheduler.timesteps.tolist()
+
+
+def test_interrupt_stops_after_the_evaluation(pipe):
+    seen = []
+
+    def callback(pipe, i, t, tensors):
+        seen.append(i)
+        pipe._interrupt = i == 2
+        return tensors
+
+    generate(pipe, [1], callback_on_step_end=callback)
+    assert seen == [0, 1, 2]
+    assert torch.equal(generate(pipe, [1]), generate(pipe, [1]))  # the next call starts afresh
+
+
+@pytest.mark.parametrize("scheduler", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
+def test_diffusers_schedulers_swap_in_and_out(pipe, scheduler):
+    # A network that shrinks towards zero is solved alike by all of them.
+    for parameter in pipe.transformer.parameters():
+        parameter.data.mul_(0.3)
+    fine = generate(pipe, [1], num_inference_steps=100, output_type="latent")
+    heun = pipe.scheduler
+    pipe.scheduler = scheduler.from_config(heun.config)
+    swapped = generate(pipe, [1], num_inference_steps=100, output_type="latent")
+    assert ((swapped - fine).norm() / fine.norm()) < 0.05
+    pipe.scheduler = EDMHeunScheduler.from_config(pipe.scheduler.config)
+    assert torch.equal(generate(pipe, [1], num_inference_steps=100, output_type="latent"), fine)
+
+
+def test_bfloat16_transformer_keeps_the_latents_wide(pipe):
+    expected = generate(pipe, [1], output_type="latent")
+    pipe.to(torch.bfloat16)
+    actual = generate(pipe, [1], output_type="latent")
+    assert actual.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(actual.flatten(), expected.flatten(), dim=0) > 0.99
+
+
+def test_cache_with_a_guidance_interval(pipe):
+    """The batch changes its size within a run, and a cached state must not cross over."""
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    cached = generate(pipe, [1], guidance_scale=2.0, guidance_interval=(0.1, 10.0))
+    again = generate(pipe, [1], guidance_scale=2.0, guidance_interval=(0.1, 10.0))
+    pipe.transformer.disable_cache()
+    expected = generate(pipe, [1], guidance_scale=2.0, guidance_interval=(0.1, 10.0))
+    torch.testing.assert_close(cached, expected)
+    assert torch.equal(cached, again)
+
+
+def test_model_without_classes():
+    pipe = SDDiTPipeline(randomize(SDDiTTransformer2DModel(**TINY | {"num_classes": 0})), EDMHeunScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    assert generate(pipe, None, num_images_per_label=2).shape == (2, 3, 8, 8)
+    with pytest.raises(ValueError, match="label 0 is out of range; allowed are none"):
+        pipe([0])
+
+
+@pytest.mark.parametrize(
+    ("labels", "arguments", "message"),
+    [
+        ([4], {}, "Class label 4 is out of range; allowed are 0 to 3"),
+        ([-1], {}, "Class label -1 is out of range"),
+        ([1.5], {}, "Class label 1.5 is out of range"),
+        (
+            ["golden retreiver"],
+            {},
+            "Unknown class name 'golden retreiver'; 5 names.*Nearest names: golden retriever",
+        ),
+        ([], {}, "class_labels is empty"),
+        ([1], {"height": 7}, "7 x 8; both must be multiples of 2"),
+        ([1], {"latents": torch.zeros(2, 3, 8, 8)}, r"\(2, 3, 8, 8\); this call needs \(1, 3, 8, 8\)"),
+        ([1], {"generator": generators(1, 2)}, "2 generators were given for 1 images"),
+        ([1], {"guidance_interval": (5.0, 1.0)}, r"guidance_interval is \(5.0, 1.0\)"),
+        ([1], {"output_type": "jpeg"}, "output_type is 'jpeg'"),
+        ([1], {"num_inference_steps": 0}, "num_inference_steps is 0"),
+        ([1], {"callback_on_step_end_tensor_inputs": ["noise"]}, r"Callbacks cannot get \['noise'\]"),
+    ],
+)
+def test_bad_input_is_named(pipe, labels, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(labels, **arguments)
+
+
+def test_names_need_names(transformer):
+    with pytest.raises(ValueError, match="Unknown class name 'cat'; this pipeline has no class names"):
+        SDDiTPipeline(transformer, EDMHeunScheduler())(["cat"])
