@@ -1,0 +1,222 @@
+"""Algorithm A1 of SD-DiT's supplementary: the two views, the two losses, and what follows an optimizer step.
+
+Shapes: b batch, c channels, h x w pixels of the sample, n patches, k visible patches, D encoder width, K
+prototypes.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .discrimination import Center, ProjectionHead, Teacher, cross_entropy
+from .scheduling_edm_heun import EDMHeunScheduler
+from .transformer_sddit import SDDiTTransformer2DModel
+
+
+class Draws(NamedTuple):
+    """All that is random in one step of Algorithm A1, a row for each image."""
+
+    sigma_s: Tensor  # [b, 1, 1, 1], noise level of the student's view
+    noise_s: Tensor  # [b, c, h, w], of unit variance
+    visible_ids: Tensor | None  # [b, k], patches that the mask leaves visible; None: all
+    label_dropped: Tensor  # [b], bool
+    sigma_t: Tensor  # [b, 1, 1, 1], noise level of the teacher's view
+    noise_t: Tensor  # [b, c, h, w], of unit variance
+
+    def rows(self, rows: slice) -> "Draws":
+        """The draws of some of the images."""
+        return Draws(*(None if tensor is None else tensor[rows] for tensor in self))
+
+
+class SDDiTObjective(nn.Module):
+    """The student, its teacher, and the loss L_G + L_D that trains them.
+
+    Args:
+        transformer: the student, trained in place.
+        scheduler: gives preconditioning and sigma_data.
+        mask_ratio: share of the patches hidden from the student's encoder, in [0, 1); 0.2 in the paper.
+        discriminative_weight: factor of L_D; 0 trains without L_D, head and teacher (Table 3).
+        teacher_sigma: noise level of the teacher's view, or "student" to draw it as the student's is (Fig.
+            6).
+        num_prototypes: K.
+        head_hidden_dim, head_bottleneck_dim: widths of the projection head.
+        student_temperature: tau_S.
+        center_momentum: m_c and m_p of Algorithm A1. # Paper silent: DINO's 0.9.
+        label_dropout: probability that an image's label becomes the null class, for guidance.
+        p_mean, p_std: ln(sigma_S) ~ N(p_mean, p_std^2) (supplementary, Eq. 2).
+
+    Attributes:
+        teacher_temperature: tau_T, moved by the training loop from step to step.
+
+    Raises:
+        ValueError: a mask ratio outside [0, 1), a teacher noise that is neither above 0 nor "student", or a
+            transformer without decoder or with other channels going out than in.
+    """
+
+    def __init__(
+        self,
+        transformer: SDDiTTransformer2DModel,
+        scheduler: EDMHeunScheduler,
+        *,
+        mask_ratio: float = 0.2,
+        discriminative_weight: float = 1.0,
+        teacher_sigma: float | Literal["student"] = 0.002,
+        num_prototypes: int = 8192,
+        head_hidden_dim: int = 2048,
+        head_bottleneck_dim: int = 256,
+        student_temperature: float = 0.1,
+        center_momentum: float = 0.9,
+        label_dropout: float = 0.1,
+        p_mean: float = -1.2,
+        p_std: float = 1.2,
+    ):
+        super().__init__()
+        config = transformer.config
+        if not 0 <= mask_ratio < 1:
+            raise ValueError(f"mask_ratio is {mask_ratio}; it must be at least 0 and below 1.")
+        if teacher_sigma != "student" and (isinstance(teacher_sigma, str) or not teacher_sigma > 0):
+            raise ValueError(
+                f"teacher_sigma is {teacher_sigma!r}; it must be a number above 0, or 'student'."
+            )
+        if transformer.decoder is None:
+            raise ValueError(
+                "The transformer has no decoder (num_decoder_layers is 0); the objective needs one."
+            )
+        if (config.out_channels or config.in_channels) != config.in_channels:
+            raise ValueError(
+                f"The transformer takes {config.in_channels} channels and returns {config.out_channels}; "
+                "both must be equal."
+            )
+        self.transformer = transformer
+        self.scheduler = scheduler
+        self.mask_ratio = mask_ratio
+        self.discriminative_weight = discriminative_weight
+        self.teacher_sigma = teacher_sigma
+        self.student_temperature = student_temperature
+        self.teacher_temperature = 0.09
+        self.center_momentum = center_momentum
+        self.label_dropout = label_dropout
+        self.p_mean, self.p_std = p_mean, p_std
+        self.teacher = None
+        if discriminative_weight > 0:
+            dim = config.num_attention_heads * config.attention_head_dim
+            self.head = ProjectionHead(dim, num_prototypes, head_hidden_dim, head_bottleneck_dim)
+            self.teacher = Teacher(transformer, self.head)
+            self.center_cls, self.center_patch = Center(num_prototypes), Center(num_prototypes)
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator | None = None, device=None) -> Draws:
+        """Draws noise levels, noises, masks and dropped labels for images of `shape` `[b, c, h, w]`.
+
+        The order of the draws does not depend on any setting, so runs of one seed differ by their settings
+        alone.
+        """
+        b, _, h, w = shape
+        options = dict(generator=generator, device=device)
+        n = (h // self.transformer.config.patch_size) * (w // self.transformer.config.patch_size)
+        k = max(1, int(n * (1 - self.mask_ratio) + 1e-6))
+        sigma_s = (self.p_mean + self.p_std * torch.randn(b, 1, 1, 1, **options)).exp()
+        noise_s = torch.randn(shape, **options)
+        visible_ids = torch.rand(b, n, **options).argsort(dim=1)[:, :k] if k < n else None
+        label_dropped = torch.rand(b, **options) < self.label_dropout
+        noise_t = torch.randn(shape, **options)
+        sigma_t = (self.p_mean + self.p_std * torch.randn(b, 1, 1, 1, **options)).exp()
+        if self.teacher_sigma != "student":
+            sigma_t = torch.full_like(sigma_t, self.teacher_sigma)
+        return Draws(sigma_s, noise_s, visible_ids, label_dropped, sigma_t, noise_t)
+
+    def forward(
+        self, x0: Tensor, class_labels: Tensor | None = None, draws: Draws | None = None
+    ) -> dict[str, Tensor]:
+        """Algorithm A1, from the views to the loss.
+
+        Args:
+            x0: clean samples, `[b, c, h, w]`, of standard deviation about sigma_data.
+            class_labels: integers `[b]`; None for a model without classes.
+            draws: what is random in this step; None draws it here.
+
+        Returns:
+            Scalars: `loss` = `loss_generative` + weight x `loss_discriminative`, and the signs of a collapse:
+            `teacher_entropy` as a share of ln K (0: always one prototype, 1: all alike), `kl` of the
+            student's distribution from the teacher's in nats, `prototypes_used` as the share of the K that
+            are some token's first choice, and the norms of both centers.
+        """
+        if draws is None:
+            draws = self.draw(x0.shape, device=x0.device)
+        if class_labels is not None:
+            class_labels = class_labels.masked_fill(draws.label_dropped, self.transformer.config.num_classes)
+
+        # Construct noised student and teacher views.
+        sigma_s, sigma_t = draws.sigma_s, draws.sigma_t
+        x_s = x0 + sigma_s * draws.noise_s
+        x_t = x0 + sigma_t * draws.noise_t
+
+        # Forward the visible patches through the student's encoder, the complete token set through its
+        # decoder.
+        student = self.transformer(*self._inputs(x_s, sigma_s), class_labels, draws.visible_ids)
+        e_s = student.encoder_hidden_states  # [b, 1 + k, D]
+
+        # L_G (Eq. 9) over all patches. # Paper silent: EDM's weight lambda. In float32: at small sigma,
+        # lambda is large and D - x0 the small difference of large numbers.
+        denoised = self.scheduler.precondition_outputs(x_s, student.sample.float(), sigma_s)
+        sigma_data = self.scheduler.config.sigma_data
+        weight = (sigma_s**2 + sigma_data**2) / (sigma_s * sigma_data) ** 2
+        loss_generative = (weight * (denoised - x0) ** 2).mean()
+        if self.teacher is None:
+            return {"loss": loss_generative, "loss_generative": loss_generative}
+
+        # Forward the full view through the teacher's encoder, and both through their heads.
+        e_t = self.teacher(*self._inputs(x_t, sigma_t), class_labels)  # [b, 1 + n, D]
+        if draws.visible_ids is not None:
+            visible = draws.visible_ids.unsqueeze(-1).expand(-1, -1, e_t.shape[-1])
+            e_t = torch.cat([e_t[:, :1], e_t[:, 1:].gather(1, visible)], dim=1)  # [b, 1 + k, D]
+        logits_s = self.head(e_s)  # [b, 1 + k, K]
+        with torch.no_grad():
+            logits_t = self.teacher.head(e_t)
+
+        # L_D (Eq. 12): [CLS] and the visible patches.
+        loss_cls, entropy_cls = self._discriminate(logits_t[:, :1], logits_s[:, :1], self.center_cls)
+        loss_patch, entropy_patch = self._discriminate(logits_t[:, 1:], logits_s[:, 1:], self.center_patch)
+        loss_discriminative = loss_patch + loss_cls
+
+        entropy = (entropy_cls + entropy_patch) / 2
+        first = (logits_t[:, 1:] - self.center_patch.value).argmax(-1).flatten()
+        num_prototypes = logits_t.shape[-1]
+        return {
+            "loss": loss_generative + self.discriminative_weight * loss_discriminative,
+            "loss_generative": loss_generative,
+            "loss_discriminative": loss_discriminative,
+            "teacher_entropy": entropy / torch.tensor(num_prototypes, device=entropy.device).log(),
+            "kl": loss_discriminative / 2 - entropy,
+            "prototypes_used": torch.zeros(num_prototypes, device=first.device)
+            .index_fill_(0, first, 1)
+            .mean(),
+            "center_norm_cls": self.center_cls.value.norm(),
+            "center_norm_patch": self.center_patch.value.norm(),
+        }
+
+    def update_teacher(self, momentum: float, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """The teacher and center updates that follow an optimizer step (Algorithm A1).
+
+        Args:
+            momentum: beta of this step.
+            reduce: averages a tensor over the processes; None where there is one.
+        """
+        if self.teacher is not None:
+            self.teacher.update(self.transformer, self.head, momentum)
+            self.center_cls.move(self.center_momentum, reduce)
+            self.center_patch.move(self.center_momentum, reduce)
+
+    def _inputs(self, sample: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """c_in x and c_noise, what the network takes."""
+        return self.scheduler.precondition_inputs(sample, sigma), self.scheduler.precondition_noise(
+            sigma
+        ).flatten()
+
+    def _discriminate(self, logits_t: Tensor, logits_s: Tensor, center: Center) -> tuple[Tensor, Tensor]:
+        """H(T, S, C) and the teacher's entropy; the logits are remembered for the center."""
+        center.add(logits_t)
+        return cross_entropy(
+            logits_t, logits_s, center.value, self.teacher_temperature, self.student_temperature
+        )

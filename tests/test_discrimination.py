@@ -1,0 +1,147 @@
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import randomize
+
+from sddit_diffusers.discrimination import (
+    Center,
+    ProjectionHead,
+    Teacher,
+    cross_entropy,
+    teacher_momentum,
+    teacher_temperature,
+)
+
+
+def naive_cross_entropy(teacher, student, center, tau_t, tau_s):
+    """Eqs. 10 and 11 for one token, prototype by prototype."""
+    t = [math.exp((a - c) / tau_t) for a, c in zip(teacher, center, strict=True)]
+    s = [math.exp(a / tau_s) for a in student]
+    p_t, p_s = [x / sum(t) for x in t], [x / sum(s) for x in s]
+    loss = -sum(a * math.log(b) for a, b in zip(p_t, p_s, strict=True))
+    return loss, -sum(a * math.log(a) for a in p_t)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tau_t", "tau_s"),
+    itertools.product([(1, 1, 2), (3, 1, 7), (2, 5, 16), (1, 4, 33)], [0.04, 0.09, 0.5], [0.1, 1.0]),
+)
+def test_cross_entropy_equals_a_loop(shape, tau_t, tau_s):
+    generator = torch.Generator().manual_seed(math.prod(shape))
+    teacher, student = (torch.randn(shape, generator=generator).tanh() for _ in range(2))
+    center = 0.3 * torch.randn(shape[-1], generator=generator)
+    naive = [
+        naive_cross_entropy(teacher[i, j].tolist(), student[i, j].tolist(), center.tolist(), tau_t, tau_s)
+        for i in range(shape[0])
+        for j in range(shape[1])
+    ]
+    loss, entropy = cross_entropy(teacher, student, center, tau_t, tau_s)
+    assert loss.item() == pytest.approx(sum(x for x, _ in naive) / len(naive), rel=1e-5)
+    assert entropy.item() == pytest.approx(sum(x for _, x in naive) / len(naive), rel=1e-4, abs=1e-6)
+
+
+def test_cross_entropy_moves_the_student_towards_the_teacher_only():
+    teacher = torch.randn(2, 3, 8, requires_grad=True)
+    student = torch.randn(2, 3, 8, requires_grad=True)
+    loss, _ = cross_entropy(teacher, student, torch.zeros(8), 0.5, 0.5)
+    loss.backward()
+    assert teacher.grad is None
+    # The gradient of softmax cross entropy: (p_student - p_teacher) / tau, a mean over 6 tokens.
+    expected = ((student / 0.5).softmax(-1) - (teacher / 0.5).softmax(-1)) / 0.5 / 6
+    torch.testing.assert_close(student.grad, expected.detach())
+
+
+def test_head_gives_cosines_to_prototypes():
+    head = randomize(ProjectionHead(6, 11, hidden_dim=10, bottleneck_dim=4))
+    tokens = torch.randn(2, 3, 6)
+    actual = head(tokens)
+    with torch.no_grad():
+        for i, j, k in itertools.product(range(2), range(3), range(11)):
+            x = tokens[i, j]
+            for layer in (0, 2):
+                x = head.mlp[layer].weight @ x + head.mlp[layer].bias
+                x = torch.tensor([0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in x.tolist()])
+            x = head.mlp[4].weight @ x + head.mlp[4].bias
+            w = head.prototypes[k]
+            assert actual[i, j, k].item() == pytest.approx((x @ w / x.norm() / w.norm()).item(), abs=1e-5)
+
+
+def test_centers_equal_a_loop():
+    generator = torch.Generator().manual_seed(0)
+    center, naive = Center(5), [0.0] * 5
+    for step in range(4):
+        batches = [torch.randn(3, 2, 5, generator=generator) for _ in range(step % 2 + 1)]
+        for batch in batches:
+            center.add(batch)
+        center.move(0.9)
+        for k in range(5):
+            values = [batch[i, j, k].item() for batch in batches for i in range(3) for j in range(2)]
+            naive[k] = 0.9 * naive[k] + 0.1 * sum(values) / len(values)
+    torch.testing.assert_close(center.value, torch.tensor(naive))
+
+
+def test_center_is_reduced_over_processes():
+    center = Center(2)
+    center.add(torch.tensor([[[1.0, 3.0]]]))
+    center.move(0.5, reduce=lambda mean: (mean + torch.tensor([3.0, 1.0])) / 2)  # the other process's mean
+    torch.testing.assert_close(center.value, torch.tensor([1.0, 1.0]))
+
+
+@pytest.fixture
+def networks(transformer):
+    head = randomize(ProjectionHead(16, 11, hidden_dim=10, bottleneck_dim=4), seed=1)
+    return transformer, head, Teacher(transformer, head)
+
+
+def student_of(transformer, head):
+    return dict(transformer.named_parameters("encoder")) | dict(head.named_parameters("head"))
+
+
+def test_teacher_begins_as_the_students_encoder(networks):
+    transformer, head, teacher = networks
+    student = student_of(transformer, head)
+    for name, parameter in teacher.named_parameters():
+        assert torch.equal(parameter, student[name]) and not parameter.requires_grad
+        assert parameter.data_ptr() != student[name].data_ptr()
+    assert {name for name in student if name not in dict(teacher.named_parameters())} == {
+        f"encoder.{name}" for name, _ in transformer.named_parameters() if name.startswith("decoder.")
+    }
+    x, t, labels = torch.randn(2, 3, 8, 8), torch.tensor([0.1, 0.2]), torch.tensor([0, 1])
+    assert torch.equal(teacher(x, t, labels), transformer(x, t, labels).encoder_hidden_states)
+    assert not teacher(x, t, labels).requires_grad
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.996, 1.0])
+def test_teacher_is_the_average_of_the_student(networks, momentum):
+    transformer, head, teacher = networks
+    expected = {name: parameter.clone().double() for name, parameter in teacher.named_parameters()}
+    for step in range(3):
+        randomize(transformer, seed=10 + step)
+        randomize(head, seed=20 + step)
+        teacher.update(transformer, head, momentum)
+        student = student_of(transformer, head)
+        expected = {
+            n: momentum * e + (1 - momentum) * student[n].detach().double() for n, e in expected.items()
+        }
+    for name, parameter in teacher.named_parameters():
+        torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-5, atol=1e-6)
+    if momentum == 1:
+        assert all(torch.equal(p.double(), expected[n]) for n, p in teacher.named_parameters())
+
+
+def test_momentum_follows_a_cosine():
+    values = [teacher_momentum(step, 1000) for step in range(1001)]
+    assert values[0] == pytest.approx(0.996) and values[-1] == pytest.approx(0.999)
+    assert values[500] == pytest.approx(0.9975) and values[250] == pytest.approx(
+        0.996 + 0.003 * (1 - 2**-0.5) / 2
+    )
+    assert values == sorted(values)
+
+
+def test_temperature_warms_up_in_a_line():
+    assert [round(teacher_temperature(step, 4), 6) for step in range(7)] == [
+        0.09, 0.09225, 0.0945, 0.09675, 0.099, 0.099, 0.099
+    ]  # fmt: skip
+    assert teacher_temperature(0, 0) == 0.099

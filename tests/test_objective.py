@@ -1,0 +1,256 @@
+import math
+
+import pytest
+import torch
+from conftest import TINY, randomize
+
+from sddit_diffusers import EDMHeunScheduler, SDDiTObjective, SDDiTTransformer2DModel
+
+SMALL_HEAD = dict(num_prototypes=11, head_hidden_dim=10, head_bottleneck_dim=4)
+
+
+def make(transformer=None, **arguments):
+    objective = SDDiTObjective(
+        transformer or randomize(SDDiTTransformer2DModel(**TINY)),
+        EDMHeunScheduler(),
+        **SMALL_HEAD | arguments,
+    )
+    if objective.teacher is not None:
+        randomize(objective.head, seed=2)
+        randomize(objective.teacher, seed=3)
+    return objective
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(4)
+    return 0.5 * torch.randn(3, 3, 8, 8, generator=generator), torch.tensor([0, 3, 1])
+
+
+def draw(objective, seed=0, batch=3, size=8):
+    return objective.draw((batch, 3, size, size), torch.Generator().manual_seed(seed))
+
+
+def test_loss_equals_algorithm_a1_image_by_image(batch):
+    """Both losses written from the paper, one image and one token at a time."""
+    objective = make(mask_ratio=0.5, discriminative_weight=0.7)
+    objective.teacher_temperature = 0.07
+    objective.center_cls.value.copy_(torch.linspace(-0.2, 0.2, 11))
+    objective.center_patch.value.copy_(torch.linspace(0.3, -0.1, 11))
+    x0, labels = batch
+    draws = draw(objective)
+    actual = objective(x0, labels, draws)
+
+    generative, cls, patch, entropy, chosen = [], [], [], [], set()
+    with torch.no_grad():
+        for i in range(3):
+            x, sigma = x0[i].double(), draws.sigma_s[i].item()
+            label = torch.tensor([4 if draws.label_dropped[i] else labels[i]])
+            x_s, x_t = x + sigma * draws.noise_s[i].double(), x + 0.002 * draws.noise_t[i].double()
+
+            def inputs(y, s, label=label):
+                scaled = (y / math.sqrt(s**2 + 0.25)).float().unsqueeze(0)
+                return scaled, torch.tensor(math.log(s) / 4), label
+
+            student = objective.transformer(*inputs(x_s, sigma), draws.visible_ids[i : i + 1])
+            c_skip, c_out = 0.25 / (sigma**2 + 0.25), sigma * 0.5 / math.sqrt(sigma**2 + 0.25)
+            denoised = c_skip * x_s + c_out * student.sample[0].double()
+            generative.append((sigma**2 + 0.25) / (sigma * 0.5) ** 2 * ((denoised - x) ** 2).mean().item())
+
+            e_s = student.encoder_hidden_states[0]
+            e_t = objective.teacher.encoder(*inputs(x_t, 0.002)).encoder_hidden_states[0]
+            for j, n in enumerate([-1, *draws.visible_ids[i].tolist()]):  # [CLS], then each visible patch
+                center = objective.center_patch.value if j else objective.center_cls.value
+                s = (objective.head(e_s[j]).double() / 0.1).softmax(0)
+                t = ((objective.teacher.head(e_t[n + 1]) - center).double() / 0.07).softmax(0)
+                (patch if j else cls).append(-(t * s.log()).sum().item())
+                entropy.append((bool(j), -(t * t.log()).sum().item()))
+                if j:
+                    chosen.add(t.argmax().item())
+
+    def mean(values):
+        values = list(values)
+        return sum(values) / len(values)
+
+    h = (
+        mean(e for is_patch, e in entropy if is_patch) + mean(e for is_patch, e in entropy if not is_patch)
+    ) / 2
+    expected = {
+        "loss_generative": mean(generative),
+        "loss_discriminative": mean(cls) + mean(patch),
+        "loss": mean(generative) + 0.7 * (mean(cls) + mean(patch)),
+        "teacher_entropy": h / math.log(11),
+        "kl": (mean(cls) + mean(patch)) / 2 - h,
+        "prototypes_used": len(chosen) / 11,
+        "center_norm_cls": objective.center_cls.value.norm().item(),
+        "center_norm_patch": objective.center_patch.value.norm().item(),
+    }
+    assert {name: value.item() for name, value in actual.items()} == pytest.approx(expected, rel=1e-4)
+
+
+def test_gradient_reaches_the_whole_student_and_nothing_of_the_teacher(batch):
+    objective = make(mask_ratio=0.5, label_dropout=0.0)
+    objective(*batch)["loss"].backward()
+    for name, parameter in objective.named_parameters():
+        if name.startswith("teacher."):
+            assert parameter.grad is None and not parameter.requires_grad
+        else:
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_discriminative_loss_trains_the_encoder_and_not_the_decoder(batch):
+    """The decoupling of Sec. 3.2."""
+    objective = make(mask_ratio=0.5)
+    objective(*batch)["loss_discriminative"].backward()
+    for name, parameter in objective.transformer.named_parameters():
+        assert (parameter.grad is None) == name.startswith("decoder."), name
+
+
+def test_teacher_and_centers_follow_a_step(batch):
+    objective = make(center_momentum=0.8)
+    with torch.no_grad():
+        draws = draw(objective)
+        objective(*batch, draws)
+        x0, labels = batch
+        labels = labels.masked_fill(draws.label_dropped, 4)
+        x_t = x0 + 0.002 * draws.noise_t
+        e_t = objective.teacher(x_t / (0.002**2 + 0.25) ** 0.5, torch.tensor(0.002).log() / 4, labels)
+        logits = objective.teacher.head(e_t)
+        visible = torch.stack([logits[i, 1:][draws.visible_ids[i]] for i in range(3)])
+    objective.update_teacher(0.9)
+    torch.testing.assert_close(objective.center_cls.value, 0.2 * logits[:, 0].mean(0))
+    torch.testing.assert_close(objective.center_patch.value, 0.2 * visible.mean((0, 1)))
+
+
+def test_teacher_moves_once_an_optimizer_step(batch):
+    objective = make()
+    before = [parameter.clone() for parameter in objective.teacher.parameters()]
+    for _ in range(3):
+        objective(*batch)
+    assert all(torch.equal(a, b) for a, b in zip(before, objective.teacher.parameters(), strict=True))
+    objective.update_teacher(1.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, objective.teacher.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "visible"), [(0.0, 16), (0.2, 12), (0.5, 8), (0.75, 4), (0.9, 1), (0.99, 1)]
+)
+def test_number_of_visible_patches(ratio, visible):
+    draws = draw(make(mask_ratio=ratio))
+    if ratio == 0:
+        assert draws.visible_ids is None
+    else:
+        assert draws.visible_ids.shape == (3, visible)
+        assert all(len(set(row)) == visible for row in draws.visible_ids.tolist())
+
+
+def test_rounding_does_not_lose_a_patch():
+    """100 patches at ratio 0.9 are 10 visible ones, though 100 * (1 - 0.9) is a little less than 10."""
+    objective = make(SDDiTTransformer2DModel(**TINY | {"sample_size": 20}), mask_ratio=0.9)
+    assert draw(objective, size=20).visible_ids.shape == (3, 10)
+
+
+def test_mask_ratio_zero_is_the_unmasked_forward(batch):
+    objective = make(mask_ratio=0.0)
+    draws = draw(objective)
+    everything = torch.arange(16).expand(3, -1)
+    with torch.no_grad():
+        for name, value in objective(*batch, draws).items():
+            torch.testing.assert_close(value, objective(*batch, draws._replace(visible_ids=everything))[name])
+
+
+def test_draws_have_the_papers_distributions():
+    objective = make(label_dropout=0.3)
+    draws = draw(objective, batch=20_000)
+    assert draws.sigma_s.log().mean().item() == pytest.approx(-1.2, abs=0.03)
+    assert draws.sigma_s.log().std().item() == pytest.approx(1.2, abs=0.03)
+    assert draws.label_dropped.float().mean().item() == pytest.approx(0.3, abs=0.02)
+    assert torch.equal(draws.sigma_t, torch.full((20_000, 1, 1, 1), 0.002))
+    counts = torch.bincount(draws.visible_ids.flatten(), minlength=16) / 20_000
+    torch.testing.assert_close(counts, torch.full((16,), 12 / 16), atol=0.02, rtol=0)
+
+
+def test_teacher_noise_may_be_drawn_as_the_students():
+    fixed, drawn = draw(make()), draw(make(teacher_sigma="student"), batch=3)
+    assert not torch.equal(drawn.sigma_t, drawn.sigma_s) and drawn.sigma_t.unique().numel() == 3
+    assert torch.equal(fixed.sigma_s, drawn.sigma_s) and torch.equal(fixed.noise_t, drawn.noise_t)
+    many = draw(make(teacher_sigma="student"), batch=20_000).sigma_t.log()
+    assert many.mean().item() == pytest.approx(-1.2, abs=0.03) and many.std().item() == pytest.approx(
+        1.2, abs=0.03
+    )
+
+
+def test_settings_do_not_change_each_others_draws():
+    a, b = draw(make(mask_ratio=0.2)), draw(make(mask_ratio=0.5, label_dropout=0.9))
+    assert torch.equal(a.noise_s, b.noise_s) and torch.equal(a.noise_t, b.noise_t)
+    assert torch.equal(a.visible_ids[:, :8], b.visible_ids)
+
+
+def test_without_discriminative_loss_there_is_no_teacher(batch):
+    objective = make(discriminative_weight=0.0)
+    assert objective.teacher is None
+    assert {name.split(".")[0] for name, _ in objective.named_parameters()} == {"transformer"}
+    with_teacher = make()
+    losses = objective(*batch, draw(objective))
+    assert losses["loss"] == losses["loss_generative"]
+    torch.testing.assert_close(losses["loss"], with_teacher(*batch, draw(with_teacher))["loss_generative"])
+    objective.update_teacher(0.9)
+
+
+def test_without_classes():
+    objective = make(randomize(SDDiTTransformer2DModel(**TINY | {"num_classes": 0})))
+    assert objective(torch.randn(3, 3, 8, 8))["loss"].isfinite()
+
+
+def test_dropped_labels_become_the_null_class(batch):
+    objective = make(label_dropout=1.0)
+    draws = draw(objective)
+    assert draws.label_dropped.all()
+    a, b = (
+        objective(*batch, draws),
+        objective(
+            batch[0], torch.full((3,), 4), draws._replace(label_dropped=torch.zeros(3, dtype=torch.bool))
+        ),
+    )
+    assert a["loss"] == b["loss"]
+
+
+def test_a_uniform_and_a_collapsed_teacher_show(batch):
+    objective = make()
+    objective.teacher_temperature = 1e4
+    assert objective(*batch)["teacher_entropy"].item() == pytest.approx(1, abs=1e-4)
+    objective.teacher_temperature = 1e-5
+    objective.center_patch.value[3] = objective.center_cls.value[3] = -10
+    losses = objective(*batch)
+    assert losses["teacher_entropy"].item() == pytest.approx(0, abs=1e-4)
+    assert losses["prototypes_used"].item() == pytest.approx(1 / 11)
+
+
+def test_bfloat16_autocast_keeps_the_losses_in_float32(batch):
+    objective = make(mask_ratio=0.5)
+    draws = draw(objective)
+    expected = objective(*batch, draws)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = objective(*batch, draws)
+    for name, value in actual.items():
+        assert value.dtype == torch.float32
+        assert value.item() == pytest.approx(expected[name].item(), rel=0.05, abs=0.02), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mask_ratio": 1.0}, "mask_ratio is 1.0; it must be at least 0 and below 1"),
+        ({"mask_ratio": -0.1}, "mask_ratio is -0.1"),
+        ({"teacher_sigma": "teacher"}, "teacher_sigma is 'teacher'"),
+        ({"teacher_sigma": 0.0}, "teacher_sigma is 0.0"),
+        ({"transformer": SDDiTTransformer2DModel(**TINY | {"num_decoder_layers": 0})}, "has no decoder"),
+        (
+            {"transformer": SDDiTTransformer2DModel(**TINY | {"out_channels": 6})},
+            "takes 3 channels and returns 6",
+        ),
+    ],
+)
+def test_bad_input_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(**arguments)
