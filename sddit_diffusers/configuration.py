@@ -1,0 +1,218 @@
+"""What is trained and how: the networks by name, the settings of Table A1, and how a run is configured.
+
+A setting comes from, in rising order: Table A1 (the defaults of [`TrainingConfig`]), the preset's recipe, the
+JSON file of `--config`, the command line.
+"""
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+
+def _network(size, patch, channels, layers, heads, head_dim, decoder, classes):
+    """One row of PRESETS; `decoder` is (layers, heads, head dim)."""
+    return dict(
+        sample_size=size, patch_size=patch, in_channels=channels,
+        num_layers=layers, num_attention_heads=heads, attention_head_dim=head_dim,
+        num_decoder_layers=decoder[0], decoder_num_attention_heads=decoder[1],
+        decoder_attention_head_dim=decoder[2], num_classes=classes,
+    )  # fmt: skip
+
+
+# Arguments of SDDiTTransformer2DModel by name.
+# fmt: off
+PRESETS = {
+    #                        size patch ch.  layers heads dim  decoder      classes
+    "SD-DiT-S/2":  _network(  32,   2,   4,    12,    6,  64, (8, 16, 32),   1000),
+    "SD-DiT-B/2":  _network(  32,   2,   4,    12,   12,  64, (8, 16, 32),   1000),
+    "SD-DiT-L/2":  _network(  32,   2,   4,    24,   16,  64, (8, 16, 32),   1000),
+    "SD-DiT-XL/2": _network(  32,   2,   4,    28,   16,  72, (8, 16, 32),   1000),
+    "digits":      _network(   8,   2,   1,     6,    4,  32, (2,  4, 24),     10),
+    "cifar10":     _network(  32,   2,   3,     8,    4,  64, (4,  6, 32),     10),
+}
+# fmt: on
+
+# What a preset changes in TrainingConfig.
+RECIPES = {
+    "SD-DiT-S/2": dict(max_train_steps=400_000, logging_steps=50),
+    "SD-DiT-B/2": dict(max_train_steps=400_000, logging_steps=50),
+    "SD-DiT-L/2": dict(max_train_steps=400_000, logging_steps=50),
+    "SD-DiT-XL/2": dict(max_train_steps=2_400_000, logging_steps=50),
+    "digits": dict(
+        dataset_name="digits",
+        train_batch_size=128,
+        max_train_steps=1500,
+        learning_rate=1e-3,
+        num_prototypes=256,
+        head_hidden_dim=256,
+        head_bottleneck_dim=64,
+        teacher_temperature_start=0.04,
+        teacher_temperature_end=0.07,
+        teacher_temperature_warmup_epochs=30,
+    ),
+    "cifar10": dict(
+        dataset_name="uoft-cs/cifar10", image_column="img", max_train_steps=200_000, train_batch_size=128
+    ),
+}
+
+
+def _option(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainingConfig:
+    """The settings of a run; the defaults are the paper's (Table A1 and Sec. 4.1)."""
+
+    preset: str = _option("digits", "network and recipe: " + ", ".join(PRESETS))
+    transformer: str = _option("{}", "JSON of network settings that differ from the preset's")
+    dataset_name: str = _option("", "'digits', a folder, or a dataset on the Hub, with images and labels")
+    image_column: str = _option("image", "column of the images")
+    label_column: str = _option("label", "column of the labels; '' trains without classes")
+    output_dir: str = _option("", "where the pipeline goes; sddit-PRESET if not given")
+    seed: int = _option(0, "seed of weights, data order and noise")
+
+    max_train_steps: int = _option(400_000, "optimizer steps")
+    train_batch_size: int = _option(256, "images a process and micro-batch; the paper's total is 256")
+    gradient_accumulation_steps: int = _option(1, "micro-batches an optimizer step")
+    learning_rate: float = _option(1e-4, "of AdamW")
+    lr_warmup_steps: int = _option(0, "steps of linear warm-up to the learning rate, constant afterwards")
+    adam_beta1: float = _option(0.9, "of AdamW")
+    adam_beta2: float = _option(0.999, "of AdamW")
+    adam_weight_decay: float = _option(0.0, "of AdamW")
+    max_grad_norm: float = _option(0.0, "gradients are scaled down to this norm; 0: never")
+    mixed_precision: str = _option("no", "'no', 'bf16' or 'fp16'")
+    gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass to save memory")
+    ema_decay: float = _option(0.9999, "of the weights that sample")
+
+    mask_ratio: float = _option(0.2, "share of the patches hidden from the student's encoder")
+    label_dropout: float = _option(0.1, "probability of training an image without its label, for guidance")
+    discriminative_weight: float = _option(1.0, "factor of L_D; 0 trains without teacher")
+    num_prototypes: int = _option(8192, "K")
+    head_hidden_dim: int = _option(2048, "hidden width of the projection head")
+    head_bottleneck_dim: int = _option(256, "width of the projection head before the prototypes")
+    student_temperature: float = _option(0.1, "tau_S")
+    teacher_temperature_start: float = _option(0.09, "tau_T at the start")
+    teacher_temperature_end: float = _option(0.099, "tau_T after its warm-up")
+    teacher_temperature_warmup_epochs: float = _option(5, "epochs from the first to the second")
+    teacher_momentum_start: float = _option(0.996, "beta at the start")
+    teacher_momentum_end: float = _option(0.999, "beta at the end")
+    teacher_sigma: str = _option(
+        "0.002", "noise of the teacher's view, or 'student' for the student's distribution"
+    )
+    center_momentum: float = _option(0.9, "of the teacher's centers")
+
+    validation_steps: int = _option(0, "sample a grid every so many steps; 0: at the end only")
+    checkpointing_steps: int = _option(0, "save a checkpoint every so many steps; 0: none")
+    resume_from_checkpoint: str = _option("", "'latest' or a checkpoint folder")
+    logging_steps: int = _option(1, "write the metrics every so many steps")
+    report_to: str = _option("", "'tensorboard', 'wandb' or 'all', beside metrics.jsonl")
+    dataloader_num_workers: int = _option(0, "processes that read images ahead")
+
+    def __post_init__(self):
+        if self.preset not in PRESETS:
+            raise ValueError(f"Unknown preset {self.preset!r}; there are {', '.join(PRESETS)}.")
+        self.dataset_name = self.dataset_name or RECIPES[self.preset].get("dataset_name", "")
+        self.output_dir = self.output_dir or f"sddit-{self.preset.replace('/', '-')}"
+        if not self.dataset_name:
+            raise ValueError(
+                f"The preset {self.preset} needs --dataset_name, a folder or a dataset on the Hub."
+            )
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            raise ValueError(
+                f"mixed_precision is {self.mixed_precision!r}; it must be 'no', 'bf16' or 'fp16'."
+            )
+        if not 0 <= self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio is {self.mask_ratio}; it must be at least 0 and below 1.")
+        for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        self.network()
+        self.teacher_noise()
+
+    def network(self) -> dict:
+        """The arguments of `SDDiTTransformer2DModel`, but for num_classes, which is the dataset's."""
+        try:
+            changes = json.loads(self.transformer)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"transformer is {self.transformer!r}, which is no JSON: {error}.") from None
+        unknown = sorted(set(changes) - set(PRESETS[self.preset]) - {"out_channels", "mlp_ratio"})
+        if unknown:
+            raise ValueError(
+                f"transformer has unknown settings {unknown}; known are {sorted(PRESETS[self.preset])}."
+            )
+        return PRESETS[self.preset] | changes
+
+    def teacher_noise(self) -> float | str:
+        """`teacher_sigma` as the objective takes it."""
+        try:
+            return self.teacher_sigma if self.teacher_sigma == "student" else float(self.teacher_sigma)
+        except ValueError:
+            raise ValueError(
+                f"teacher_sigma is {self.teacher_sigma!r}; it must be a number or 'student'."
+            ) from None
+
+    def save(self, path: Path) -> None:
+        """Writes the resolved settings as a file that `--config` reads."""
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+
+class _Parser(HfArgumentParser):
+    """One line for a mistake, instead of the usage of fifty options."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse(arguments: list[str] | None = None) -> TrainingConfig:
+    """The configuration of a command line, `sys.argv` by default; leaves with a message where it is wrong."""
+    parser = _Parser(
+        TrainingConfig,
+        description="Trains SD-DiT. Without options: on handwritten digits, in minutes.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="JSON file of options, which the command line overrides")
+    first = _Parser([], add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--preset")
+    chosen, _ = first.parse_known_args(arguments)
+    try:
+        options = _read_options(chosen.config) if chosen.config else {}
+        preset = chosen.preset or options.get("preset", TrainingConfig.preset)
+        parser.set_defaults(**RECIPES.get(preset, {}) | options)
+        namespace, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            raise ValueError(
+                _unknown_option(unknown[0].split("=")[0], [f"--{name}" for name in vars(namespace)])
+            )
+        return TrainingConfig(**{name: value for name, value in vars(namespace).items() if name != "config"})
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _read_options(path: str) -> dict:
+    """The options of a JSON file, each of its field's type."""
+    try:
+        options = json.loads(Path(path).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"config {path} cannot be read as JSON: {error}.") from None
+    types = {f.name: f.type for f in dataclasses.fields(TrainingConfig)}
+    for name, value in options.items():
+        if name not in types:
+            raise ValueError(f"config {path}: {_unknown_option(name, list(types))}")
+        if name == "transformer" and isinstance(value, dict):
+            options[name] = json.dumps(value)
+        elif type(value) is not types[name] and not (types[name] is float and type(value) is int):
+            raise ValueError(
+                f"config {path}: {name} is {value!r}; it must be of type {types[name].__name__}."
+            )
+    return options
+
+
+def _unknown_option(name: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=3)
+    return f"unknown option {name}" + (f"; nearest are {', '.join(nearest)}." if nearest else "; see --help.")

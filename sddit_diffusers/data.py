@@ -1,0 +1,208 @@
+"""Pictures and labels through `datasets`, in an order that follows from (seed, step) alone.
+
+The batch of a step is the same whatever the number of processes and of micro-batches; each takes its rows of
+it.
+"""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+_MODES = {1: "L", 3: "RGB"}
+
+
+def generator_for(seed: int, *counters: int, device: str | torch.device = "cpu") -> torch.Generator:
+    """A generator for one purpose at one step, unrelated to those of other counters."""
+    state = np.random.SeedSequence([seed, *counters]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state))
+
+
+class UnreadableImageError(ValueError):
+    """A picture that cannot be decoded; the message names its row."""
+
+
+class ImageDataset(Dataset):
+    """Labelled pictures as tensors in -1..1, cropped and resized to a square.
+
+    Args:
+        name: "digits" (scikit-learn's 1,797 handwritten digits, 8 x 8), a folder, or a dataset on the Hub;
+            its "train" split is read.
+        image_column, label_column: names of the columns; labels may be class numbers or strings, and an empty
+            `label_column` leaves them out.
+        channels: 1 or 3.
+        size: side of the pictures that come out, in pixels.
+
+    Attributes:
+        num_classes: 0 without labels.
+        id2label: names of the classes by number, None where there are none.
+
+    Raises:
+        ValueError: a dataset, a column or a label that is not there.
+        UnreadableImageError: when read, a picture that cannot be decoded.
+    """
+
+    def __init__(self, name: str, image_column: str, label_column: str, channels: int, size: int):
+        if channels not in _MODES:
+            raise ValueError(f"The network takes {channels} channels; pictures have 1 or 3.")
+        self.name, self.mode, self.size = name, _MODES[channels], size
+        rows = _load(name)
+        for column in filter(None, (image_column, label_column)):
+            if column not in rows.column_names:
+                raise ValueError(
+                    f"{name} has no column {column!r}; its columns are {', '.join(rows.column_names)}."
+                )
+        try:
+            self.images = rows.select_columns(image_column).cast_column(
+                image_column, datasets.Image(decode=False)
+            )
+        except (TypeError, ValueError, NotImplementedError) as error:  # what pyarrow and datasets raise
+            raise ValueError(f"Column {image_column!r} of {name} holds no pictures: {error}") from None
+        self.image_column = image_column
+        self.labels, self.id2label, self.num_classes = None, None, 0
+        if label_column:
+            self._read_labels(rows, label_column)
+
+    def _read_labels(self, rows: datasets.Dataset, column: str) -> None:
+        if rows.features[column].dtype in ("string", "large_string"):
+            rows = rows.select_columns(column).class_encode_column(column)
+        feature = rows.features[column]
+        if not getattr(feature, "dtype", "").startswith(("int", "uint")):
+            raise ValueError(
+                f"Column {column!r} of {self.name} is {feature}; labels are integers or strings."
+            )
+        self.labels = torch.from_numpy(rows.with_format("numpy")[:][column].astype(np.int64))
+        names = getattr(feature, "names", None)
+        self.num_classes = len(names) if names else int(self.labels.max()) + 1
+        self.id2label = dict(enumerate(names)) if names else None
+        wrong = ((self.labels < 0) | (self.labels >= self.num_classes)).nonzero()
+        if len(wrong):
+            row = int(wrong[0])
+            raise ValueError(
+                f"Row {row} of {self.name} has the label {self.labels[row]}; "
+                f"allowed are 0 to {self.num_classes - 1}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Pictures `[b, channels, size, size]` and class numbers `[b]`."""
+        files = self.images[indices][self.image_column]
+        pixels = np.stack([self._decode(index, file) for index, file in zip(indices, files, strict=True)])
+        images = torch.from_numpy(pixels).float() / 127.5 - 1
+        return images, None if self.labels is None else self.labels[indices]
+
+    def _decode(self, index: int, file: dict) -> np.ndarray:
+        try:
+            with Image.open(io.BytesIO(file["bytes"]) if file["bytes"] else file["path"]) as image:
+                image = center_crop(image.convert(self.mode), self.size)
+        except Exception as error:  # Pillow raises many kinds for a damaged file
+            where = f"Row {index} of {self.name}" + (
+                f" ({file['path']})" if file and file.get("path") else ""
+            )
+            raise UnreadableImageError(f"{where} cannot be read as a picture: {error}") from error
+        return np.asarray(image).reshape(self.size, self.size, -1).transpose(2, 0, 1)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's crop: halve by boxes while twice too large, bicubic to the short side, and the middle square."""
+    if image.size == (size, size):
+        return image
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+class BatchSampler(Sampler):
+    """Row numbers of every micro-batch of one process, from `start_step` to `max_steps`.
+
+    An epoch is a new permutation of the dataset; what is left at its end, less than one global batch, is
+    dropped.
+
+    Args:
+        size: number of rows.
+        batch_size: rows of a micro-batch in one process.
+        accumulation: micro-batches of a step.
+        rank, processes: which of how many processes.
+
+    Raises:
+        ValueError: the dataset is smaller than one global batch.
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, accumulation: int, rank: int, processes: int, seed: int,
+        start_step: int, max_steps: int,
+    ):  # fmt: skip
+        self.global_batch = batch_size * accumulation * processes
+        if size < self.global_batch:
+            raise ValueError(
+                f"The dataset has {size} rows, fewer than one global batch of {self.global_batch}."
+            )
+        self.size, self.seed, self.accumulation = size, seed, accumulation
+        self.batch_size, self.rank, self.processes = batch_size, rank, processes
+        self.start_step, self.max_steps = start_step, max_steps
+        self.steps_per_epoch = size // self.global_batch
+
+    def rows(self, micro: int) -> slice:
+        """This process's part of the global batch in a micro-batch."""
+        start = (micro * self.processes + self.rank) * self.batch_size
+        return slice(start, start + self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order, order_epoch = None, None
+        for step in range(self.start_step, self.max_steps):
+            epoch, position = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order_epoch, order = (
+                    epoch,
+                    torch.randperm(self.size, generator=generator_for(self.seed, 0, epoch)),
+                )
+            batch = order[position * self.global_batch :][: self.global_batch]
+            for micro in range(self.accumulation):
+                yield batch[self.rows(micro)].tolist()
+
+
+def batches(dataset: ImageDataset, sampler: BatchSampler, num_workers: int = 0) -> DataLoader:
+    """Reads the sampler's micro-batches in their order."""
+    return DataLoader(
+        dataset, batch_sampler=sampler, collate_fn=_as_it_is, num_workers=num_workers,
+        generator=torch.Generator(), pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
+
+
+def _as_it_is(batch):
+    return batch
+
+
+def _load(name: str) -> datasets.Dataset:
+    if name == "digits":
+        return _digits()
+    if not Path(name).exists() and name.startswith((".", "/", "~")):
+        raise ValueError(f"There is no dataset folder {name}.")
+    try:
+        return datasets.load_dataset(name, split="train")
+    except Exception as error:  # whatever the Hub, the network and the readers raise
+        raise ValueError(
+            f"The dataset {name!r} cannot be loaded, from here or from the Hub: {error}"
+        ) from error
+
+
+def _digits() -> datasets.Dataset:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = [Image.fromarray(image) for image in (digits.images * 255 / 16).round().astype(np.uint8)]
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=[str(i) for i in range(10)])
+    )
+    return datasets.Dataset.from_dict({"image": images, "label": digits.target}, features=features)

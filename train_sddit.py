@@ -1,0 +1,301 @@
+"""Trains SD-DiT: `accelerate launch train_sddit.py [--preset NAME] [--dataset_name NAME] [options]`.
+
+Without options it trains on handwritten digits and leaves a pipeline, pictures and curves in `sddit-digits/`.
+Everything random in a step, and every schedule, follows from the seed and the number of the step alone.
+"""
+
+import dataclasses
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
+from sddit_diffusers import EDMHeunScheduler, SDDiTObjective, SDDiTPipeline, SDDiTTransformer2DModel
+from sddit_diffusers.checkpointing import find_checkpoints, load_checkpoint, save_checkpoint
+from sddit_diffusers.configuration import TrainingConfig, parse
+from sddit_diffusers.data import BatchSampler, ImageDataset, UnreadableImageError, batches, generator_for
+from sddit_diffusers.discrimination import teacher_momentum, teacher_temperature
+from sddit_diffusers.reporting import MetricsLog, draw_curves, read_metrics, sample_grid
+
+
+class Trainer:
+    """A run: what is built once, one step, and what is saved."""
+
+    def __init__(self, config: TrainingConfig):
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        prepare_folder(self.output_dir, config)
+        trackers = [str(tracker) for tracker in get_available_trackers()]
+        if config.report_to not in ("", "all", *trackers):
+            raise ValueError(
+                f"report_to is {config.report_to!r}; installed are {', '.join(trackers) or 'none'}."
+            )
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            log_with=config.report_to or None,
+            project_dir=self.output_dir,
+            # The centers are equal on all processes; broadcasting them before each forward is for nothing.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        check_processes(self.accelerator)
+        network = config.network()
+        self.dataset = ImageDataset(
+            config.dataset_name,
+            config.image_column,
+            config.label_column,
+            network["in_channels"],
+            network["sample_size"],
+        )
+        set_seed(config.seed)
+        transformer = SDDiTTransformer2DModel(**network | {"num_classes": self.dataset.num_classes})
+        if config.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        self.raw = SDDiTObjective(
+            transformer,
+            EDMHeunScheduler(),
+            mask_ratio=config.mask_ratio,
+            discriminative_weight=config.discriminative_weight,
+            teacher_sigma=config.teacher_noise(),
+            num_prototypes=config.num_prototypes,
+            head_hidden_dim=config.head_hidden_dim,
+            head_bottleneck_dim=config.head_bottleneck_dim,
+            student_temperature=config.student_temperature,
+            center_momentum=config.center_momentum,
+            label_dropout=config.label_dropout,
+        )
+        optimizer = torch.optim.AdamW(
+            [parameter for parameter in self.raw.parameters() if parameter.requires_grad],
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.adam_weight_decay,
+        )
+        self.objective, self.optimizer = self.accelerator.prepare(self.raw, optimizer)
+        self.ema = EMAModel(self.raw.transformer.parameters(), decay=config.ema_decay, foreach=True)
+        self.start_step = self.resume() if config.resume_from_checkpoint else 0
+        self.sampler = BatchSampler(
+            len(self.dataset), config.train_batch_size, config.gradient_accumulation_steps,
+            self.accelerator.process_index, self.accelerator.num_processes, config.seed,
+            self.start_step, config.max_train_steps,
+        )  # fmt: skip
+
+    def run(self) -> None:
+        """Trains from the first step to the last, and saves the pipeline."""
+        config, main = self.config, self.accelerator.is_main_process
+        if main:
+            config.save(self.output_dir / "training_config.json")
+            log = MetricsLog(self.output_dir / "metrics.jsonl", self.start_step)
+        self.accelerator.init_trackers("sddit", config=dataclasses.asdict(config))
+        self.describe()
+        data = iter(batches(self.dataset, self.sampler, config.dataloader_num_workers))
+        progress = tqdm(
+            range(self.start_step, config.max_train_steps),
+            initial=self.start_step,
+            total=config.max_train_steps,
+            disable=not self.accelerator.is_local_main_process,
+            unit="step",
+            smoothing=0.05,
+            dynamic_ncols=True,
+        )
+        for step in progress:
+            metrics = self.train_step(step, data)
+            done = step + 1
+            shown = {"L_G": metrics["loss_generative"], "L_D": metrics.get("loss_discriminative", 0.0)}
+            progress.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
+            if done % config.logging_steps == 0 or done == config.max_train_steps:
+                self.accelerator.log(metrics, step=done)
+                if main:
+                    log.write({"step": done, **metrics})
+            if config.checkpointing_steps and done % config.checkpointing_steps == 0:
+                self.save(done)
+            if (
+                config.validation_steps
+                and done % config.validation_steps == 0
+                and done < config.max_train_steps
+            ):
+                self.validate(f"samples-{done}.png")
+        self.finish()
+
+    def train_step(self, step: int, data) -> dict[str, float]:
+        """One optimizer step and the updates that follow; returns the means over the global batch."""
+        config, raw = self.config, self.raw
+        warmup_steps = config.teacher_temperature_warmup_epochs * self.sampler.steps_per_epoch
+        raw.teacher_temperature = teacher_temperature(
+            step, warmup_steps, config.teacher_temperature_start, config.teacher_temperature_end
+        )
+        momentum = teacher_momentum(
+            step, config.max_train_steps, config.teacher_momentum_start, config.teacher_momentum_end
+        )
+        learning_rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+        # Drawn for the whole global batch and cut into rows, so that the number of processes changes nothing.
+        device = self.accelerator.device
+        network = raw.transformer.config
+        shape = (self.sampler.global_batch, network.in_channels, network.sample_size, network.sample_size)
+        draws = raw.draw(shape, generator_for(config.seed, 1, step, device=device), device)
+        total = 0.0
+        for micro in range(config.gradient_accumulation_steps):
+            x0, labels = next(data)
+            x0, labels = x0.to(device), None if labels is None else labels.to(device)
+            with self.accelerator.accumulate(self.objective):
+                losses = self.objective(x0, labels, draws.rows(self.sampler.rows(micro)))
+                self.accelerator.backward(losses["loss"])
+            total = total + torch.stack([loss.detach().float() for loss in losses.values()])
+        means = self.accelerator.reduce(total / config.gradient_accumulation_steps, "mean")
+        metrics = dict(zip(losses, means.tolist(), strict=True))
+        self.check_finite(step, metrics)
+
+        norm = self.accelerator.clip_grad_norm_(raw.parameters(), config.max_grad_norm or float("inf"))
+        if self.accelerator.scaler is None:  # fp16's loss scaler leaves out a step whose gradients overflow
+            self.check_finite(step, {"the gradient": norm.item()})
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        skipped = self.accelerator.optimizer_step_was_skipped
+        raw.update_teacher(
+            1.0 if skipped else momentum, lambda tensor: self.accelerator.reduce(tensor, "mean")
+        )
+        if not skipped:
+            self.ema.step(raw.transformer.parameters())
+        metrics |= {"grad_norm": norm.item(), "learning_rate": learning_rate}
+        if raw.teacher is not None:
+            metrics |= {"teacher_momentum": momentum, "teacher_temperature": raw.teacher_temperature}
+        return metrics
+
+    def check_finite(self, step: int, values: dict[str, float]) -> None:
+        """Stops all processes, for all see the same reduced values, before any weight has moved."""
+        wrong = {name: value for name, value in values.items() if not torch.tensor(value).isfinite()}
+        if not wrong:
+            return
+        for name, parameter in self.raw.named_parameters():
+            if not parameter.isfinite().all():
+                wrong[name] = "not finite"
+            elif parameter.grad is not None and not parameter.grad.isfinite().all():
+                wrong[f"the gradient of {name}"] = "not finite"
+        shown = ", ".join(f"{name} ({value})" for name, value in list(wrong.items())[:12])
+        raise FloatingPointError(
+            f"Step {step + 1} met {len(wrong)} values that are not finite: {shown}. "
+            "No weight was moved in this step."
+        )
+
+    def pipeline(self) -> SDDiTPipeline:
+        """A pipeline around the student's weights as they are now."""
+        return SDDiTPipeline(self.raw.transformer, EDMHeunScheduler(), id2label=self.dataset.id2label)
+
+    def validate(self, name: str) -> None:
+        """Draws a grid of samples with the averaged weights."""
+        if self.accelerator.is_main_process:
+            parameters = list(self.raw.transformer.parameters())
+            self.ema.store(parameters)
+            self.ema.copy_to(parameters)
+            pipe = self.pipeline()
+            pipe.set_progress_bar_config(disable=True)
+            sample_grid(pipe).save(self.output_dir / name)
+            self.ema.restore(parameters)
+        self.accelerator.wait_for_everyone()
+
+    def save(self, step: int) -> None:
+        """Writes a checkpoint."""
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = {
+                "objective": self.raw.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "ema": self.ema.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+            }
+            save_checkpoint(self.output_dir, step, state)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> int:
+        """Loads a checkpoint; returns the steps that it has behind it."""
+        state = load_checkpoint(self.output_dir, self.config.resume_from_checkpoint)
+        self.raw.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema.load_state_dict(state["ema"])
+        self.ema.to(self.accelerator.device)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        return state["step"]
+
+    def describe(self) -> None:
+        """Says what is about to be trained."""
+        count = sum(parameter.numel() for parameter in self.raw.parameters() if parameter.requires_grad)
+        self.accelerator.print(
+            f"SD-DiT {self.config.preset}: {count / 1e6:.1f}M trained parameters, "
+            f"{len(self.dataset)} pictures of {self.dataset.num_classes} classes, "
+            f"global batch {self.sampler.global_batch}, "
+            f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}, "
+            f"precision {self.config.mixed_precision}, into {self.output_dir}/"
+        )
+
+    def finish(self) -> None:
+        """Saves the pipeline with the averaged weights, and draws samples and curves."""
+        if self.accelerator.is_main_process:
+            self.ema.copy_to(self.raw.transformer.parameters())
+            pipe = self.pipeline()
+            pipe.save_pretrained(self.output_dir)
+            pipe.set_progress_bar_config(desc="samples.png", leave=False)
+            sample_grid(pipe).save(self.output_dir / "samples.png")
+            draw_curves(read_metrics(self.output_dir / "metrics.jsonl"), self.output_dir / "curves.png")
+            label = self.dataset.num_classes - 3 if self.dataset.num_classes > 2 else None
+            print(
+                f"Done: samples.png, curves.png, metrics.jsonl and the pipeline are in {self.output_dir}/. "
+                "Use it:\n\n"
+                "    from sddit_diffusers import SDDiTPipeline\n"
+                f'    pipe = SDDiTPipeline.from_pretrained("{self.output_dir}")\n'
+                f'    pipe(class_labels=[{label}]).images[0].save("sample.png")'
+            )
+        self.accelerator.end_training()
+
+
+def prepare_folder(folder: Path, config: TrainingConfig) -> None:
+    """Makes sure, before anything is trained, that the results can be written and that none is lost."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"The output folder {folder} cannot be written: {error.strerror}.") from None
+    if find_checkpoints(folder) and not config.resume_from_checkpoint:
+        raise ValueError(
+            f"{folder} holds checkpoints of an earlier run: go on with --resume_from_checkpoint latest, "
+            "or choose another --output_dir."
+        )
+
+
+def check_processes(accelerator: Accelerator) -> None:
+    """Uses all processes that were started, and all cores."""
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"{started} processes were started, but accelerate joins {accelerator.num_processes}."
+        )
+    # accelerate launch sets OMP_NUM_THREADS=1 where nobody chose a number.
+    if accelerator.device.type == "cpu" and torch.get_num_threads() == 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // accelerator.num_processes))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    config = parse(arguments)
+    try:
+        trainer = Trainer(config)
+    except ValueError as error:
+        sys.exit(f"train_sddit.py: error: {error}")
+    try:
+        trainer.run()
+    except (FloatingPointError, UnreadableImageError) as error:
+        sys.exit(f"train_sddit.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
