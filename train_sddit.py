@@ -5,9 +5,11 @@ Everything random in a step, and every schedule, follows from the seed and the n
 """
 
 import dataclasses
+import math
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from sddit_diffusers.checkpointing import find_checkpoints, load_checkpoint, sav
 from sddit_diffusers.configuration import TrainingConfig, parse
 from sddit_diffusers.data import BatchSampler, ImageDataset, UnreadableImageError, batches, generator_for
 from sddit_diffusers.discrimination import teacher_momentum, teacher_temperature
+from sddit_diffusers.objective import Draws
 from sddit_diffusers.reporting import MetricsLog, draw_curves, read_metrics, sample_grid
 
 
@@ -38,14 +41,14 @@ class Trainer:
                 f"report_to is {config.report_to!r}; installed are {', '.join(trackers) or 'none'}."
             )
         self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
+            mixed_precision=config.mixed_precision or None,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=config.report_to or None,
             project_dir=self.output_dir,
             # The centers are equal on all processes; broadcasting them before each forward is for nothing.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-        check_processes(self.accelerator)
+        check_machine(self.accelerator)
         network = config.network()
         self.dataset = ImageDataset(
             config.dataset_name,
@@ -76,6 +79,7 @@ class Trainer:
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay,
+            fused=True,
         )
         self.objective, self.optimizer = self.accelerator.prepare(self.raw, optimizer)
         self.ema = EMAModel(self.raw.transformer.parameters(), decay=config.ema_decay, foreach=True)
@@ -123,68 +127,83 @@ class Trainer:
                 self.validate(f"samples-{done}.png")
         self.finish()
 
-    def train_step(self, step: int, data) -> dict[str, float]:
+    def train_step(self, step: int, data: Iterator) -> dict[str, float]:
         """One optimizer step and the updates that follow; returns the means over the global batch."""
-        config, raw = self.config, self.raw
-        warmup_steps = config.teacher_temperature_warmup_epochs * self.sampler.steps_per_epoch
-        raw.teacher_temperature = teacher_temperature(
-            step, warmup_steps, config.teacher_temperature_start, config.teacher_temperature_end
-        )
-        momentum = teacher_momentum(
-            step, config.max_train_steps, config.teacher_momentum_start, config.teacher_momentum_end
-        )
-        learning_rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-
-        # Drawn for the whole global batch and cut into rows, so that the number of processes changes nothing.
-        device = self.accelerator.device
-        network = raw.transformer.config
-        shape = (self.sampler.global_batch, network.in_channels, network.sample_size, network.sample_size)
-        draws = raw.draw(shape, generator_for(config.seed, 1, step, device=device), device)
+        schedule = self.follow_schedules(step)
+        draws = self.draw(step)
         total = 0.0
-        for micro in range(config.gradient_accumulation_steps):
+        for micro in range(self.config.gradient_accumulation_steps):
             x0, labels = next(data)
-            x0, labels = x0.to(device), None if labels is None else labels.to(device)
+            x0, labels = (
+                x0.to(draws.noise_s.device),
+                None if labels is None else labels.to(draws.noise_s.device),
+            )
             with self.accelerator.accumulate(self.objective):
                 losses = self.objective(x0, labels, draws.rows(self.sampler.rows(micro)))
                 self.accelerator.backward(losses["loss"])
             total = total + torch.stack([loss.detach().float() for loss in losses.values()])
-        means = self.accelerator.reduce(total / config.gradient_accumulation_steps, "mean")
+        means = self.accelerator.reduce(total / self.config.gradient_accumulation_steps, "mean")
         metrics = dict(zip(losses, means.tolist(), strict=True))
         self.check_finite(step, metrics)
 
-        norm = self.accelerator.clip_grad_norm_(raw.parameters(), config.max_grad_norm or float("inf"))
-        if self.accelerator.scaler is None:  # fp16's loss scaler leaves out a step whose gradients overflow
-            self.check_finite(step, {"the gradient": norm.item()})
+        self.accelerator.unscale_gradients()
+        trained = [parameter for parameter in self.raw.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
+        metrics["grad_norm"] = norm.item()
+        # fp16's loss scaler leaves out a step whose gradients overflow, and scales the next one less.
+        skipped = self.accelerator.scaler is not None and not norm.isfinite()
+        if not skipped:
+            self.check_finite(step, metrics)
+        if self.config.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(trained, self.config.max_grad_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        skipped = self.accelerator.optimizer_step_was_skipped
-        raw.update_teacher(
-            1.0 if skipped else momentum, lambda tensor: self.accelerator.reduce(tensor, "mean")
+        if skipped:
+            del metrics["grad_norm"]
+        else:
+            self.ema.step(self.raw.transformer.parameters())
+        momentum = 1.0 if skipped else schedule["teacher_momentum"]
+        self.raw.update_teacher(momentum, lambda tensor: self.accelerator.reduce(tensor, "mean"))
+        return metrics | schedule
+
+    def follow_schedules(self, step: int) -> dict[str, float]:
+        """Sets learning rate and teacher temperature to those of a step; returns them and the momentum."""
+        config = self.config
+        learning_rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        warmup_steps = config.teacher_temperature_warmup_epochs * self.sampler.steps_per_epoch
+        temperature = teacher_temperature(
+            step, warmup_steps, config.teacher_temperature_start, config.teacher_temperature_end
         )
-        if not skipped:
-            self.ema.step(raw.transformer.parameters())
-        metrics |= {"grad_norm": norm.item(), "learning_rate": learning_rate}
-        if raw.teacher is not None:
-            metrics |= {"teacher_momentum": momentum, "teacher_temperature": raw.teacher_temperature}
-        return metrics
+        self.raw.teacher_temperature = temperature
+        momentum = teacher_momentum(
+            step, config.max_train_steps, config.teacher_momentum_start, config.teacher_momentum_end
+        )
+        return {
+            "learning_rate": learning_rate,
+            "teacher_momentum": momentum,
+            "teacher_temperature": temperature,
+        }
+
+    def draw(self, step: int) -> Draws:
+        """The draws of a step's whole global batch, of which each process uses its rows."""
+        device, network = self.accelerator.device, self.raw.transformer.config
+        shape = (self.sampler.global_batch, network.in_channels, network.sample_size, network.sample_size)
+        return self.raw.draw(shape, generator_for(self.config.seed, 1, step, device=device), device)
 
     def check_finite(self, step: int, values: dict[str, float]) -> None:
         """Stops all processes, for all see the same reduced values, before any weight has moved."""
-        wrong = {name: value for name, value in values.items() if not torch.tensor(value).isfinite()}
+        wrong = [f"{name} ({value})" for name, value in values.items() if not math.isfinite(value)]
         if not wrong:
             return
         for name, parameter in self.raw.named_parameters():
             if not parameter.isfinite().all():
-                wrong[name] = "not finite"
-            elif parameter.grad is not None and not parameter.grad.isfinite().all():
-                wrong[f"the gradient of {name}"] = "not finite"
-        shown = ", ".join(f"{name} ({value})" for name, value in list(wrong.items())[:12])
-        raise FloatingPointError(
-            f"Step {step + 1} met {len(wrong)} values that are not finite: {shown}. "
-            "No weight was moved in this step."
-        )
+                wrong.append(f"the weights {name}")
+            elif "grad_norm" in values and parameter.grad is not None and not parameter.grad.isfinite().all():
+                wrong.append(f"the gradient of {name}")
+        shown = ", ".join(wrong[:12]) + (f" and {len(wrong) - 12} more" if len(wrong) > 12 else "")
+        raise FloatingPointError(f"Step {step + 1}: not finite: {shown}. No weight was moved in this step.")
 
     def pipeline(self) -> SDDiTPipeline:
         """A pipeline around the student's weights as they are now."""
@@ -234,7 +253,7 @@ class Trainer:
             f"{len(self.dataset)} pictures of {self.dataset.num_classes} classes, "
             f"global batch {self.sampler.global_batch}, "
             f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}, "
-            f"precision {self.config.mixed_precision}, into {self.output_dir}/"
+            f"mixed precision {self.accelerator.mixed_precision}, into {self.output_dir}/"
         )
 
     def finish(self) -> None:
@@ -272,8 +291,10 @@ def prepare_folder(folder: Path, config: TrainingConfig) -> None:
         )
 
 
-def check_processes(accelerator: Accelerator) -> None:
-    """Uses all processes that were started, and all cores."""
+def check_machine(accelerator: Accelerator) -> None:
+    """Makes sure that the run is as it was asked for, and uses all cores."""
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("mixed_precision is 'fp16', which needs a GPU; the CPU has 'bf16' and 'no'.")
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != accelerator.num_processes:
         raise ValueError(

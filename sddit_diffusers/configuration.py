@@ -31,7 +31,7 @@ PRESETS = {
     "SD-DiT-B/2":  _network(  32,   2,   4,    12,   12,  64, (8, 16, 32),   1000),
     "SD-DiT-L/2":  _network(  32,   2,   4,    24,   16,  64, (8, 16, 32),   1000),
     "SD-DiT-XL/2": _network(  32,   2,   4,    28,   16,  72, (8, 16, 32),   1000),
-    "digits":      _network(   8,   2,   1,     6,    4,  32, (2,  4, 24),     10),
+    "digits":      _network(   8,   2,   1,     4,    4,  24, (2,  4, 24),     10),
     "cifar10":     _network(  32,   2,   3,     8,    4,  64, (4,  6, 32),     10),
 }
 # fmt: on
@@ -46,7 +46,9 @@ RECIPES = {
         dataset_name="digits",
         train_batch_size=128,
         max_train_steps=1500,
-        learning_rate=1e-3,
+        learning_rate=3e-3,
+        lr_warmup_steps=100,
+        adam_beta2=0.99,
         num_prototypes=256,
         head_hidden_dim=256,
         head_bottleneck_dim=64,
@@ -85,7 +87,7 @@ class TrainingConfig:
     adam_beta2: float = _option(0.999, "of AdamW")
     adam_weight_decay: float = _option(0.0, "of AdamW")
     max_grad_norm: float = _option(0.0, "gradients are scaled down to this norm; 0: never")
-    mixed_precision: str = _option("no", "'no', 'bf16' or 'fp16'")
+    mixed_precision: str = _option("", "'no', 'bf16' or 'fp16'; as accelerate is configured if not given")
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass to save memory")
     ema_decay: float = _option(0.9999, "of the weights that sample")
 
@@ -122,7 +124,7 @@ class TrainingConfig:
             raise ValueError(
                 f"The preset {self.preset} needs --dataset_name, a folder or a dataset on the Hub."
             )
-        if self.mixed_precision not in ("no", "bf16", "fp16"):
+        if self.mixed_precision not in ("", "no", "bf16", "fp16"):
             raise ValueError(
                 f"mixed_precision is {self.mixed_precision!r}; it must be 'no', 'bf16' or 'fp16'."
             )
@@ -140,6 +142,8 @@ class TrainingConfig:
             changes = json.loads(self.transformer)
         except json.JSONDecodeError as error:
             raise ValueError(f"transformer is {self.transformer!r}, which is no JSON: {error}.") from None
+        if not isinstance(changes, dict):
+            raise ValueError(f"transformer is {self.transformer!r}; it must be a JSON object.")
         unknown = sorted(set(changes) - set(PRESETS[self.preset]) - {"out_channels", "mlp_ratio"})
         if unknown:
             raise ValueError(

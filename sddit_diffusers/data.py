@@ -70,8 +70,9 @@ class ImageDataset(Dataset):
             self._read_labels(rows, label_column)
 
     def _read_labels(self, rows: datasets.Dataset, column: str) -> None:
-        if rows.features[column].dtype in ("string", "large_string"):
-            rows = rows.select_columns(column).class_encode_column(column)
+        rows = rows.select_columns(column)
+        if getattr(rows.features[column], "dtype", "") in ("string", "large_string"):
+            rows = rows.class_encode_column(column)
         feature = rows.features[column]
         if not getattr(feature, "dtype", "").startswith(("int", "uint")):
             raise ValueError(
@@ -104,10 +105,9 @@ class ImageDataset(Dataset):
             with Image.open(io.BytesIO(file["bytes"]) if file["bytes"] else file["path"]) as image:
                 image = center_crop(image.convert(self.mode), self.size)
         except Exception as error:  # Pillow raises many kinds for a damaged file
-            where = f"Row {index} of {self.name}" + (
-                f" ({file['path']})" if file and file.get("path") else ""
-            )
-            raise UnreadableImageError(f"{where} cannot be read as a picture: {error}") from error
+            path = f" ({file['path']})" if file and file["path"] else ""
+            message = f"Row {index} of {self.name}{path} cannot be read as a picture: {error}"
+            raise UnreadableImageError(message) from error
         return np.asarray(image).reshape(self.size, self.size, -1).transpose(2, 0, 1)
 
 

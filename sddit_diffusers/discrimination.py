@@ -48,9 +48,10 @@ class ProjectionHead(nn.Module):
 
 
 class Teacher(nn.Module):
-    """T and its head: the EMA of the student's, moved by a diffusers `EMAModel`, forward without gradient.
+    """T and its head j': the EMA of the student's encoder and head, moved by a diffusers `EMAModel`.
 
-    Its weights are the `EMAModel`'s shadow parameters themselves, so there is one copy of them.
+    Its weights are the `EMAModel`'s shadow parameters themselves, so there is one copy of them; none takes a
+    gradient.
     """
 
     def __init__(self, transformer: SDDiTTransformer2DModel, head: ProjectionHead):
@@ -62,11 +63,6 @@ class Teacher(nn.Module):
         self.ema = EMAModel([], update_after_step=-1, foreach=True)
         for shadow, parameter in zip(*self._pair_with(transformer, head), strict=True):
             shadow.copy_(parameter.detach())  # theta' = theta, the first line of Algorithm A1
-
-    @torch.no_grad()
-    def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
-        """The full, unmasked view to its tokens, [CLS] first, `[b, 1 + n, D]`."""
-        return self.encoder(hidden_states, timestep, class_labels).encoder_hidden_states
 
     def update(self, transformer: SDDiTTransformer2DModel, head: ProjectionHead, momentum: float) -> None:
         """theta' = beta theta' + (1 - beta) theta (Algorithm A1); a momentum of 1 freezes, 0 copies."""

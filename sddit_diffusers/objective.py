@@ -4,6 +4,7 @@ Shapes: b batch, c channels, h x w pixels of the sample, n patches, k visible pa
 prototypes.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -118,12 +119,13 @@ class SDDiTObjective(nn.Module):
         k = max(1, int(n * (1 - self.mask_ratio) + 1e-6))
         sigma_s = (self.p_mean + self.p_std * torch.randn(b, 1, 1, 1, **options)).exp()
         noise_s = torch.randn(shape, **options)
-        visible_ids = torch.rand(b, n, **options).argsort(dim=1)[:, :k] if k < n else None
+        patch_order = torch.rand(b, n, **options).argsort(dim=1)
         label_dropped = torch.rand(b, **options) < self.label_dropout
         noise_t = torch.randn(shape, **options)
         sigma_t = (self.p_mean + self.p_std * torch.randn(b, 1, 1, 1, **options)).exp()
         if self.teacher_sigma != "student":
             sigma_t = torch.full_like(sigma_t, self.teacher_sigma)
+        visible_ids = patch_order[:, :k] if k < n else None
         return Draws(sigma_s, noise_s, visible_ids, label_dropped, sigma_t, noise_t)
 
     def forward(
@@ -152,8 +154,7 @@ class SDDiTObjective(nn.Module):
         x_s = x0 + sigma_s * draws.noise_s
         x_t = x0 + sigma_t * draws.noise_t
 
-        # Forward the visible patches through the student's encoder, the complete token set through its
-        # decoder.
+        # Forward the visible patches through the student's encoder, and the complete set through its decoder.
         student = self.transformer(*self._inputs(x_s, sigma_s), class_labels, draws.visible_ids)
         e_s = student.encoder_hidden_states  # [b, 1 + k, D]
 
@@ -166,32 +167,31 @@ class SDDiTObjective(nn.Module):
         if self.teacher is None:
             return {"loss": loss_generative, "loss_generative": loss_generative}
 
-        # Forward the full view through the teacher's encoder, and both through their heads.
-        e_t = self.teacher(*self._inputs(x_t, sigma_t), class_labels)  # [b, 1 + n, D]
-        if draws.visible_ids is not None:
-            visible = draws.visible_ids.unsqueeze(-1).expand(-1, -1, e_t.shape[-1])
-            e_t = torch.cat([e_t[:, :1], e_t[:, 1:].gather(1, visible)], dim=1)  # [b, 1 + k, D]
-        logits_s = self.head(e_s)  # [b, 1 + k, K]
+        # Forward the full view through the teacher's encoder, and [CLS] and the visible patches of both
+        # through their heads.
         with torch.no_grad():
-            logits_t = self.teacher.head(e_t)
+            e_t = self.teacher.encoder(*self._inputs(x_t, sigma_t), class_labels).encoder_hidden_states
+            j_t = self.teacher.head(keep_visible(e_t, draws.visible_ids))  # [b, 1 + k, K]
+        j_s = self.head(e_s)  # [b, 1 + k, K]
 
-        # L_D (Eq. 12): [CLS] and the visible patches.
-        loss_cls, entropy_cls = self._discriminate(logits_t[:, :1], logits_s[:, :1], self.center_cls)
-        loss_patch, entropy_patch = self._discriminate(logits_t[:, 1:], logits_s[:, 1:], self.center_patch)
+        # L_D (Eq. 12), the mean over the visible patches and the [CLS] term.
+        temperatures = self.teacher_temperature, self.student_temperature
+        loss_cls, entropy_cls = cross_entropy(j_t[:, :1], j_s[:, :1], self.center_cls.value, *temperatures)
+        loss_patch, entropy_patch = cross_entropy(
+            j_t[:, 1:], j_s[:, 1:], self.center_patch.value, *temperatures
+        )
         loss_discriminative = loss_patch + loss_cls
+        self.center_cls.add(j_t[:, :1])
+        self.center_patch.add(j_t[:, 1:])
 
         entropy = (entropy_cls + entropy_patch) / 2
-        first = (logits_t[:, 1:] - self.center_patch.value).argmax(-1).flatten()
-        num_prototypes = logits_t.shape[-1]
         return {
             "loss": loss_generative + self.discriminative_weight * loss_discriminative,
             "loss_generative": loss_generative,
             "loss_discriminative": loss_discriminative,
-            "teacher_entropy": entropy / torch.tensor(num_prototypes, device=entropy.device).log(),
+            "teacher_entropy": entropy / math.log(j_t.shape[-1]),
             "kl": loss_discriminative / 2 - entropy,
-            "prototypes_used": torch.zeros(num_prototypes, device=first.device)
-            .index_fill_(0, first, 1)
-            .mean(),
+            "prototypes_used": share_used(j_t[:, 1:] - self.center_patch.value),
             "center_norm_cls": self.center_cls.value.norm(),
             "center_norm_patch": self.center_patch.value.norm(),
         }
@@ -210,13 +210,19 @@ class SDDiTObjective(nn.Module):
 
     def _inputs(self, sample: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """c_in x and c_noise, what the network takes."""
-        return self.scheduler.precondition_inputs(sample, sigma), self.scheduler.precondition_noise(
-            sigma
-        ).flatten()
+        c_noise = self.scheduler.precondition_noise(sigma).flatten()
+        return self.scheduler.precondition_inputs(sample, sigma), c_noise
 
-    def _discriminate(self, logits_t: Tensor, logits_s: Tensor, center: Center) -> tuple[Tensor, Tensor]:
-        """H(T, S, C) and the teacher's entropy; the logits are remembered for the center."""
-        center.add(logits_t)
-        return cross_entropy(
-            logits_t, logits_s, center.value, self.teacher_temperature, self.student_temperature
-        )
+
+def keep_visible(tokens: Tensor, visible_ids: Tensor | None) -> Tensor:
+    """[CLS] and the visible patches of all tokens, `[b, 1 + n, D]` to `[b, 1 + k, D]`."""
+    if visible_ids is None:
+        return tokens
+    index = visible_ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
+    return torch.cat([tokens[:, :1], tokens[:, 1:].gather(1, index)], dim=1)
+
+
+def share_used(logits: Tensor) -> Tensor:
+    """The share of the K prototypes that are some token's first choice."""
+    used = torch.zeros(logits.shape[-1], device=logits.device)
+    return used.index_fill_(0, logits.argmax(-1).flatten(), 1).mean()

@@ -86,12 +86,7 @@ class SDDiTPipeline(DiffusionPipeline):
                 return number
             nearest = difflib.get_close_matches(label.strip().lower(), self.label2id, n=5, cutoff=0.5)
             hint = f" Nearest names: {', '.join(nearest)}." if nearest else ""
-            known = (
-                f"{len(self.label2id)} names are known"
-                if self.label2id
-                else "this pipeline has no class names"
-            )
-            raise ValueError(f"Unknown class name {label!r}; {known}.{hint}")
+            raise ValueError(f"Unknown class name {label!r}; {len(self.label2id)} names are known.{hint}")
         if int(label) != label or not 0 <= label < num_classes:
             allowed = f"0 to {num_classes - 1}" if num_classes else "none, for this model has no classes"
             raise ValueError(f"Class label {label} is out of range; allowed are {allowed}.")

@@ -45,7 +45,7 @@ def read_metrics(path: Path) -> list[dict]:
 _PANELS = (
     ("generative loss", ("loss_generative",)),
     ("discriminative loss (nats)", ("loss_discriminative",)),
-    ("teacher: entropy / ln K, prototypes used", ("teacher_entropy", "prototypes_used")),
+    ("teacher: entropy / ln K, share of prototypes used", ("teacher_entropy", "prototypes_used")),
     ("KL of student from teacher (nats)", ("kl",)),
     ("learning rate", ("learning_rate",)),
     ("teacher momentum", ("teacher_momentum",)),
@@ -53,7 +53,7 @@ _PANELS = (
 
 
 def draw_curves(metrics: list[dict], path: Path) -> None:
-    """Draws the metrics over steps: the values pale, their running mean over 2 % of the run on top."""
+    """Draws the metrics over steps: the values pale, their mean over 2 % of the run around a step on top."""
     figure, axes = plt.subplots(2, 3, figsize=(15, 7), layout="constrained")
     for axis, (title, names) in zip(axes.flat, _PANELS, strict=True):
         for color, name in zip(("tab:blue", "tab:orange"), names, strict=False):
@@ -61,11 +61,8 @@ def draw_curves(metrics: list[dict], path: Path) -> None:
             if not points:
                 continue
             steps, values = np.array(points).T
-            window = max(1, len(values) // 50)
-            smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-            if window > 1:
-                axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-            axis.plot(steps[window - 1 :], smooth, color=color, label=name)
+            axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+            axis.plot(steps, smooth(values, len(values) // 100), color=color, label=name)
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
@@ -73,6 +70,14 @@ def draw_curves(metrics: list[dict], path: Path) -> None:
             axis.legend()
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def smooth(values: np.ndarray, reach: int) -> np.ndarray:
+    """The mean of each value and its neighbours up to `reach` away, of equally many on both sides."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    reach = np.minimum(reach, np.minimum(index, len(values) - 1 - index))
+    return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
 
 
 def sample_grid(pipe: SDDiTPipeline, classes: int = 10, columns: int = 10, **arguments) -> Image.Image:
@@ -89,8 +94,8 @@ def sample_grid(pipe: SDDiTPipeline, classes: int = 10, columns: int = 10, **arg
 
 
 def draw_grid(images: list[Image.Image], names: list[str], columns: int) -> Image.Image:
-    """Rows of `columns` images with a name at the left of each; images below 48 pixels are enlarged."""
-    zoom = -(-48 // images[0].height)
+    """Rows of `columns` images with a name at the left of each; images below 64 pixels are enlarged."""
+    zoom = -(-64 // images[0].height)
     width, height = images[0].width * zoom, images[0].height * zoom
     margin, gap = 14 + 7 * max(len(name) for name in names), 2
     grid = Image.new("RGB", (margin + columns * (width + gap), len(names) * (height + gap)), "white")
@@ -99,6 +104,6 @@ def draw_grid(images: list[Image.Image], names: list[str], columns: int) -> Imag
         draw.text((6, row * (height + gap) + height // 2 - 6), name, fill="black")
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
-        image = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+        image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         grid.paste(image, (margin + column * (width + gap), row * (height + gap)))
     return grid

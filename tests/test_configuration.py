@@ -20,7 +20,7 @@ def test_a_setting_comes_from_default_preset_file_and_command_line_in_this_order
     assert config.seed == 7  # command line
     assert (config.train_batch_size, config.learning_rate) == (32, 1)  # file
     assert config.num_prototypes == 256  # preset
-    assert config.adam_beta2 == 0.999  # default
+    assert config.adam_beta1 == 0.9  # default
 
 
 def test_resolved_configuration_is_read_back(tmp_path):
@@ -54,6 +54,7 @@ def test_every_preset_is_a_network_and_a_recipe(preset):
         (["--max_train_steps", "0"], "max_train_steps is 0; it must be at least 1"),
         (["--preset", "SD-DiT-S/2"], "needs --dataset_name"),
         (["--transformer", "{layers: 1}"], "is no JSON"),
+        (["--transformer", "[1]"], "must be a JSON object"),
         (["--transformer", '{"layers": 1}'], r"unknown settings \['layers'\]"),
         (["--config", "nowhere.json"], "config nowhere.json cannot be read"),
         (["--resume_from_checkpoint"], "expected one argument"),

@@ -114,8 +114,8 @@ def test_teacher_and_centers_follow_a_step(batch):
         x0, labels = batch
         labels = labels.masked_fill(draws.label_dropped, 4)
         x_t = x0 + 0.002 * draws.noise_t
-        e_t = objective.teacher(x_t / (0.002**2 + 0.25) ** 0.5, torch.tensor(0.002).log() / 4, labels)
-        logits = objective.teacher.head(e_t)
+        inputs = x_t / (0.002**2 + 0.25) ** 0.5, torch.tensor(0.002).log() / 4, labels
+        logits = objective.teacher.head(objective.teacher.encoder(*inputs).encoder_hidden_states)
         visible = torch.stack([logits[i, 1:][draws.visible_ids[i]] for i in range(3)])
     objective.update_teacher(0.9)
     torch.testing.assert_close(objective.center_cls.value, 0.2 * logits[:, 0].mean(0))
@@ -181,9 +181,13 @@ def test_teacher_noise_may_be_drawn_as_the_students():
 
 
 def test_settings_do_not_change_each_others_draws():
-    a, b = draw(make(mask_ratio=0.2)), draw(make(mask_ratio=0.5, label_dropout=0.9))
-    assert torch.equal(a.noise_s, b.noise_s) and torch.equal(a.noise_t, b.noise_t)
+    a, b, c = (
+        draw(make(mask_ratio=ratio, label_dropout=p)) for ratio, p in [(0.2, 0.1), (0.5, 0.9), (0, 0.1)]
+    )
+    for other in (b, c):
+        assert torch.equal(a.noise_s, other.noise_s) and torch.equal(a.noise_t, other.noise_t)
     assert torch.equal(a.visible_ids[:, :8], b.visible_ids)
+    assert torch.equal(a.label_dropped, c.label_dropped)
 
 
 def test_without_discriminative_loss_there_is_no_teacher(batch):

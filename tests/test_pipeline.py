@@ -271,5 +271,5 @@ def test_bad_input_is_named(pipe, labels, arguments, message):
 
 
 def test_names_need_names(transformer):
-    with pytest.raises(ValueError, match="Unknown class name 'cat'; this pipeline has no class names"):
+    with pytest.raises(ValueError, match="Unknown class name 'cat'; 0 names are known"):
         SDDiTPipeline(transformer, EDMHeunScheduler())(["cat"])
