@@ -13,20 +13,20 @@ setup(
     packages=["sddit_diffusers"],
     py_modules=["train_sddit"],
     install_requires=[
-        "torch>=2.6",
-        "diffusers>=0.36",
-        "transformers>=4.57",
-        "accelerate>=1.10",
-        "datasets>=4.0",
-        "safetensors>=0.4.3",
-        "huggingface_hub>=0.34",
-        "scikit-learn>=1.3",  # the digits
-        "matplotlib>=3.7",  # the curves
-        "tqdm>=4.66",
+        "torch>=2.8",
+        "diffusers>=0.38",
+        "transformers>=4.57.1",
+        "accelerate>=1.12",
+        "datasets>=4.4",
+        "safetensors>=0.8",
+        "huggingface_hub>=0.36",
+        "scikit-learn>=1.6.1",  # the digits
+        "matplotlib>=3.9.4",  # the curves
+        "tqdm",
     ],
     extras_require={
         "eval": ["torch-fidelity>=0.4.0"],
-        "test": ["pytest>=8", "peft>=0.17", "tensorboard", "ruff>=0.9"],
+        "test": ["pytest>=8.3.5", "peft>=0.18", "tensorboard", "ruff"],
     },
     entry_points={"console_scripts": ["sddit-train=train_sddit:main"]},
 )

@@ -58,31 +58,16 @@ class Trainer:
             network["sample_size"],
         )
         set_seed(config.seed)
-        transformer = SDDiTTransformer2DModel(**network | {"num_classes": self.dataset.num_classes})
-        if config.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
-        self.raw = SDDiTObjective(
-            transformer,
-            EDMHeunScheduler(),
-            mask_ratio=config.mask_ratio,
-            discriminative_weight=config.discriminative_weight,
-            teacher_sigma=config.teacher_noise(),
-            num_prototypes=config.num_prototypes,
-            head_hidden_dim=config.head_hidden_dim,
-            head_bottleneck_dim=config.head_bottleneck_dim,
-            student_temperature=config.student_temperature,
-            center_momentum=config.center_momentum,
-            label_dropout=config.label_dropout,
-        )
+        self.objective = build_objective(config, network | {"num_classes": self.dataset.num_classes})
         optimizer = torch.optim.AdamW(
-            [parameter for parameter in self.raw.parameters() if parameter.requires_grad],
+            [parameter for parameter in self.objective.parameters() if parameter.requires_grad],
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay,
             fused=True,
         )
-        self.objective, self.optimizer = self.accelerator.prepare(self.raw, optimizer)
-        self.ema = EMAModel(self.raw.transformer.parameters(), decay=config.ema_decay, foreach=True)
+        self.prepared, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
+        self.ema = EMAModel(self.objective.transformer.parameters(), decay=config.ema_decay, foreach=True)
         self.start_step = self.resume() if config.resume_from_checkpoint else 0
         self.sampler = BatchSampler(
             len(self.dataset), config.train_batch_size, config.gradient_accumulation_steps,
@@ -138,8 +123,8 @@ class Trainer:
                 x0.to(draws.noise_s.device),
                 None if labels is None else labels.to(draws.noise_s.device),
             )
-            with self.accelerator.accumulate(self.objective):
-                losses = self.objective(x0, labels, draws.rows(self.sampler.rows(micro)))
+            with self.accelerator.accumulate(self.prepared):
+                losses = self.prepared(x0, labels, draws.rows(self.sampler.rows(micro)))
                 self.accelerator.backward(losses["loss"])
             total = total + torch.stack([loss.detach().float() for loss in losses.values()])
         means = self.accelerator.reduce(total / self.config.gradient_accumulation_steps, "mean")
@@ -147,7 +132,7 @@ class Trainer:
         self.check_finite(step, metrics)
 
         self.accelerator.unscale_gradients()
-        trained = [parameter for parameter in self.raw.parameters() if parameter.grad is not None]
+        trained = [parameter for parameter in self.objective.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
         metrics["grad_norm"] = norm.item()
         # fp16's loss scaler leaves out a step whose gradients overflow, and scales the next one less.
@@ -161,9 +146,9 @@ class Trainer:
         if skipped:
             del metrics["grad_norm"]
         else:
-            self.ema.step(self.raw.transformer.parameters())
+            self.ema.step(self.objective.transformer.parameters())
         momentum = 1.0 if skipped else schedule["teacher_momentum"]
-        self.raw.update_teacher(momentum, lambda tensor: self.accelerator.reduce(tensor, "mean"))
+        self.objective.update_teacher(momentum, lambda tensor: self.accelerator.reduce(tensor, "mean"))
         return metrics | schedule
 
     def follow_schedules(self, step: int) -> dict[str, float]:
@@ -176,7 +161,7 @@ class Trainer:
         temperature = teacher_temperature(
             step, warmup_steps, config.teacher_temperature_start, config.teacher_temperature_end
         )
-        self.raw.teacher_temperature = temperature
+        self.objective.teacher_temperature = temperature
         momentum = teacher_momentum(
             step, config.max_train_steps, config.teacher_momentum_start, config.teacher_momentum_end
         )
@@ -188,16 +173,16 @@ class Trainer:
 
     def draw(self, step: int) -> Draws:
         """The draws of a step's whole global batch, of which each process uses its rows."""
-        device, network = self.accelerator.device, self.raw.transformer.config
+        device, network = self.accelerator.device, self.objective.transformer.config
         shape = (self.sampler.global_batch, network.in_channels, network.sample_size, network.sample_size)
-        return self.raw.draw(shape, generator_for(self.config.seed, 1, step, device=device), device)
+        return self.objective.draw(shape, generator_for(self.config.seed, 1, step, device=device), device)
 
     def check_finite(self, step: int, values: dict[str, float]) -> None:
         """Stops all processes, for all see the same reduced values, before any weight has moved."""
         wrong = [f"{name} ({value})" for name, value in values.items() if not math.isfinite(value)]
         if not wrong:
             return
-        for name, parameter in self.raw.named_parameters():
+        for name, parameter in self.objective.named_parameters():
             if not parameter.isfinite().all():
                 wrong.append(f"the weights {name}")
             elif "grad_norm" in values and parameter.grad is not None and not parameter.grad.isfinite().all():
@@ -207,12 +192,12 @@ class Trainer:
 
     def pipeline(self) -> SDDiTPipeline:
         """A pipeline around the student's weights as they are now."""
-        return SDDiTPipeline(self.raw.transformer, EDMHeunScheduler(), id2label=self.dataset.id2label)
+        return SDDiTPipeline(self.objective.transformer, EDMHeunScheduler(), id2label=self.dataset.id2label)
 
     def validate(self, name: str) -> None:
         """Draws a grid of samples with the averaged weights."""
         if self.accelerator.is_main_process:
-            parameters = list(self.raw.transformer.parameters())
+            parameters = list(self.objective.transformer.parameters())
             self.ema.store(parameters)
             self.ema.copy_to(parameters)
             pipe = self.pipeline()
@@ -226,7 +211,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = {
-                "objective": self.raw.state_dict(),
+                "objective": self.objective.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "ema": self.ema.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
@@ -237,7 +222,7 @@ class Trainer:
     def resume(self) -> int:
         """Loads a checkpoint; returns the steps that it has behind it."""
         state = load_checkpoint(self.output_dir, self.config.resume_from_checkpoint)
-        self.raw.load_state_dict(state["objective"])
+        self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load_state_dict(state["ema"])
         self.ema.to(self.accelerator.device)
@@ -247,7 +232,7 @@ class Trainer:
 
     def describe(self) -> None:
         """Says what is about to be trained."""
-        count = sum(parameter.numel() for parameter in self.raw.parameters() if parameter.requires_grad)
+        count = sum(parameter.numel() for parameter in self.objective.parameters() if parameter.requires_grad)
         self.accelerator.print(
             f"SD-DiT {self.config.preset}: {count / 1e6:.1f}M trained parameters, "
             f"{len(self.dataset)} pictures of {self.dataset.num_classes} classes, "
@@ -259,7 +244,7 @@ class Trainer:
     def finish(self) -> None:
         """Saves the pipeline with the averaged weights, and draws samples and curves."""
         if self.accelerator.is_main_process:
-            self.ema.copy_to(self.raw.transformer.parameters())
+            self.ema.copy_to(self.objective.transformer.parameters())
             pipe = self.pipeline()
             pipe.save_pretrained(self.output_dir)
             pipe.set_progress_bar_config(desc="samples.png", leave=False)
@@ -274,6 +259,26 @@ class Trainer:
                 f'    pipe(class_labels=[{label}]).images[0].save("sample.png")'
             )
         self.accelerator.end_training()
+
+
+def build_objective(config: TrainingConfig, network: dict) -> SDDiTObjective:
+    """The student and what trains it, with fresh weights."""
+    transformer = SDDiTTransformer2DModel(**network)
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return SDDiTObjective(
+        transformer,
+        EDMHeunScheduler(),
+        mask_ratio=config.mask_ratio,
+        discriminative_weight=config.discriminative_weight,
+        teacher_sigma=config.teacher_noise(),
+        num_prototypes=config.num_prototypes,
+        head_hidden_dim=config.head_hidden_dim,
+        head_bottleneck_dim=config.head_bottleneck_dim,
+        student_temperature=config.student_temperature,
+        center_momentum=config.center_momentum,
+        label_dropout=config.label_dropout,
+    )
 
 
 def prepare_folder(folder: Path, config: TrainingConfig) -> None:

@@ -57,7 +57,15 @@ RECIPES = {
         teacher_temperature_warmup_epochs=30,
     ),
     "cifar10": dict(
-        dataset_name="uoft-cs/cifar10", image_column="img", max_train_steps=200_000, train_batch_size=128
+        dataset_name="uoft-cs/cifar10",
+        image_column="img",
+        train_batch_size=128,
+        max_train_steps=200_000,
+        logging_steps=10,
+        # The paper's head has three times this network's weights.
+        num_prototypes=2048,
+        head_hidden_dim=512,
+        head_bottleneck_dim=128,
     ),
 }
 

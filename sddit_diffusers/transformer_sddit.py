@@ -134,9 +134,8 @@ class SinCosPositions(nn.Module):
         self.register_buffer("table", self._compute(base_size, base_size), persistent=False)
 
     def _compute(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
-        grid = (height, width)
         return get_2d_sincos_pos_embed(
-            self.dim, grid, base_size=self.base_size, device=device
+            self.dim, (height, width), base_size=self.base_size, device=device, output_type="pt"
         ).float()  # [n, dim]
 
     def forward(self, height: int, width: int) -> Tensor:

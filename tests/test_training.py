@@ -194,22 +194,22 @@ def test_no_weight_moves_in_a_step_that_is_not_finite(tmp_path, monkeypatch):
     trainer = train_sddit.Trainer(
         train_sddit.parse([*SMALL, "--output_dir", str(tmp_path), "--max_train_steps", "3"])
     )
-    before = {name: tensor.clone() for name, tensor in trainer.raw.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in trainer.objective.state_dict().items()}
     data = iter([(torch.full((16, 1, 8, 8), float("inf")), torch.zeros(16, dtype=torch.long))])
     with pytest.raises(FloatingPointError, match=r"Step 1: not finite: loss \(nan\), loss_generative"):
         trainer.train_step(0, data)
-    for name, tensor in trainer.raw.state_dict().items():
+    for name, tensor in trainer.objective.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert all(
         torch.equal(a, b)
-        for a, b in zip(trainer.ema.shadow_params, trainer.raw.transformer.parameters(), strict=True)
+        for a, b in zip(trainer.ema.shadow_params, trainer.objective.transformer.parameters(), strict=True)
     )
 
 
 def test_a_gradient_that_is_not_finite_is_named(tmp_path):
     options = [*SMALL, "--output_dir", str(tmp_path), "--max_train_steps", "3"]
     trainer = train_sddit.Trainer(train_sddit.parse(options))
-    weight = trainer.raw.transformer.decoder.proj_in.weight
+    weight = trainer.objective.transformer.decoder.proj_in.weight
     weight.register_hook(lambda gradient: gradient * float("inf"))
     before = weight.clone()
     message = (
@@ -227,15 +227,15 @@ def test_float16_leaves_out_steps_whose_gradients_overflow(tmp_path):
     # accelerate scales losses on GPUs only.
     scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
-    before = [parameter.clone() for parameter in trainer.raw.parameters()]
+    before = [parameter.clone() for parameter in trainer.objective.parameters()]
     data = iter(train_sddit.batches(trainer.dataset, trainer.sampler))
     trainer.train_step(0, data)
     assert trainer.ema.optimization_step == 0
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.raw.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.objective.parameters(), strict=True))
     scaler.update(2.0**8)
     metrics = trainer.train_step(1, data)
     assert trainer.ema.optimization_step == 1 and np.isfinite(metrics["loss"])
-    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.raw.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.objective.parameters(), strict=True))
 
 
 def test_gradient_norm_is_bounded(tmp_path):

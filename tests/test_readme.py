@@ -1,0 +1,61 @@
+"""What the README says is so."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import TINY, randomize
+
+from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline, SDDiTTransformer2DModel
+from sddit_diffusers.configuration import TrainingConfig, parse
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_python_snippets_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    transformer = randomize(SDDiTTransformer2DModel(**TINY | {"num_classes": 10}))
+    SDDiTPipeline(transformer, EDMHeunScheduler()).save_pretrained("sddit-digits")
+    variables = {}
+    for block in blocks("python"):
+        exec(block, variables)
+    assert (tmp_path / "seven.png").is_file() and variables["images"].shape == (3, 8, 8, 3)
+
+
+def commands():
+    for block in blocks("bash"):
+        yield from (line.split("#")[0].strip() for line in block.splitlines())
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "train_sddit.py --" in c and "--help" not in c])
+def test_training_commands_parse(command):
+    assert isinstance(parse(command.split("train_sddit.py ")[1].split()), TrainingConfig)
+
+
+def test_the_two_commands_are_there_and_ci_runs_the_second():
+    first, second = (
+        "pip install -e . && accelerate launch train_sddit.py",
+        'pip install -e ".[test]" && pytest',
+    )
+    assert {first, second} <= set(commands())
+    ci = (ROOT / ".ci/run").read_text()
+    assert re.search(r'pip install [^\n]*-e "\.\[test\]"', ci) and re.search(r"^pytest$", ci, re.MULTILINE)
+
+
+def test_files_that_it_names_exist():
+    tree = re.search(r"## The code\n\n```\n(.*?)```", README, re.DOTALL).group(1)
+    folder = Path()
+    for line in tree.splitlines():
+        name = line.split()[0]
+        folder = Path() if not line.startswith(" ") else folder
+        assert (ROOT / folder / name).exists(), name
+        if name.endswith("/") and len(line.split()) == 1:
+            folder = Path(name)
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    assert len(README.splitlines()) <= 200
