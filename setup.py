@@ -1,12 +1,16 @@
+import re
 from pathlib import Path
 
 from setuptools import setup
 
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "sddit_diffusers/__init__.py").read_text()).group(1)
+
 setup(
     name="sddit-diffusers",
-    version="0.1.0",
+    version=VERSION,
     description="SD-DiT: diffusion transformers with self-supervised discrimination, for diffusers",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
@@ -22,6 +26,8 @@ setup(
         "huggingface_hub>=0.36",
         "scikit-learn>=1.6.1",  # the digits
         "matplotlib>=3.9.4",  # the curves
+        "numpy",
+        "pillow",
         "tqdm",
     ],
     extras_require={

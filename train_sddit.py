@@ -192,17 +192,18 @@ class Trainer:
 
     def pipeline(self) -> SDDiTPipeline:
         """A pipeline around the student's weights as they are now."""
-        return SDDiTPipeline(self.objective.transformer, EDMHeunScheduler(), id2label=self.dataset.id2label)
+        scheduler = EDMHeunScheduler.from_config(self.objective.scheduler.config)
+        return SDDiTPipeline(self.objective.transformer, scheduler, id2label=self.dataset.id2label)
 
     def validate(self, name: str) -> None:
-        """Draws a grid of samples with the averaged weights."""
+        """Draws a grid of samples with the averaged weights, in fewer steps than the last one."""
         if self.accelerator.is_main_process:
             parameters = list(self.objective.transformer.parameters())
             self.ema.store(parameters)
             self.ema.copy_to(parameters)
             pipe = self.pipeline()
             pipe.set_progress_bar_config(disable=True)
-            sample_grid(pipe).save(self.output_dir / name)
+            sample_grid(pipe, num_inference_steps=18).save(self.output_dir / name)
             self.ema.restore(parameters)
         self.accelerator.wait_for_everyone()
 
@@ -222,12 +223,15 @@ class Trainer:
     def resume(self) -> int:
         """Loads a checkpoint; returns the steps that it has behind it."""
         state = load_checkpoint(self.output_dir, self.config.resume_from_checkpoint)
-        self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.ema.load_state_dict(state["ema"])
+        try:
+            self.objective.load_state_dict(state["objective"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.ema.load_state_dict(state["ema"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"The checkpoint is not of such a run as this one: {error}") from error
         self.ema.to(self.accelerator.device)
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
         return state["step"]
 
     def describe(self) -> None:
@@ -258,6 +262,7 @@ class Trainer:
                 f'    pipe = SDDiTPipeline.from_pretrained("{self.output_dir}")\n'
                 f'    pipe(class_labels=[{label}]).images[0].save("sample.png")'
             )
+        self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
 
@@ -282,7 +287,7 @@ def build_objective(config: TrainingConfig, network: dict) -> SDDiTObjective:
 
 
 def prepare_folder(folder: Path, config: TrainingConfig) -> None:
-    """Makes sure, before anything is trained, that the results can be written and that none is lost."""
+    """Makes sure, before anything is trained, that results can be written and no checkpoint is lost."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -305,10 +310,10 @@ def check_machine(accelerator: Accelerator) -> None:
         raise ValueError(
             f"{started} processes were started, but accelerate joins {accelerator.num_processes}."
         )
-    # accelerate launch sets OMP_NUM_THREADS=1 where nobody chose a number.
+    # accelerate launch sets OMP_NUM_THREADS=1 where nobody chose a number: share the machine's cores instead.
     if accelerator.device.type == "cpu" and torch.get_num_threads() == 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // accelerator.num_processes))
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def main(arguments: list[str] | None = None) -> None:

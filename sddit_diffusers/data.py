@@ -53,6 +53,8 @@ class ImageDataset(Dataset):
             raise ValueError(f"The network takes {channels} channels; pictures have 1 or 3.")
         self.name, self.mode, self.size = name, _MODES[channels], size
         rows = _load(name)
+        if len(rows) == 0:
+            raise ValueError(f"{name} is empty.")
         for column in filter(None, (image_column, label_column)):
             if column not in rows.column_names:
                 raise ValueError(

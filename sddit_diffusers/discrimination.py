@@ -42,9 +42,11 @@ class ProjectionHead(nn.Module):
         nn.init.normal_(self.prototypes)  # only their directions count
 
     def forward(self, tokens: Tensor) -> Tensor:
-        # Norms in float32: squares overflow fp16, and bf16 would round the sum over 256 of them.
-        features = F.normalize(self.mlp(tokens).float(), dim=-1)
-        return F.linear(features, F.normalize(self.prototypes.float(), dim=-1)).float()  # [..., K]
+        features = self.mlp(tokens).float()
+        # In float32 also under autocast: what bf16 rounds off a cosine is up to a tenth of a nat once divided
+        # by a temperature of 0.04, and the squares in a norm can overflow fp16.
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(F.normalize(features, dim=-1), F.normalize(self.prototypes.float(), dim=-1))
 
 
 class Teacher(nn.Module):
@@ -65,7 +67,7 @@ class Teacher(nn.Module):
             shadow.copy_(parameter.detach())  # theta' = theta, the first line of Algorithm A1
 
     def update(self, transformer: SDDiTTransformer2DModel, head: ProjectionHead, momentum: float) -> None:
-        """theta' = beta theta' + (1 - beta) theta (Algorithm A1); a momentum of 1 freezes, 0 copies."""
+        """theta' = beta theta' + (1 - beta) theta (Algorithm A1); beta 1 freezes, 0 copies to rounding."""
         self.ema.shadow_params, parameters = self._pair_with(transformer, head)
         self.ema.decay = self.ema.min_decay = momentum
         self.ema.step(parameters)
@@ -99,6 +101,8 @@ class Center(nn.Module):
     @torch.no_grad()
     def move(self, momentum: float, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """C = m C + (1 - m) mean(logits) (Algorithm A1); `reduce` averages a tensor over the processes."""
+        if self.batches == 0:
+            return
         mean = self.total / self.batches
         if reduce is not None:
             mean = reduce(mean)
@@ -116,9 +120,7 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """H of Algorithm A1 with Eqs. 10 and 11, and the teacher's entropy, which is its smallest possible value.
 
-    Logits `[b, tokens, K]` in float32, whatever the network computes in: divided by a temperature of 0.1 or
-    less, a bf16 logit is off by several percent of a nat. Both results are means over batch and tokens, in
-    nats.
+    Logits `[b, tokens, K]`; both results are means over batch and tokens, in nats.
     """
     teacher = F.log_softmax((teacher_logits.detach() - center) / teacher_temperature, dim=-1)
     student = F.log_softmax(student_logits / student_temperature, dim=-1)

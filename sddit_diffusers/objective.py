@@ -52,8 +52,9 @@ class SDDiTObjective(nn.Module):
         teacher_temperature: tau_T, moved by the training loop from step to step.
 
     Raises:
-        ValueError: a mask ratio outside [0, 1), a teacher noise that is neither above 0 nor "student", or a
-            transformer without decoder or with other channels going out than in.
+        ValueError: a mask ratio outside [0, 1), a negative weight, a label dropout outside 0..1, a teacher
+            noise that is neither above 0 nor "student", or a transformer without decoder or with other
+            channels going out than in.
     """
 
     def __init__(
@@ -77,7 +78,13 @@ class SDDiTObjective(nn.Module):
         config = transformer.config
         if not 0 <= mask_ratio < 1:
             raise ValueError(f"mask_ratio is {mask_ratio}; it must be at least 0 and below 1.")
-        if teacher_sigma != "student" and (isinstance(teacher_sigma, str) or not teacher_sigma > 0):
+        if not discriminative_weight >= 0:
+            raise ValueError(f"discriminative_weight is {discriminative_weight}; it must be at least 0.")
+        if not 0 <= label_dropout <= 1:
+            raise ValueError(f"label_dropout is {label_dropout}; it must be in 0..1.")
+        if teacher_sigma != "student" and (
+            isinstance(teacher_sigma, str) or not 0 < teacher_sigma < math.inf
+        ):
             raise ValueError(
                 f"teacher_sigma is {teacher_sigma!r}; it must be a number above 0, or 'student'."
             )
@@ -181,8 +188,9 @@ class SDDiTObjective(nn.Module):
             j_t[:, 1:], j_s[:, 1:], self.center_patch.value, *temperatures
         )
         loss_discriminative = loss_patch + loss_cls
-        self.center_cls.add(j_t[:, :1])
-        self.center_patch.add(j_t[:, 1:])
+        if self.training:
+            self.center_cls.add(j_t[:, :1])
+            self.center_patch.add(j_t[:, 1:])
 
         entropy = (entropy_cls + entropy_patch) / 2
         return {

@@ -2,7 +2,9 @@
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 
+import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models import AutoencoderKL, AutoencoderTiny, ModelMixin
@@ -41,13 +43,13 @@ class SDDiTPipeline(DiffusionPipeline):
         id2label = {int(number): name for number, name in (id2label or {}).items()}
         self.register_to_config(id2label={str(number): name for number, name in id2label.items()} or None)
         self.id2label = id2label
-        self.label2id = {
-            synonym.strip().lower(): number
-            for number, name in id2label.items()
-            for synonym in name.split(",")
-        }
+        self.label2ids: dict[str, list[int]] = {}  # whole names and synonyms; a few stand for several classes
+        for number, name in id2label.items():
+            for synonym in {name.strip().lower(), *(part.strip().lower() for part in name.split(","))}:
+                self.label2ids.setdefault(synonym, []).append(number)
         self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._current_timestep = None
 
     @property
     def guidance_scale(self) -> float:
@@ -60,6 +62,11 @@ class SDDiTPipeline(DiffusionPipeline):
         return self._num_timesteps
 
     @property
+    def current_timestep(self) -> Tensor | None:
+        """The timestep that is being evaluated, None outside a call."""
+        return self._current_timestep
+
+    @property
     def interrupt(self) -> bool:
         """Whether the call in progress stops after this evaluation; callbacks set `_interrupt` for it."""
         return self._interrupt
@@ -68,9 +75,9 @@ class SDDiTPipeline(DiffusionPipeline):
         """Class numbers of labels given as numbers, names or None, which is the null class.
 
         Raises:
-            ValueError: a number out of range, or an unknown name; the message lists the nearest names.
+            ValueError: a number out of range, a name of several classes, or an unknown one, with the nearest.
         """
-        if isinstance(class_labels, Tensor):
+        if isinstance(class_labels, (Tensor, np.ndarray)):
             class_labels = class_labels.flatten().tolist()
         if isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
             class_labels = [class_labels]
@@ -81,16 +88,25 @@ class SDDiTPipeline(DiffusionPipeline):
         if label is None:
             return num_classes
         if isinstance(label, str):
-            number = self.label2id.get(label.strip().lower())
-            if number is not None:
-                return number
-            nearest = difflib.get_close_matches(label.strip().lower(), self.label2id, n=5, cutoff=0.5)
-            hint = f" Nearest names: {', '.join(nearest)}." if nearest else ""
-            raise ValueError(f"Unknown class name {label!r}; {len(self.label2id)} names are known.{hint}")
-        if int(label) != label or not 0 <= label < num_classes:
-            allowed = f"0 to {num_classes - 1}" if num_classes else "none, for this model has no classes"
-            raise ValueError(f"Class label {label} is out of range; allowed are {allowed}.")
+            return self._named_id(label)
+        if not isinstance(label, Integral) or not 0 <= label < num_classes:
+            allowed = (
+                f"integers from 0 to {num_classes - 1}" if num_classes else "none: the model has no classes"
+            )
+            raise ValueError(f"Class label {label!r} is out of range; allowed are {allowed}.")
         return int(label)
+
+    def _named_id(self, name: str) -> int:
+        numbers = self.label2ids.get(name.strip().lower(), [])
+        if len(numbers) > 1:
+            choices = ", ".join(f"{number} ({self.id2label[number]})" for number in numbers)
+            raise ValueError(f"Class name {name!r} stands for several classes; give a number: {choices}.")
+        if not numbers:
+            known = [synonym for synonym in self.label2ids if "," not in synonym]
+            nearest = difflib.get_close_matches(name.strip().lower(), known, n=5, cutoff=0.5)
+            hint = f" Nearest names: {', '.join(nearest)}." if nearest else ""
+            raise ValueError(f"Unknown class name {name!r}; {len(known)} names are known.{hint}")
+        return numbers[0]
 
     @torch.no_grad()
     def __call__(
@@ -141,6 +157,7 @@ class SDDiTPipeline(DiffusionPipeline):
         height, width = height or default_size, width or default_size
         self._check_inputs(
             len(labels),
+            sigmas,
             guidance_interval,
             height,
             width,
@@ -150,6 +167,7 @@ class SDDiTPipeline(DiffusionPipeline):
         )
         self._guidance_scale = guidance_scale
         self._interrupt = False
+        self._context = None  # of the last evaluation
         device = self._execution_device
 
         labels = torch.tensor(labels, device=device)
@@ -167,6 +185,7 @@ class SDDiTPipeline(DiffusionPipeline):
             for i, t in enumerate(timesteps):
                 if self._interrupt:
                     break
+                self._current_timestep = t
                 model_input = self.scheduler.scale_model_input(latents, t).to(self.transformer.dtype)
                 sigma = float(self.scheduler.sigmas[self.scheduler.step_index])
                 if guidance_scale != 1 and guidance_interval[0] <= sigma <= guidance_interval[1]:
@@ -185,12 +204,16 @@ class SDDiTPipeline(DiffusionPipeline):
                     latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
                 progress_bar.update()
 
+        self._current_timestep = None
         images = self._decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _evaluate(self, context: str, model_input: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
-        # A cache must not mix batches of two sizes, hence the name of the context.
+        # Not every cache of diffusers keeps its contexts apart, and guidance doubles the batch.
+        if self.transformer.is_cache_enabled and self._context not in (None, context):
+            self.transformer._reset_stateful_cache()
+        self._context = context
         with self.transformer.cache_context(context):
             return self.transformer(model_input, timestep, labels, return_dict=False)[0]
 
@@ -217,6 +240,7 @@ class SDDiTPipeline(DiffusionPipeline):
     def _check_inputs(
         self,
         images: int,
+        sigmas: Sequence[float] | None,
         guidance_interval: tuple[float, float],
         height: int,
         width: int,
@@ -226,7 +250,11 @@ class SDDiTPipeline(DiffusionPipeline):
     ) -> None:
         unit = self.vae_scale_factor * self.transformer.config.patch_size
         if images == 0:
-            raise ValueError("class_labels is empty; give at least one label.")
+            raise ValueError("There is nothing to make: class_labels is empty, or num_images_per_label is 0.")
+        if (
+            sigmas is not None and type(self.scheduler).__name__ != "EDMHeunScheduler"
+        ):  # EDMEuler's are a ramp
+            raise ValueError(f"{type(self.scheduler).__name__} takes no sigmas; EDMHeunScheduler does.")
         if height % unit or width % unit:
             raise ValueError(f"height x width is {height} x {width}; both must be multiples of {unit}.")
         if isinstance(generator, list) and len(generator) != images:

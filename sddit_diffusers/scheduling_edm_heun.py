@@ -120,6 +120,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
                 f"begin_index {begin_index} is the second half of a Heun step; begin at an even index."
             )
         self._begin_index = self._step_index = begin_index
+        self._interval = None
 
     def set_timesteps(
         self,
@@ -144,10 +145,9 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be at least 1.")
             sigmas = self._schedule(num_inference_steps)
         sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
-        if sigmas.ndim != 1 or len(sigmas) == 0 or sigmas[-1] <= 0 or (sigmas.diff() >= 0).any():
-            raise ValueError(
-                f"sigmas must be a list that decreases and stays above 0; got {sigmas.tolist()}."
-            )
+        decreasing = sigmas.ndim == 1 and len(sigmas) > 0 and sigmas[-1] > 0 and (sigmas.diff() < 0).all()
+        if not decreasing or not sigmas.isfinite().all():
+            raise ValueError(f"sigmas must be finite, decrease and stay above 0; got {sigmas.tolist()}.")
         self.num_inference_steps = len(sigmas)
         final = sigmas[-1:] if self.config.final_sigmas_type == "sigma_min" else sigmas.new_zeros(1)
         evaluated = torch.cat([sigmas[:1], sigmas[1:].repeat_interleave(2)])  # 2N - 1
@@ -200,7 +200,12 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
                 is below sigma_max.
             generator: for the churn's noise; a list gives each image its own.
             return_dict: False for a plain tuple.
+
+        Raises:
+            ValueError: the schedule has come to its end.
         """
+        if self.step_index >= len(self.timesteps):
+            raise ValueError(f"All {self.step_index} evaluations are done; set_timesteps begins another run.")
         dtype = torch.promote_types(sample.dtype, torch.float32)
         sample, model_output = sample.to(dtype), model_output.to(dtype)
         sigma, sigma_next = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]

@@ -171,17 +171,14 @@ class SDDiTDecoder(nn.Module):
     def forward(self, hidden_states: Tensor, cls: Tensor, temb: Tensor, height: int, width: int) -> Tensor:
         """`[b, n, D]`, [CLS] `[b, D]`, `temb` `[b, D]` and the grid's size to `[b, out_channels, h, w]`."""
         temb = temb + self.cls_proj(self.cls_norm(cls))
-        hidden_states = self.proj_in(self.norm_in(hidden_states, temb)) + self.pos_embed(
-            height, width
-        )  # [b, n, E]
+        positions = self.pos_embed(height, width).to(hidden_states.dtype)  # [n, E]
+        hidden_states = self.proj_in(self.norm_in(hidden_states, temb)) + positions  # [b, n, E]
         for block in self.blocks:
             hidden_states = run_block(self, block, hidden_states, temb)
         hidden_states = self.proj_out(self.norm_out(hidden_states, temb))  # [b, n, p p c]
-        p = self.patch_size
-        hidden_states = hidden_states.unflatten(1, (height, width)).unflatten(
-            -1, (p, p, -1)
-        )  # [b, H, W, p, p, c]
-        return hidden_states.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        patches = hidden_states.unflatten(-1, (self.patch_size, self.patch_size, -1))
+        patches = patches.unflatten(1, (height, width))  # [b, h/p, w/p, p, p, c]
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 class SDDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
@@ -305,7 +302,7 @@ class SDDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixi
         """
         height, width = self._grid_of(hidden_states)
         patches = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # [b, n, D]
-        patches = patches + self.pos_embed(height, width)
+        patches = patches + self.pos_embed(height, width).to(hidden_states.dtype)
         temb = self._condition(timestep, class_labels, hidden_states)  # [b, D]
 
         # The encoder sees [CLS] and the visible patches only.

@@ -48,14 +48,19 @@ def test_every_preset_is_a_network_and_a_recipe(preset):
         (["--preset", "SD-DiT-H/2"], "Unknown preset 'SD-DiT-H/2'; there are SD-DiT-S/2"),
         (["--mask_ration", "0.5"], "unknown option --mask_ration; nearest are --mask_ratio"),
         (["--seed", "one"], "argument --seed: invalid int value: 'one'"),
-        (["--mask_ratio", "1"], "mask_ratio is 1.0; it must be at least 0 and below 1"),
+        (["--max_grad_norm", "-1"], "max_grad_norm is -1.0; it must be at least 0"),
+        (["--logging_steps", "0"], "logging_steps is 0; it must be at least 1"),
+        (["--teacher_temperature_end", "nan"], "teacher_temperature_end is nan"),
         (["--mixed_precision", "fp8"], "mixed_precision is 'fp8'; it must be 'no', 'bf16' or 'fp16'"),
         (["--teacher_sigma", "none"], "teacher_sigma is 'none'; it must be a number or 'student'"),
         (["--max_train_steps", "0"], "max_train_steps is 0; it must be at least 1"),
         (["--preset", "SD-DiT-S/2"], "needs --dataset_name"),
         (["--transformer", "{layers: 1}"], "is no JSON"),
         (["--transformer", "[1]"], "must be a JSON object"),
-        (["--transformer", '{"layers": 1}'], r"unknown settings \['layers'\]"),
+        (["--transformer", '{"layers": 1}'], "has no setting 'layers'; there are sample_size"),
+        (["--transformer", '{"num_classes": 5}'], "has no setting 'num_classes'"),
+        (["--transformer", '{"num_layers": "x"}'], "num_layers is 'x'; it must be a positive number"),
+        (["--transformer", '{"patch_size": 0}'], "patch_size is 0; it must be a positive number"),
         (["--config", "nowhere.json"], "config nowhere.json cannot be read"),
         (["--resume_from_checkpoint"], "expected one argument"),
     ],
@@ -67,6 +72,14 @@ def test_mistakes_get_one_line(arguments, message, capsys):
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert re.search(message, error), error
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"\xff\xfe", b"{"])
+def test_a_file_that_holds_no_options_is_named(tmp_path, content, capsys):
+    (tmp_path / "c.json").write_bytes(content)
+    with pytest.raises(SystemExit):
+        parse(["--config", str(tmp_path / "c.json")])
+    assert re.search("config .*c.json (cannot be read as JSON|holds a list)", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

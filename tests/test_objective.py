@@ -122,6 +122,33 @@ def test_teacher_and_centers_follow_a_step(batch):
     torch.testing.assert_close(objective.center_patch.value, 0.2 * visible.mean((0, 1)))
 
 
+def test_evaluation_leaves_the_centers_alone(batch):
+    objective = make().eval()
+    with torch.no_grad():
+        objective(*batch)
+    objective.update_teacher(1.0)
+    assert objective.center_cls.value.abs().max() == 0
+
+
+def test_generative_loss_is_float32_under_autocast(batch):
+    """At sigma 0.002, the loss is the small difference of large numbers: bf16 would be off by far more."""
+    objective = make(discriminative_weight=0.0, mask_ratio=0.0)
+    draws = draw(objective)._replace(
+        sigma_s=torch.full((3, 1, 1, 1), 0.002), label_dropped=torch.zeros(3).bool()
+    )
+    x0, labels = batch
+    x_s = x0.double() + 0.002 * draws.noise_s.double()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        actual = objective(x0, labels, draws)["loss_generative"]
+        inputs = (x_s / (0.002**2 + 0.25) ** 0.5).float(), torch.tensor(0.002).log() / 4, labels
+        f = objective.transformer(*inputs).sample.double()
+    target = (1 - 0.25 / (0.002**2 + 0.25)) * x0.double() - 0.25 / (
+        0.002**2 + 0.25
+    ) * 0.002 * draws.noise_s.double()
+    target = target / (0.002 * 0.5 / (0.002**2 + 0.25) ** 0.5)  # EDM's target of F, of unit variance
+    assert actual.item() == pytest.approx(((f - target) ** 2).mean().item(), rel=1e-3)
+
+
 def test_teacher_moves_once_an_optimizer_step(batch):
     objective = make()
     before = [parameter.clone() for parameter in objective.teacher.parameters()]
@@ -248,6 +275,9 @@ def test_bfloat16_autocast_keeps_the_losses_in_float32(batch):
         ({"mask_ratio": -0.1}, "mask_ratio is -0.1"),
         ({"teacher_sigma": "teacher"}, "teacher_sigma is 'teacher'"),
         ({"teacher_sigma": 0.0}, "teacher_sigma is 0.0"),
+        ({"teacher_sigma": math.inf}, "teacher_sigma is inf"),
+        ({"discriminative_weight": -1.0}, "discriminative_weight is -1.0"),
+        ({"label_dropout": 2.0}, "label_dropout is 2.0"),
         ({"transformer": SDDiTTransformer2DModel(**TINY | {"num_decoder_layers": 0})}, "has no decoder"),
         (
             {"transformer": SDDiTTransformer2DModel(**TINY | {"out_channels": 6})},

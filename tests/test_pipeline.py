@@ -10,6 +10,7 @@ from diffusers import (
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     FirstBlockCacheConfig,
+    PyramidAttentionBroadcastConfig,
 )
 
 from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline, SDDiTTransformer2DModel
@@ -116,8 +117,23 @@ def test_kinds_of_labels(pipe, labels):
     assert pipe.get_label_ids(labels) == [2]
 
 
-def test_synonyms_are_names(pipe):
-    assert pipe.get_label_ids(["golden retriever", "retriever", "truck", None]) == [1, 1, 3, 4]
+def test_synonyms_and_whole_names_are_names(pipe):
+    assert pipe.get_label_ids(["golden retriever", "retriever", pipe.id2label[1], "truck", None]) == [
+        1,
+        1,
+        1,
+        3,
+        4,
+    ]
+
+
+def test_a_name_of_two_classes_is_refused_with_both(transformer):
+    pipe = SDDiTPipeline(transformer, EDMHeunScheduler(), id2label={0: "crane, bird", 1: "Crane", 2: "dog"})
+    assert pipe.get_label_ids(["crane, bird", "bird", "dog"]) == [0, 0, 2]
+    with pytest.raises(
+        ValueError, match=r"'crane' stands for several classes.* 0 \(crane, bird\), 1 \(Crane\)"
+    ):
+        pipe.get_label_ids("crane")
 
 
 def test_every_image_depends_on_its_own_generator_alone(pipe):
@@ -217,6 +233,28 @@ def test_diffusers_schedulers_swap_in_and_out(pipe, scheduler):
     assert torch.equal(generate(pipe, [1], num_inference_steps=100, output_type="latent"), fine)
 
 
+@pytest.mark.parametrize("scheduler", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
+def test_only_the_heun_scheduler_takes_sigmas(pipe, scheduler):
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match=f"{scheduler.__name__} takes no sigmas"):
+        generate(pipe, [1], sigmas=[10.0, 1.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loaded_in_half_precision(pipe, tmp_path, dtype):
+    pipe.save_pretrained(tmp_path)
+    loaded = SDDiTPipeline.from_pretrained(tmp_path, torch_dtype=dtype)
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.transformer.dtype == dtype
+    for size in (8, 12):
+        expected = generate(pipe, [1], output_type="latent", height=size)
+        actual = generate(loaded, [1], output_type="latent", height=size)
+        assert actual.dtype == torch.float32
+        assert torch.nn.functional.cosine_similarity(actual.flatten(), expected.flatten(), dim=0) > 0.99
+    loaded.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+    assert generate(loaded, [1]).isfinite().all()
+
+
 def test_bfloat16_transformer_keeps_the_latents_wide(pipe):
     expected = generate(pipe, [1], output_type="latent")
     pipe.to(torch.bfloat16)
@@ -225,29 +263,44 @@ def test_bfloat16_transformer_keeps_the_latents_wide(pipe):
     assert torch.nn.functional.cosine_similarity(actual.flatten(), expected.flatten(), dim=0) > 0.99
 
 
-def test_cache_with_a_guidance_interval(pipe):
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda pipe: FirstBlockCacheConfig(threshold=0.0),
+        lambda pipe: PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(-1000, 1000),
+            current_timestep_callback=lambda: pipe.current_timestep,
+        ),
+    ],
+)
+def test_caches_with_a_guidance_interval(pipe, config):
     """The batch changes its size within a run, and a cached state must not cross over."""
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
-    cached = generate(pipe, [1], guidance_scale=2.0, guidance_interval=(0.1, 10.0))
-    again = generate(pipe, [1], guidance_scale=2.0, guidance_interval=(0.1, 10.0))
-    pipe.transformer.disable_cache()
-    expected = generate(pipe, [1], guidance_scale=2.0, guidance_interval=(0.1, 10.0))
-    torch.testing.assert_close(cached, expected)
-    assert torch.equal(cached, again)
+    arguments = dict(guidance_scale=2.0, guidance_interval=(0.1, 10.0), num_inference_steps=8)
+    expected = generate(pipe, [1, 2, 0], **arguments)
+    pipe.transformer.enable_cache(config(pipe))
+    cached = generate(pipe, [1, 2, 0], **arguments)
+    assert cached.shape == expected.shape
+    if pipe.transformer._cache_config.__class__ is FirstBlockCacheConfig:
+        torch.testing.assert_close(cached, expected)
+    assert torch.equal(cached, generate(pipe, [1, 2, 0], **arguments))
+    assert pipe.current_timestep is None
 
 
 def test_model_without_classes():
     pipe = SDDiTPipeline(randomize(SDDiTTransformer2DModel(**TINY | {"num_classes": 0})), EDMHeunScheduler())
     pipe.set_progress_bar_config(disable=True)
     assert generate(pipe, None, num_images_per_label=2).shape == (2, 3, 8, 8)
-    with pytest.raises(ValueError, match="label 0 is out of range; allowed are none"):
+    with pytest.raises(
+        ValueError, match="label 0 is out of range; allowed are none: the model has no classes"
+    ):
         pipe([0])
 
 
 @pytest.mark.parametrize(
     ("labels", "arguments", "message"),
     [
-        ([4], {}, "Class label 4 is out of range; allowed are 0 to 3"),
+        ([4], {}, "Class label 4 is out of range; allowed are integers from 0 to 3"),
         ([-1], {}, "Class label -1 is out of range"),
         ([1.5], {}, "Class label 1.5 is out of range"),
         (
@@ -256,6 +309,9 @@ def test_model_without_classes():
             "Unknown class name 'golden retreiver'; 5 names.*Nearest names: golden retriever",
         ),
         ([], {}, "class_labels is empty"),
+        ([1], {"num_images_per_label": 0}, "num_images_per_label is 0"),
+        ([[1]], {}, r"Class label \[1\] is out of range"),
+        ([float("nan")], {}, "Class label nan is out of range"),
         ([1], {"height": 7}, "7 x 8; both must be multiples of 2"),
         ([1], {"latents": torch.zeros(2, 3, 8, 8)}, r"\(2, 3, 8, 8\); this call needs \(1, 3, 8, 8\)"),
         ([1], {"generator": generators(1, 2)}, "2 generators were given for 1 images"),

@@ -80,9 +80,9 @@ def test_equals_algorithm_2(noise, n, dtype, tolerance):
     assert evaluations == 2 * n - 1 == len(scheduler.timesteps)
 
 
-@pytest.mark.parametrize("s_noise", [1.0, 1.007])
-def test_churn_equals_algorithm_2(noise, s_noise):
-    settings = dict(s_churn=30.0, s_tmin=0.05, s_tmax=50.0, s_noise=s_noise)
+@pytest.mark.parametrize(("s_tmin", "s_noise"), [(0.05, 1.0), (0.05, 1.007), (0.0, 1.0)])
+def test_churn_equals_algorithm_2(noise, s_tmin, s_noise):
+    settings = dict(s_churn=30.0, s_tmin=s_tmin, s_tmax=50.0, s_noise=s_noise)
     generator = torch.Generator().manual_seed(3)
     noises = (torch.randn(noise.shape, generator=generator) for _ in range(100))
     expected, _ = edm_algorithm_2(noise, 40, **settings, noises=noises)
@@ -200,6 +200,15 @@ def test_begins_in_the_middle(noise):
     assert torch.equal(x, y)
     with pytest.raises(ValueError, match="begin_index 3 is the second half"):
         late.set_begin_index(3)
+    with pytest.raises(ValueError, match="All 11 evaluations are done"):
+        late.step(noise, 0, noise)
+
+
+def test_beginning_anew_forgets_half_a_step(noise):
+    used, fresh = EDMHeunScheduler(), EDMHeunScheduler()
+    used.step(noise, used.timesteps[0], noise)
+    used.set_begin_index(0)
+    assert torch.equal(used.step(noise, 0, noise).prev_sample, fresh.step(noise, 0, noise).prev_sample)
 
 
 @pytest.mark.parametrize("other", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
@@ -236,6 +245,8 @@ def test_saved_and_loaded(tmp_path):
         (lambda: EDMHeunScheduler().set_timesteps(sigmas=[1.0, 2.0]), r"\[1.0, 2.0\]"),
         (lambda: EDMHeunScheduler().set_timesteps(sigmas=[1.0, 0.0]), r"\[1.0, 0.0\]"),
         (lambda: EDMHeunScheduler().set_timesteps(sigmas=[]), r"\[\]"),
+        (lambda: EDMHeunScheduler().set_timesteps(sigmas=[math.inf, 1.0]), r"\[inf, 1.0\]"),
+        (lambda: EDMHeunScheduler().set_timesteps(sigmas=[math.nan, 1.0]), r"\[nan, 1.0\]"),
     ],
 )
 def test_bad_input_is_named(build, message):

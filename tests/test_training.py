@@ -1,6 +1,7 @@
 """The script, run as users run it: on the digits, with a network of a few thousand weights."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
+from PIL import Image
 
 import train_sddit
 from sddit_diffusers import SDDiTPipeline
@@ -36,6 +38,14 @@ def fresh_accelerate():
 def train(folder, *options):
     train_sddit.main([*SMALL, "--output_dir", str(folder), *map(str, options)])
     return read_metrics(folder / "metrics.jsonl")
+
+
+def make_trainer(folder, *options):
+    return train_sddit.Trainer(train_sddit.parse([*SMALL, "--output_dir", str(folder), *map(str, options)]))
+
+
+def batches_of(trainer):
+    return iter(train_sddit.batches(trainer.dataset, trainer.sampler))
 
 
 def launch(processes, script, *options):
@@ -74,8 +84,7 @@ def test_learns(tmp_path):
 
 
 def test_saves_the_averaged_weights(tmp_path):
-    config = train_sddit.parse([*SMALL, "--output_dir", str(tmp_path), "--max_train_steps", "12"])
-    trainer = train_sddit.Trainer(config)
+    trainer = make_trainer(tmp_path, "--max_train_steps", 12)
     average, history = None, []
     step = trainer.ema.step
 
@@ -119,6 +128,40 @@ def test_two_processes_train_what_one_does(tmp_path):
         SDDiTPipeline.from_pretrained(tmp_path / name).transformer.state_dict() for name in ("one", "two")
     ]
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+
+
+def test_accelerate_launch_uses_all_cores(tmp_path):
+    """The README's first command, made small; accelerate itself would leave one thread."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\nimport torch, train_sddit\n"
+        "train_sddit.main()\nprint('threads', torch.get_num_threads())\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", script, *SMALL, "--max_train_steps", 2]
+    result = subprocess.run(
+        [*map(str, command), "--output_dir", str(tmp_path / "run")],
+        env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"threads {len(os.sched_getaffinity(0))}" in result.stdout
+    assert (tmp_path / "run" / "samples.png").is_file()
+
+
+def test_pictures_of_a_folder(tmp_path):
+    folder = tmp_path / "data" / "train"
+    for i in range(40):
+        (folder / "cat dog".split()[i % 2]).mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 16, 3), dtype=np.uint8))
+        picture.save(folder / "cat dog".split()[i % 2] / f"{i}.png")
+    network = json.dumps(NETWORK | {"in_channels": 3})
+    options = ["--dataset_name", tmp_path / "data", "--max_train_steps", 3, "--transformer", network]
+    train(tmp_path / "run", *options, "--dataloader_num_workers", 2)
+    pipe = SDDiTPipeline.from_pretrained(tmp_path / "run")
+    assert pipe(["dog"], num_inference_steps=2).images[0].mode == "RGB"
+    assert pipe.transformer.config.num_classes == 2
 
 
 def test_resumed_run_equals_an_undisturbed_one(tmp_path):
@@ -207,8 +250,7 @@ def test_no_weight_moves_in_a_step_that_is_not_finite(tmp_path, monkeypatch):
 
 
 def test_a_gradient_that_is_not_finite_is_named(tmp_path):
-    options = [*SMALL, "--output_dir", str(tmp_path), "--max_train_steps", "3"]
-    trainer = train_sddit.Trainer(train_sddit.parse(options))
+    trainer = make_trainer(tmp_path)
     weight = trainer.objective.transformer.decoder.proj_in.weight
     weight.register_hook(lambda gradient: gradient * float("inf"))
     before = weight.clone()
@@ -222,13 +264,12 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path):
 
 def test_float16_leaves_out_steps_whose_gradients_overflow(tmp_path):
     """A loss scale too large on purpose: what overflows moves neither weights nor averages."""
-    options = [*SMALL, "--output_dir", str(tmp_path), "--max_train_steps", "4"]
-    trainer = train_sddit.Trainer(train_sddit.parse(options))
+    trainer = make_trainer(tmp_path)
     # accelerate scales losses on GPUs only.
     scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
     before = [parameter.clone() for parameter in trainer.objective.parameters()]
-    data = iter(train_sddit.batches(trainer.dataset, trainer.sampler))
+    data = batches_of(trainer)
     trainer.train_step(0, data)
     assert trainer.ema.optimization_step == 0
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.objective.parameters(), strict=True))
@@ -239,8 +280,52 @@ def test_float16_leaves_out_steps_whose_gradients_overflow(tmp_path):
 
 
 def test_gradient_norm_is_bounded(tmp_path):
-    metrics = train(tmp_path, "--max_train_steps", 2, "--max_grad_norm", 0.01)
-    assert metrics[0]["grad_norm"] > 0.01  # the norm before
+    trainer = make_trainer(tmp_path, "--max_grad_norm", 0.01)
+    norms, step = [], trainer.optimizer.optimizer.step
+
+    def watched(*arguments, **keywords):
+        gradients = [p.grad.flatten() for p in trainer.objective.parameters() if p.grad is not None]
+        norms.append(torch.cat(gradients).norm().item())
+        return step(*arguments, **keywords)
+
+    trainer.optimizer.optimizer.step = watched
+    metrics = trainer.train_step(0, batches_of(trainer))
+    assert metrics["grad_norm"] > 0.1  # before
+    assert norms == pytest.approx([0.01], rel=1e-3)
+
+
+def test_teacher_and_centers_follow_the_schedule(tmp_path):
+    """What the training loop does after each optimizer step, done again by hand."""
+    trainer = make_trainer(tmp_path, "--max_train_steps", 4)
+    objective, data = trainer.objective, batches_of(trainer)
+    expected = {name: p.clone() for name, p in objective.teacher.named_parameters()}
+    center, logits = torch.zeros(32), []
+    objective.teacher.head.register_forward_hook(lambda module, inputs, output: logits.append(output))
+    for step in range(4):
+        trainer.train_step(step, data)
+        beta = 0.999 - 0.003 * (1 + math.cos(math.pi * step / 4)) / 2
+        student = dict(objective.transformer.named_parameters("encoder"))
+        student |= dict(objective.head.named_parameters("head"))
+        expected = {name: beta * p + (1 - beta) * student[name].detach() for name, p in expected.items()}
+        center = 0.9 * center + 0.1 * logits[-1][:, 1:].mean((0, 1))
+    for name, parameter in objective.teacher.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(objective.center_patch.value, center)
+    assert center.norm() > 0
+
+
+def test_temperature_warms_up_over_the_epochs(tmp_path):
+    trainer = make_trainer(tmp_path, "--train_batch_size", 400, "--teacher_temperature_warmup_epochs", 2)
+    assert trainer.sampler.steps_per_epoch == 4
+    values = [trainer.follow_schedules(step)["teacher_temperature"] for step in (0, 4, 8, 9)]
+    assert values == pytest.approx([0.04, 0.055, 0.07, 0.07])
+    assert trainer.objective.teacher_temperature == 0.07
+
+
+def test_validation_leaves_the_weights_alone(tmp_path):
+    assert train(tmp_path / "a", "--max_train_steps", 4, "--validation_steps", 1) == train(
+        tmp_path / "b", "--max_train_steps", 4
+    )
 
 
 def test_warm_up_of_the_learning_rate(tmp_path):
@@ -266,6 +351,8 @@ def test_without_labels_and_without_discrimination(tmp_path):
         (["--dataset_name", "./nowhere"], "There is no dataset folder ./nowhere"),
         (["--train_batch_size", "2000"], "The dataset has 1797 rows, fewer than one global batch of 2000"),
         (["--resume_from_checkpoint", "latest"], "There is no checkpoint"),
+        (["--mask_ratio", "1"], "mask_ratio is 1.0; it must be at least 0 and below 1"),
+        (["--teacher_sigma", "0"], "teacher_sigma is 0.0"),
         (["--report_to", "clouds"], "report_to is 'clouds'"),
         (["--mixed_precision", "fp16"], "mixed_precision is 'fp16', which needs a GPU"),
     ],
@@ -290,11 +377,20 @@ def test_checkpoints_of_an_earlier_run_are_not_overwritten(tmp_path):
         train(tmp_path, "--max_train_steps", 2)
 
 
-def test_an_unreadable_picture_is_named(tmp_path, monkeypatch):
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    train(tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 2)
+    with pytest.raises(SystemExit, match="(?s)The checkpoint is not of such a run as this one: .*prototypes"):
+        train(tmp_path, "--num_prototypes", 64, "--resume_from_checkpoint", "latest")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_picture_is_named(tmp_path, monkeypatch, workers):
     decode = ImageDataset._decode
     broken = {"bytes": b"no picture", "path": "five.png"}
     monkeypatch.setattr(
         ImageDataset, "_decode", lambda self, i, file: decode(self, i, broken if i == 5 else file)
     )
     with pytest.raises(SystemExit, match=r"Row 5 of digits \(five.png\) cannot be read as a picture"):
-        train(tmp_path, "--max_train_steps", 200, "--train_batch_size", 64)
+        train(
+            tmp_path, "--max_train_steps", 200, "--train_batch_size", 64, "--dataloader_num_workers", workers
+        )

@@ -1,7 +1,9 @@
 import math
+import re
 
 import pytest
 import torch
+from accelerate import infer_auto_device_map
 from conftest import TINY, randomize
 from diffusers.hooks import (
     FirstBlockCacheConfig,
@@ -230,7 +232,8 @@ def test_fused_qkv(transformer, inputs):
 
 def test_first_block_cache_skips_the_encoder_where_little_changed(transformer, inputs):
     ran = []
-    transformer.transformer_blocks[1].register_forward_hook(lambda *_: ran.append(1))
+    norm = transformer.transformer_blocks[1].norm1
+    norm.register_forward_hook(lambda *_: ran.append(1))
     with torch.no_grad():
         expected = transformer(*inputs).sample
         transformer.enable_cache(FirstBlockCacheConfig(threshold=1e6))
@@ -238,6 +241,7 @@ def test_first_block_cache_skips_the_encoder_where_little_changed(transformer, i
             torch.testing.assert_close(transformer(*inputs).sample, expected)
             repeated = transformer(*inputs).sample
         torch.testing.assert_close(repeated, expected)
+        assert len(ran) == 2  # once without the cache, and once with it
         with transformer.cache_context("conditional"):
             changed = transformer(inputs[0] + 0.1, *inputs[1:]).sample
         transformer.disable_cache()
@@ -258,13 +262,17 @@ def test_first_block_cache_skips_the_encoder_where_little_changed(transformer, i
     ids=lambda config: type(config).__name__,
 )
 def test_other_caches_begin_with_the_exact_result(transformer, inputs, config):
+    ran = []
+    transformer.transformer_blocks[1].attn.to_q.register_forward_hook(lambda *_: ran.append(1))
     with torch.no_grad():
         expected = transformer(*inputs).sample
         transformer.enable_cache(config)
+        ran.clear()
         with transformer.cache_context("conditional"):
             torch.testing.assert_close(transformer(*inputs).sample, expected)
             for _ in range(3):
                 assert transformer(inputs[0] + 0.01, *inputs[1:]).sample.isfinite().all()
+        assert 1 <= len(ran) < 4  # of four forwards
         transformer.disable_cache()
         assert torch.equal(transformer(*inputs).sample, expected)
 
@@ -328,9 +336,18 @@ def test_lora(transformer, inputs, tmp_path):
     torch.testing.assert_close(other(*inputs).sample, changed)
 
 
-def test_device_map_keeps_blocks_whole(transformer, inputs, tmp_path):
+def test_device_maps_keep_blocks_whole(transformer):
+    size = sum(parameter.numel() * 4 for parameter in transformer.parameters())
+    places = infer_auto_device_map(
+        transformer, {0: size // 2, "cpu": size}, no_split_module_classes=transformer._no_split_modules
+    )
+    assert len(set(places.values())) == 2
+    inside = re.compile(r"blocks\.\d+\.")
+    assert not [name for name in places if inside.search(name)]
+
+
+def test_device_map(transformer, inputs, tmp_path):
     transformer.save_pretrained(tmp_path)
-    assert transformer._no_split_modules == ["SDDiTBlock"]
     loaded = SDDiTTransformer2DModel.from_pretrained(tmp_path, device_map={"": "cpu"})
     assert torch.equal(loaded(*inputs).sample, transformer(*inputs).sample)
 
