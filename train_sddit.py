@@ -90,6 +90,7 @@ class Trainer:
             total=config.max_train_steps,
             disable=not self.accelerator.is_local_main_process,
             unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs no animation
             smoothing=0.05,
             dynamic_ncols=True,
         )
