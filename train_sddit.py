@@ -117,13 +117,10 @@ class Trainer:
         """One optimizer step and the updates that follow; returns the means over the global batch."""
         schedule = self.follow_schedules(step)
         draws = self.draw(step)
-        total = 0.0
+        device, total = self.accelerator.device, 0.0
         for micro in range(self.config.gradient_accumulation_steps):
             x0, labels = next(data)
-            x0, labels = (
-                x0.to(draws.noise_s.device),
-                None if labels is None else labels.to(draws.noise_s.device),
-            )
+            x0, labels = x0.to(device), None if labels is None else labels.to(device)
             with self.accelerator.accumulate(self.prepared):
                 losses = self.prepared(x0, labels, draws.rows(self.sampler.rows(micro)))
                 self.accelerator.backward(losses["loss"])
@@ -150,6 +147,8 @@ class Trainer:
             self.ema.step(self.objective.transformer.parameters())
         momentum = 1.0 if skipped else schedule["teacher_momentum"]
         self.objective.update_teacher(momentum, lambda tensor: self.accelerator.reduce(tensor, "mean"))
+        if self.objective.teacher is None:
+            schedule = {"learning_rate": schedule["learning_rate"]}
         return metrics | schedule
 
     def follow_schedules(self, step: int) -> dict[str, float]:

@@ -50,7 +50,7 @@ class ImageDataset(Dataset):
 
     def __init__(self, name: str, image_column: str, label_column: str, channels: int, size: int):
         if channels not in _MODES:
-            raise ValueError(f"The network takes {channels} channels; pictures have 1 or 3.")
+            raise ValueError(f"The network takes {channels} channels, as latents have; pictures have 1 or 3.")
         self.name, self.mode, self.size = name, _MODES[channels], size
         rows = _load(name)
         if len(rows) == 0:

@@ -152,7 +152,7 @@ def test_too_small_a_dataset_is_named():
         ((None, "img", "label", 3, 8), "has no column 'label'; its columns are img, kind"),
         ((None, "kind", "kind", 3, 8), "Column 'kind' of .* holds no pictures"),
         ((None, "img", "img", 3, 8), "Column 'img' of .* labels are integers or strings"),
-        ((None, "img", "kind", 4, 8), "The network takes 4 channels; pictures have 1 or 3"),
+        ((None, "img", "kind", 4, 8), "The network takes 4 channels, as latents have; pictures have 1 or 3"),
     ],
 )
 def test_bad_sources_are_named(tmp_path, pictures, arguments, message):
