@@ -22,7 +22,9 @@ from .transformer_sddit import SDDiTTransformer2DModel
 class ProjectionHead(nn.Module):
     """The three-layer head j and the prototypes: tokens `[..., D]` to K logits, cosines in -1..1.
 
-    One head serves [CLS] and patches, as in iBOT. # Paper silent: widths and normalisation are DINO's.
+    One head serves [CLS] and patches, as in iBOT. # Paper silent: widths and normalisation are DINO's, and
+    nearly the initialisation. DINO's fixed deviation of 0.02 would leave the features of a small head so
+    short that normalising them makes the first gradients tens of times larger.
     """
 
     def __init__(self, dim: int, num_prototypes: int, hidden_dim: int = 2048, bottleneck_dim: int = 256):
@@ -37,7 +39,7 @@ class ProjectionHead(nn.Module):
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, bottleneck_dim))
         for module in self.mlp:
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.prototypes)  # only their directions count
 
