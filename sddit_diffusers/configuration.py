@@ -82,7 +82,7 @@ _LOWEST = (
     dict.fromkeys(("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps"), 1)
     | dict.fromkeys(("head_hidden_dim", "head_bottleneck_dim"), 1)
     | dict.fromkeys(("seed", "learning_rate", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm"), 0)
-    | dict.fromkeys(("validation_steps", "checkpointing_steps", "dataloader_num_workers", "ema_decay"), 0)
+    | dict.fromkeys(("validation_steps", "checkpointing_steps", "dataloader_num_workers"), 0)
     | dict.fromkeys(("student_temperature", "teacher_temperature_start", "teacher_temperature_end"), 1e-3)
     | {"num_prototypes": 2, "teacher_temperature_warmup_epochs": 0}
 )
@@ -153,6 +153,9 @@ class TrainingConfig:
         for name, low in _LOWEST.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}.")
+        for name in ("ema_decay", "teacher_momentum_start", "teacher_momentum_end", "center_momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be in 0..1.")
         self.network()
         self.teacher_noise()
 

@@ -49,6 +49,7 @@ def test_every_preset_is_a_network_and_a_recipe(preset):
         (["--mask_ration", "0.5"], "unknown option --mask_ration; nearest are --mask_ratio"),
         (["--seed", "one"], "argument --seed: invalid int value: 'one'"),
         (["--max_grad_norm", "-1"], "max_grad_norm is -1.0; it must be at least 0"),
+        (["--ema_decay", "2"], "ema_decay is 2.0; it must be in 0..1"),
         (["--logging_steps", "0"], "logging_steps is 0; it must be at least 1"),
         (["--teacher_temperature_end", "nan"], "teacher_temperature_end is nan"),
         (["--mixed_precision", "fp8"], "mixed_precision is 'fp8'; it must be 'no', 'bf16' or 'fp16'"),

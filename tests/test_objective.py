@@ -133,19 +133,16 @@ def test_evaluation_leaves_the_centers_alone(batch):
 def test_generative_loss_is_float32_under_autocast(batch):
     """At sigma 0.002, the loss is the small difference of large numbers: bf16 would be off by far more."""
     objective = make(discriminative_weight=0.0, mask_ratio=0.0)
-    draws = draw(objective)._replace(
-        sigma_s=torch.full((3, 1, 1, 1), 0.002), label_dropped=torch.zeros(3).bool()
-    )
+    sigma, kept = torch.full((3, 1, 1, 1), 0.002), torch.zeros(3, dtype=torch.bool)
+    draws = draw(objective)._replace(sigma_s=sigma, label_dropped=kept)
     x0, labels = batch
-    x_s = x0.double() + 0.002 * draws.noise_s.double()
+    noise = 0.002 * draws.noise_s.double()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         actual = objective(x0, labels, draws)["loss_generative"]
-        inputs = (x_s / (0.002**2 + 0.25) ** 0.5).float(), torch.tensor(0.002).log() / 4, labels
-        f = objective.transformer(*inputs).sample.double()
-    target = (1 - 0.25 / (0.002**2 + 0.25)) * x0.double() - 0.25 / (
-        0.002**2 + 0.25
-    ) * 0.002 * draws.noise_s.double()
-    target = target / (0.002 * 0.5 / (0.002**2 + 0.25) ** 0.5)  # EDM's target of F, of unit variance
+        x_in = ((x0.double() + noise) / (0.002**2 + 0.25) ** 0.5).float()
+        f = objective.transformer(x_in, torch.tensor(0.002).log() / 4, labels).sample.double()
+    c_skip, c_out = 0.25 / (0.002**2 + 0.25), 0.002 * 0.5 / (0.002**2 + 0.25) ** 0.5
+    target = ((1 - c_skip) * x0.double() - c_skip * noise) / c_out  # EDM's target of F, of unit variance
     assert actual.item() == pytest.approx(((f - target) ** 2).mean().item(), rel=1e-3)
 
 

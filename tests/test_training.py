@@ -168,19 +168,7 @@ def test_pictures_of_a_folder(tmp_path):
 
 def test_resumed_run_equals_an_undisturbed_one(tmp_path):
     whole = train(tmp_path / "a", "--max_train_steps", 8)
-    trainer = train_sddit.Trainer(
-        train_sddit.parse(
-            [
-                *SMALL,
-                "--output_dir",
-                str(tmp_path / "b"),
-                "--max_train_steps",
-                "8",
-                "--checkpointing_steps",
-                "3",
-            ]
-        )
-    )
+    trainer = make_trainer(tmp_path / "b", "--max_train_steps", 8, "--checkpointing_steps", 3)
     trainer.finish = lambda: None
     trainer.run()
     for folder in (tmp_path / "b").glob("checkpoint-6"):
