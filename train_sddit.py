@@ -5,25 +5,45 @@ Everything random in a step, and every schedule, follows from the seed and the n
 """
 
 import dataclasses
+import json
 import math
-import os
+import signal
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
+from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from sddit_diffusers import EDMHeunScheduler, SDDiTObjective, SDDiTPipeline, SDDiTTransformer2DModel
-from sddit_diffusers.checkpointing import find_checkpoints, load_checkpoint, save_checkpoint
+from sddit_diffusers.checkpointing import (
+    choose_checkpoint,
+    differences,
+    find_checkpoints,
+    load_state,
+    read_about,
+    save_checkpoint,
+)
 from sddit_diffusers.configuration import TrainingConfig, parse
-from sddit_diffusers.data import BatchSampler, ImageDataset, UnreadableImageError, batches, generator_for
+from sddit_diffusers.data import BatchSampler, ImageDataset, UnreadableImageError, generator_for
 from sddit_diffusers.discrimination import teacher_momentum, teacher_temperature
+from sddit_diffusers.latents import (
+    LatentDataset,
+    UnreadableShardError,
+    find_latents,
+    load_vae,
+    sha256_of_weights,
+)
+from sddit_diffusers.launching import check_machine, on_main_process
 from sddit_diffusers.objective import Draws
 from sddit_diffusers.reporting import MetricsLog, draw_curves, read_metrics, sample_grid
 
@@ -45,18 +65,17 @@ class Trainer:
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=config.report_to or None,
             project_dir=self.output_dir,
-            # The centers are equal on all processes; broadcasting them before each forward is for nothing.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[
+                # The centers are equal on all processes: there is nothing to broadcast before a forward.
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                # The others wait while the main process saves and samples.
+                InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+            ],
         )
         check_machine(self.accelerator)
         network = config.network()
-        self.dataset = ImageDataset(
-            config.dataset_name,
-            config.image_column,
-            config.label_column,
-            network["in_channels"],
-            network["sample_size"],
-        )
+        self.dataset = open_dataset(config, network)
+        self.vae = self.open_vae() if self.accelerator.is_main_process else None
         set_seed(config.seed)
         self.objective = build_objective(config, network | {"num_classes": self.dataset.num_classes})
         optimizer = torch.optim.AdamW(
@@ -68,25 +87,30 @@ class Trainer:
         )
         self.prepared, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
         self.ema = EMAModel(self.objective.transformer.parameters(), decay=config.ema_decay, foreach=True)
-        self.start_step = self.resume() if config.resume_from_checkpoint else 0
         self.sampler = BatchSampler(
             len(self.dataset), config.train_batch_size, config.gradient_accumulation_steps,
             self.accelerator.process_index, self.accelerator.num_processes, config.seed,
-            self.start_step, config.max_train_steps,
+            max_steps=config.max_train_steps,
         )  # fmt: skip
+        if config.resume_from_checkpoint:
+            self.resume()
+        self.stop_signal = None
 
     def run(self) -> None:
-        """Trains from the first step to the last, and saves the pipeline."""
+        """Trains from the first step to the last, and saves the pipeline.
+
+        Raises:
+            SystemExit: a signal stopped the run, after a checkpoint.
+        """
         config, main = self.config, self.accelerator.is_main_process
         if main:
             config.save(self.output_dir / "training_config.json")
-            log = MetricsLog(self.output_dir / "metrics.jsonl", self.start_step)
+            log = MetricsLog(self.output_dir / "metrics.jsonl", self.sampler.start_step)
         self.accelerator.init_trackers("sddit", config=dataclasses.asdict(config))
         self.describe()
-        data = iter(batches(self.dataset, self.sampler, config.dataloader_num_workers))
         progress = tqdm(
-            range(self.start_step, config.max_train_steps),
-            initial=self.start_step,
+            range(self.sampler.start_step, config.max_train_steps),
+            initial=self.sampler.start_step,
             total=config.max_train_steps,
             disable=not self.accelerator.is_local_main_process,
             unit="step",
@@ -94,35 +118,67 @@ class Trainer:
             smoothing=0.05,
             dynamic_ncols=True,
         )
-        for step in progress:
-            metrics = self.train_step(step, data)
-            done = step + 1
-            shown = {"L_G": metrics["loss_generative"], "L_D": metrics.get("loss_discriminative", 0.0)}
-            progress.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
-            if done % config.logging_steps == 0 or done == config.max_train_steps:
-                self.accelerator.log(metrics, step=done)
-                if main:
-                    log.write({"step": done, **metrics})
-            if config.checkpointing_steps and done % config.checkpointing_steps == 0:
-                self.save(done)
-            if (
-                config.validation_steps
-                and done % config.validation_steps == 0
-                and done < config.max_train_steps
-            ):
-                self.validate(f"samples-{done}.png")
+        with self.catching_signals(), closing(self.dataset.batches(self.sampler)) as data:
+            for step in progress:
+                metrics = self.train_step(step, data)
+                done = step + 1
+                last = done == config.max_train_steps
+                shown = {"L_G": metrics["loss_generative"], "L_D": metrics.get("loss_discriminative", 0.0)}
+                progress.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
+                if done % config.logging_steps == 0 or last:
+                    self.accelerator.log(metrics, step=done)
+                    if main:
+                        log.write({"step": done, **metrics})
+                stopped = self.accelerator.check_trigger()
+                due = config.checkpointing_steps and (done % config.checkpointing_steps == 0 or last)
+                if due or stopped:
+                    self.save(done)
+                if stopped and not last:
+                    progress.close()
+                    self.leave(done)
+                if config.validation_steps and done % config.validation_steps == 0 and not last:
+                    self.validate(f"samples-{done}.png")
         self.finish()
+
+    @contextmanager
+    def catching_signals(self) -> Iterator[None]:
+        """Lets the step end before SIGTERM or SIGUSR1 stops the run, on all processes if one gets it."""
+
+        def note(number, frame) -> None:
+            self.stop_signal = number
+            self.accelerator.set_trigger()
+
+        earlier = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
+
+    def leave(self, step: int) -> None:
+        """Says how to go on, and leaves as a signal does."""
+        number = signal.Signals(self.stop_signal or signal.SIGTERM)
+        self.accelerator.print(
+            f"Stopped by {number.name} after step {step}, with all of it saved. "
+            "Go on: the same command with --resume_from_checkpoint latest"
+        )
+        self.accelerator.end_training()
+        sys.exit(128 + number)
 
     def train_step(self, step: int, data: Iterator) -> dict[str, float]:
         """One optimizer step and the updates that follow; returns the means over the global batch."""
         schedule = self.follow_schedules(step)
-        draws = self.draw(step)
+        draws, posterior = self.draw(step), self.draw_posterior(step)
         device, total = self.accelerator.device, 0.0
         for micro in range(self.config.gradient_accumulation_steps):
             x0, labels = next(data)
-            x0, labels = x0.to(device), None if labels is None else labels.to(device)
+            x0 = x0.to(device, non_blocking=True)
+            labels = None if labels is None else labels.to(device, non_blocking=True)
+            rows = self.sampler.rows(micro)
+            if posterior is not None:
+                x0 = self.dataset.sample(x0, posterior[rows])
             with self.accelerator.accumulate(self.prepared):
-                losses = self.prepared(x0, labels, draws.rows(self.sampler.rows(micro)))
+                losses = self.prepared(x0, labels, draws.rows(rows))
                 self.accelerator.backward(losses["loss"])
             total = total + torch.stack([loss.detach().float() for loss in losses.values()])
         means = self.accelerator.reduce(total / self.config.gradient_accumulation_steps, "mean")
@@ -173,9 +229,22 @@ class Trainer:
 
     def draw(self, step: int) -> Draws:
         """The draws of a step's whole global batch, of which each process uses its rows."""
-        device, network = self.accelerator.device, self.objective.transformer.config
-        shape = (self.sampler.global_batch, network.in_channels, network.sample_size, network.sample_size)
-        return self.objective.draw(shape, generator_for(self.config.seed, 1, step, device=device), device)
+        device = self.accelerator.device
+        generator = generator_for(self.config.seed, 1, step, device=device)
+        return self.objective.draw(self.global_shape(), generator, device)
+
+    def draw_posterior(self, step: int) -> torch.Tensor | None:
+        """The noise that draws a global batch of latents from their posteriors; None for pictures."""
+        if isinstance(self.dataset, ImageDataset):
+            return None
+        device = self.accelerator.device
+        generator = generator_for(self.config.seed, 2, step, device=device)
+        return torch.randn(self.global_shape(), generator=generator, device=device)
+
+    def global_shape(self) -> tuple[int, ...]:
+        """`[b, c, h, w]` of a global batch."""
+        network = self.objective.transformer.config
+        return (self.sampler.global_batch, network.in_channels, network.sample_size, network.sample_size)
 
     def check_finite(self, step: int, values: dict[str, float]) -> None:
         """Stops all processes, for all see the same reduced values, before any weight has moved."""
@@ -193,53 +262,103 @@ class Trainer:
     def pipeline(self) -> SDDiTPipeline:
         """A pipeline around the student's weights as they are now."""
         scheduler = EDMHeunScheduler.from_config(self.objective.scheduler.config)
-        return SDDiTPipeline(self.objective.transformer, scheduler, id2label=self.dataset.id2label)
+        return SDDiTPipeline(
+            self.objective.transformer, scheduler, vae=self.vae, id2label=self.dataset.id2label
+        )
 
     def validate(self, name: str) -> None:
         """Draws a grid of samples with the averaged weights, in fewer steps than the last one."""
-        if self.accelerator.is_main_process:
+
+        def draw() -> None:
             parameters = list(self.objective.transformer.parameters())
             self.ema.store(parameters)
             self.ema.copy_to(parameters)
             pipe = self.pipeline()
             pipe.set_progress_bar_config(disable=True)
-            sample_grid(pipe, num_inference_steps=18).save(self.output_dir / name)
+            self.draw_samples(pipe, name, num_inference_steps=18)
             self.ema.restore(parameters)
-        self.accelerator.wait_for_everyone()
+
+        on_main_process(draw, self.accelerator)
+
+    def draw_samples(self, pipe: SDDiTPipeline, name: str, **arguments) -> None:
+        """Saves a grid of samples, unless there is no VAE to decode them or none is wanted."""
+        images = self.config.num_validation_images
+        if images and (self.vae is not None or isinstance(self.dataset, ImageDataset)):
+            grid = sample_grid(pipe, classes=max(1, images // 10), columns=min(images, 10), **arguments)
+            grid.save(self.output_dir / name)
 
     def save(self, step: int) -> None:
-        """Writes a checkpoint."""
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
+        """Writes a checkpoint.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        scaler, (epoch, batch) = self.accelerator.scaler, divmod(step, self.sampler.steps_per_epoch)
+        about = {
+            "run": self.identity(),
+            "data": {"epoch": epoch, "batch": batch},
+            "settings": dataclasses.asdict(self.config),
+        }
+
+        def write() -> None:
             state = {
                 "objective": self.objective.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "ema": self.ema.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
             }
-            save_checkpoint(self.output_dir, step, state)
-        self.accelerator.wait_for_everyone()
+            save_checkpoint(self.output_dir, step, state, about, self.config.checkpoints_total_limit)
 
-    def resume(self) -> int:
-        """Loads a checkpoint; returns the steps that it has behind it."""
-        state = load_checkpoint(self.output_dir, self.config.resume_from_checkpoint)
-        try:
-            self.objective.load_state_dict(state["objective"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.ema.load_state_dict(state["ema"])
-            if self.accelerator.scaler is not None:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
-        except (RuntimeError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"The checkpoint is not of such a run as this one: {error}") from error
+        on_main_process(write, self.accelerator)
+
+    def identity(self) -> dict:
+        """What a run must have in common with the one that it goes on with."""
+        config, transformer = self.config, self.objective.transformer.config
+        head = ("num_prototypes", "head_hidden_dim", "head_bottleneck_dim")
+        model = {name: value for name, value in transformer.items() if not name.startswith("_")}
+        model |= {name: getattr(config, name) if self.objective.teacher else None for name in head}
+        identity = {
+            "seed": config.seed,
+            "dataset": self.dataset.identity(),
+            "global batch": self.sampler.global_batch,
+            "model": model,
+        }
+        return json.loads(json.dumps(identity))  # as it comes back from a file
+
+    def resume(self) -> None:
+        """Loads a checkpoint, and sets the step that the run begins with.
+
+        Raises:
+            ValueError: there is none, it is damaged, or of another run.
+        """
+        name = self.config.resume_from_checkpoint
+        folder = on_main_process(lambda: choose_checkpoint(self.output_dir, name), self.accelerator)
+        if folder is None:
+            self.accelerator.print(f"There is no checkpoint in {self.output_dir} yet: the run begins.")
+            return
+        about = read_about(folder)
+        if others := differences(about["run"], self.identity()):
+            raise ValueError(f"{folder} is of another run; {'; '.join(others)}.")
+        changed = differences(about["settings"], dataclasses.asdict(self.config))
+        changed = [change for change in changed if not change.startswith("resume_from_checkpoint:")]
+        if changed:
+            self.accelerator.print(f"Changed since {folder.name}: {'; '.join(changed)}.")
+        state = load_state(folder)
+        self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema.load_state_dict(state["ema"])
         self.ema.to(self.accelerator.device)
-        return state["step"]
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.sampler.start_step = about["step"]
 
     def describe(self) -> None:
         """Says what is about to be trained."""
         count = sum(parameter.numel() for parameter in self.objective.parameters() if parameter.requires_grad)
         self.accelerator.print(
             f"SD-DiT {self.config.preset}: {count / 1e6:.1f}M trained parameters, "
-            f"{len(self.dataset)} pictures of {self.dataset.num_classes} classes, "
+            f"{len(self.dataset)} {'pictures' if isinstance(self.dataset, ImageDataset) else 'latents'} "
+            f"of {self.dataset.num_classes} classes, "
             f"global batch {self.sampler.global_batch}, "
             f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}, "
             f"mixed precision {self.accelerator.mixed_precision}, into {self.output_dir}/"
@@ -247,23 +366,75 @@ class Trainer:
 
     def finish(self) -> None:
         """Saves the pipeline with the averaged weights, and draws samples and curves."""
-        if self.accelerator.is_main_process:
-            self.ema.copy_to(self.objective.transformer.parameters())
-            pipe = self.pipeline()
-            pipe.save_pretrained(self.output_dir)
-            pipe.set_progress_bar_config(desc="samples.png", leave=False)
-            sample_grid(pipe).save(self.output_dir / "samples.png")
-            draw_curves(read_metrics(self.output_dir / "metrics.jsonl"), self.output_dir / "curves.png")
-            label = self.dataset.num_classes - 3 if self.dataset.num_classes > 2 else None
-            print(
-                f"Done: samples.png, curves.png, metrics.jsonl and the pipeline are in {self.output_dir}/. "
-                "Use it:\n\n"
-                "    from sddit_diffusers import SDDiTPipeline\n"
-                f'    pipe = SDDiTPipeline.from_pretrained("{self.output_dir}")\n'
-                f'    pipe(class_labels=[{label}]).images[0].save("sample.png")'
-            )
-        self.accelerator.wait_for_everyone()
+        on_main_process(self.save_pipeline, self.accelerator)
         self.accelerator.end_training()
+
+    def save_pipeline(self) -> None:
+        self.ema.copy_to(self.objective.transformer.parameters())
+        pipe = self.pipeline()
+        pipe.save_pretrained(self.output_dir)
+        pipe.set_progress_bar_config(desc="samples.png", leave=False)
+        self.draw_samples(pipe, "samples.png")
+        draw_curves(read_metrics(self.output_dir / "metrics.jsonl"), self.output_dir / "curves.png")
+        label = self.dataset.num_classes - 3 if self.dataset.num_classes > 2 else None
+        print(
+            f"Done: the pipeline, samples.png, curves.png and metrics.jsonl are in {self.output_dir}/. "
+            "Use it:\n\n"
+            "    from sddit_diffusers import SDDiTPipeline\n"
+            f'    pipe = SDDiTPipeline.from_pretrained("{self.output_dir}")\n'
+            f'    pipe(class_labels=[{label}]).images[0].save("sample.png")'
+        )
+
+    def open_vae(self) -> AutoencoderKL | AutoencoderTiny | None:
+        """The VAE that decodes the latents; None for pictures, and where none is wanted.
+
+        Raises:
+            ValueError: it cannot be loaded, or decodes other latents.
+        """
+        if isinstance(self.dataset, ImageDataset) or self.config.vae == "none":
+            return None
+        made_by = self.dataset.manifest.vae
+        try:
+            vae = load_vae(self.config.vae or made_by["name"])
+        except ValueError as error:
+            raise ValueError(
+                f"{error} Name another with --vae, or train without samples: --vae none"
+            ) from None
+        channels = self.dataset.shape[0]
+        if vae.config.latent_channels != channels:
+            raise ValueError(
+                f"The VAE decodes latents of {vae.config.latent_channels} channels; "
+                f"those of {self.dataset.name} have {channels}."
+            )
+        if sha256_of_weights(vae) != made_by["sha256"]:
+            warnings.warn(
+                f"The VAE {self.config.vae or made_by['name']} is not the one that made the latents.",
+                stacklevel=2,
+            )
+        return vae.to(self.accelerator.device)
+
+
+def open_dataset(config: TrainingConfig, network: dict) -> ImageDataset | LatentDataset:
+    """Latents where the name is that of a folder of latents, pictures otherwise.
+
+    Raises:
+        ValueError: there is no such dataset, or the network takes others.
+    """
+    channels, size = network["in_channels"], network["sample_size"]
+    root = None if config.dataset_name == "digits" else find_latents(config.dataset_name)
+    if root is None:
+        return ImageDataset(
+            config.dataset_name, config.image_column, config.label_column, channels, size,
+            config.dataloader_num_workers,
+        )  # fmt: skip
+    dataset = LatentDataset(root)
+    if dataset.shape != (channels, size, size):
+        shape = " x ".join(map(str, dataset.shape))
+        raise ValueError(
+            f"The latents of {config.dataset_name} are {shape}; the network takes "
+            f"{channels} x {size} x {size}. Choose another --preset, or change it with --transformer."
+        )
+    return dataset
 
 
 def build_objective(config: TrainingConfig, network: dict) -> SDDiTObjective:
@@ -301,30 +472,15 @@ def prepare_folder(folder: Path, config: TrainingConfig) -> None:
         )
 
 
-def check_machine(accelerator: Accelerator) -> None:
-    """Makes sure that the run is as it was asked for, and uses all cores."""
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("mixed_precision is 'fp16', which needs a GPU; the CPU has 'bf16' and 'no'.")
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if started != accelerator.num_processes:
-        raise ValueError(
-            f"{started} processes were started, but accelerate joins {accelerator.num_processes}."
-        )
-    # accelerate launch sets OMP_NUM_THREADS=1 where nobody chose a number: share the machine's cores instead.
-    if accelerator.device.type == "cpu" and torch.get_num_threads() == 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
 def main(arguments: list[str] | None = None) -> None:
     config = parse(arguments)
     try:
         trainer = Trainer(config)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"train_sddit.py: error: {error}")
     try:
         trainer.run()
-    except (FloatingPointError, UnreadableImageError) as error:
+    except (FloatingPointError, UnreadableImageError, UnreadableShardError, OSError) as error:
         sys.exit(f"train_sddit.py: error: {error}")
 
 

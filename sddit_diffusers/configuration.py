@@ -33,6 +33,7 @@ PRESETS = {
     "SD-DiT-XL/2": _network(  32,   2,   4,    28,   16,  72, (8, 16, 32),   1000),
     "digits":      _network(   8,   2,   1,     4,    4,  24, (2,  4, 24),     10),
     "cifar10":     _network(  32,   2,   3,     8,    4,  64, (4,  6, 32),     10),
+    "cifar10-latent": _network(8,   2,   4,     8,    4,  64, (2,  6, 32),     10),
 }
 # fmt: on
 
@@ -70,10 +71,21 @@ RECIPES = {
         head_hidden_dim=512,
         head_bottleneck_dim=128,
     ),
+    "cifar10-latent": dict(
+        train_batch_size=128,
+        max_train_steps=100_000,
+        learning_rate=1e-3,
+        lr_warmup_steps=200,
+        adam_beta2=0.99,
+        logging_steps=10,
+        num_prototypes=512,
+        head_hidden_dim=512,
+        head_bottleneck_dim=64,
+    ),
 }
 
 
-def _option(default, help: str):
+def option(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
@@ -82,7 +94,8 @@ _LOWEST = (
     dict.fromkeys(("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps"), 1)
     | dict.fromkeys(("head_hidden_dim", "head_bottleneck_dim"), 1)
     | dict.fromkeys(("seed", "learning_rate", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm"), 0)
-    | dict.fromkeys(("validation_steps", "checkpointing_steps", "dataloader_num_workers"), 0)
+    | dict.fromkeys(("validation_steps", "num_validation_images", "checkpointing_steps"), 0)
+    | dict.fromkeys(("checkpoints_total_limit", "dataloader_num_workers"), 0)
     | dict.fromkeys(("student_temperature", "teacher_temperature_start", "teacher_temperature_end"), 1e-3)
     | {"num_prototypes": 2, "teacher_temperature_warmup_epochs": 0}
 )
@@ -92,50 +105,57 @@ _LOWEST = (
 class TrainingConfig:
     """The settings of a run; the defaults are the paper's (Table A1 and Sec. 4.1)."""
 
-    preset: str = _option("digits", "network and recipe: " + ", ".join(PRESETS))
-    transformer: str = _option("{}", "JSON of network settings that differ from the preset's")
-    dataset_name: str = _option("", "'digits', a folder, or a dataset on the Hub, with images and labels")
-    image_column: str = _option("image", "column of the images")
-    label_column: str = _option("label", "column of the labels; '' trains without classes")
-    output_dir: str = _option("", "where the pipeline goes; sddit-PRESET if not given")
-    seed: int = _option(0, "seed of weights, data order and noise")
+    preset: str = option("digits", "network and recipe: " + ", ".join(PRESETS))
+    transformer: str = option("{}", "JSON of network settings that differ from the preset's")
+    dataset_name: str = option(
+        "", "'digits', or a folder, a URL or a dataset on the Hub, of latents or of images with labels"
+    )
+    image_column: str = option("image", "column of the images, if they are no latents")
+    label_column: str = option("label", "column of their labels; '' trains without classes")
+    vae: str = option("", "decodes latents; the one that made them if not given, 'none' goes without samples")
+    output_dir: str = option("", "where the pipeline goes; sddit-PRESET if not given")
+    seed: int = option(0, "seed of weights, data order and noise")
 
-    max_train_steps: int = _option(400_000, "optimizer steps")
-    train_batch_size: int = _option(256, "images a process and micro-batch; the paper's total is 256")
-    gradient_accumulation_steps: int = _option(1, "micro-batches an optimizer step")
-    learning_rate: float = _option(1e-4, "of AdamW")
-    lr_warmup_steps: int = _option(0, "steps of linear warm-up to the learning rate, constant afterwards")
-    adam_beta1: float = _option(0.9, "of AdamW")
-    adam_beta2: float = _option(0.999, "of AdamW")
-    adam_weight_decay: float = _option(0.0, "of AdamW")
-    max_grad_norm: float = _option(0.0, "gradients are scaled down to this norm; 0: never")
-    mixed_precision: str = _option("", "'no', 'bf16' or 'fp16'; as accelerate is configured if not given")
-    gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass to save memory")
-    ema_decay: float = _option(0.9999, "of the weights that sample")
+    max_train_steps: int = option(400_000, "optimizer steps")
+    train_batch_size: int = option(256, "images a process and micro-batch; the paper's total is 256")
+    gradient_accumulation_steps: int = option(1, "micro-batches an optimizer step")
+    learning_rate: float = option(1e-4, "of AdamW")
+    lr_warmup_steps: int = option(0, "steps of linear warm-up to the learning rate, constant afterwards")
+    adam_beta1: float = option(0.9, "of AdamW")
+    adam_beta2: float = option(0.999, "of AdamW")
+    adam_weight_decay: float = option(0.0, "of AdamW")
+    max_grad_norm: float = option(0.0, "gradients are scaled down to this norm; 0: never")
+    mixed_precision: str = option("", "'no', 'bf16' or 'fp16'; as accelerate is configured if not given")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    ema_decay: float = option(0.9999, "of the weights that sample")
 
-    mask_ratio: float = _option(0.2, "share of the patches hidden from the student's encoder")
-    label_dropout: float = _option(0.1, "probability of training an image without its label, for guidance")
-    discriminative_weight: float = _option(1.0, "factor of L_D; 0 trains without teacher")
-    num_prototypes: int = _option(8192, "K")
-    head_hidden_dim: int = _option(2048, "hidden width of the projection head")
-    head_bottleneck_dim: int = _option(256, "width of the projection head before the prototypes")
-    student_temperature: float = _option(0.1, "tau_S")
-    teacher_temperature_start: float = _option(0.09, "tau_T at the start")
-    teacher_temperature_end: float = _option(0.099, "tau_T after its warm-up")
-    teacher_temperature_warmup_epochs: float = _option(5, "epochs from the first to the second")
-    teacher_momentum_start: float = _option(0.996, "beta at the start")
-    teacher_momentum_end: float = _option(0.999, "beta at the end")
-    teacher_sigma: str = _option(
+    mask_ratio: float = option(0.2, "share of the patches hidden from the student's encoder")
+    label_dropout: float = option(0.1, "probability of training an image without its label, for guidance")
+    discriminative_weight: float = option(1.0, "factor of L_D; 0 trains without teacher")
+    num_prototypes: int = option(8192, "K")
+    head_hidden_dim: int = option(2048, "hidden width of the projection head")
+    head_bottleneck_dim: int = option(256, "width of the projection head before the prototypes")
+    student_temperature: float = option(0.1, "tau_S")
+    teacher_temperature_start: float = option(0.09, "tau_T at the start")
+    teacher_temperature_end: float = option(0.099, "tau_T after its warm-up")
+    teacher_temperature_warmup_epochs: float = option(5, "epochs from the first to the second")
+    teacher_momentum_start: float = option(0.996, "beta at the start")
+    teacher_momentum_end: float = option(0.999, "beta at the end")
+    teacher_sigma: str = option(
         "0.002", "noise of the teacher's view, or 'student' for the student's distribution"
     )
-    center_momentum: float = _option(0.9, "of the teacher's centers")
+    center_momentum: float = option(0.9, "of the teacher's centers")
 
-    validation_steps: int = _option(0, "sample a grid every so many steps; 0: at the end only")
-    checkpointing_steps: int = _option(0, "save a checkpoint every so many steps; 0: none")
-    resume_from_checkpoint: str = _option("", "'latest' or a checkpoint folder")
-    logging_steps: int = _option(1, "write the metrics every so many steps")
-    report_to: str = _option("", "'tensorboard', 'wandb' or 'all', beside metrics.jsonl")
-    dataloader_num_workers: int = _option(0, "processes that read images ahead")
+    validation_steps: int = option(0, "sample a grid every so many steps; 0: at the end only")
+    num_validation_images: int = option(100, "images of a grid, in rows of ten")
+    checkpointing_steps: int = option(0, "save a checkpoint every so many steps; 0: none")
+    checkpoints_total_limit: int = option(0, "checkpoints that are kept, the newest ones; 0: all")
+    resume_from_checkpoint: str = option(
+        "", "a checkpoint folder, or 'latest', which begins where there is none"
+    )
+    logging_steps: int = option(1, "write the metrics every so many steps")
+    report_to: str = option("", "'tensorboard', 'wandb' or 'all', beside metrics.jsonl")
+    dataloader_num_workers: int = option(0, "processes that read images ahead")
 
     def __post_init__(self):
         if self.preset not in PRESETS:
@@ -191,22 +211,35 @@ class TrainingConfig:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
 
-class _Parser(HfArgumentParser):
+class Parser(HfArgumentParser):
     """One line for a mistake, instead of the usage of fifty options."""
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
+    def parse_known_options(self, arguments: list[str] | None) -> dict:
+        """The options by name.
+
+        Raises:
+            ValueError: an option that there is not.
+        """
+        namespace, unknown = self.parse_known_args(arguments)
+        if unknown:
+            raise ValueError(
+                _unknown_option(unknown[0].split("=")[0], [f"--{name}" for name in vars(namespace)])
+            )
+        return vars(namespace)
+
 
 def parse(arguments: list[str] | None = None) -> TrainingConfig:
     """The configuration of a command line, `sys.argv` by default; leaves with a message where it is wrong."""
-    parser = _Parser(
+    parser = Parser(
         TrainingConfig,
         description="Trains SD-DiT. Without options: on handwritten digits, in minutes.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="JSON file of options, which the command line overrides")
-    first = _Parser([], add_help=False, allow_abbrev=False)
+    first = Parser([], add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     first.add_argument("--preset")
     chosen, _ = first.parse_known_args(arguments)
@@ -214,12 +247,9 @@ def parse(arguments: list[str] | None = None) -> TrainingConfig:
         options = _read_options(chosen.config) if chosen.config else {}
         preset = chosen.preset or options.get("preset", TrainingConfig.preset)
         parser.set_defaults(**RECIPES.get(preset, {}) | options)
-        namespace, unknown = parser.parse_known_args(arguments)
-        if unknown:
-            raise ValueError(
-                _unknown_option(unknown[0].split("=")[0], [f"--{name}" for name in vars(namespace)])
-            )
-        return TrainingConfig(**{name: value for name, value in vars(namespace).items() if name != "config"})
+        chosen = parser.parse_known_options(arguments)
+        del chosen["config"]
+        return TrainingConfig(**chosen)
     except ValueError as error:
         parser.error(str(error))
 

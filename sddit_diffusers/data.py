@@ -4,7 +4,10 @@ The batch of a step is the same whatever the number of processes and of micro-ba
 it.
 """
 
+import hashlib
 import io
+import queue
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +41,7 @@ class ImageDataset(Dataset):
             `label_column` leaves them out.
         channels: 1 or 3.
         size: side of the pictures that come out, in pixels.
+        num_workers: processes that decode pictures; 0: a thread.
 
     Attributes:
         num_classes: 0 without labels.
@@ -48,9 +52,15 @@ class ImageDataset(Dataset):
         UnreadableImageError: when read, a picture that cannot be decoded.
     """
 
-    def __init__(self, name: str, image_column: str, label_column: str, channels: int, size: int):
+    def __init__(
+        self, name: str, image_column: str, label_column: str, channels: int, size: int, num_workers: int = 0
+    ):
         if channels not in _MODES:
-            raise ValueError(f"The network takes {channels} channels, as latents have; pictures have 1 or 3.")
+            raise ValueError(
+                f"The network takes {channels} channels, as latents have, and {name} is no folder of latents "
+                "(sddit_diffusers.prepare_latents makes them); pictures have 1 or 3."
+            )
+        self.num_workers = num_workers
         self.name, self.mode, self.size = name, _MODES[channels], size
         rows = _load(name)
         if len(rows) == 0:
@@ -95,6 +105,19 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
+    def identity(self) -> dict:
+        """What tells these data from others."""
+        labels = b"" if self.labels is None else self.labels.numpy().tobytes()
+        return {"rows": len(self), "sha256": hashlib.sha256(labels).hexdigest()}
+
+    def batches(self, sampler: "BatchSampler") -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Pictures and class numbers of the sampler's micro-batches, read ahead."""
+        loader = DataLoader(
+            self, batch_sampler=sampler, collate_fn=_as_it_is, num_workers=self.num_workers,
+            generator=torch.Generator(), pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
+        return prefetch(batch for batch in loader)
+
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor | None]:
         """Pictures `[b, channels, size, size]` and class numbers `[b]`."""
         files = self.images[indices][self.image_column]
@@ -104,13 +127,24 @@ class ImageDataset(Dataset):
 
     def _decode(self, index: int, file: dict) -> np.ndarray:
         try:
-            with Image.open(io.BytesIO(file["bytes"]) if file["bytes"] else file["path"]) as image:
-                image = center_crop(image.convert(self.mode), self.size)
-        except Exception as error:  # Pillow raises many kinds for a damaged file
-            path = f" ({file['path']})" if file and file["path"] else ""
-            message = f"Row {index} of {self.name}{path} cannot be read as a picture: {error}"
-            raise UnreadableImageError(message) from error
-        return np.asarray(image).reshape(self.size, self.size, -1).transpose(2, 0, 1)
+            return decode_image(file, self.mode, self.size)
+        except ValueError as error:
+            raise UnreadableImageError(f"Row {index} of {self.name} {error}") from error
+
+
+def decode_image(file: dict | None, mode: str, size: int) -> np.ndarray:
+    """The centre of a picture that `datasets.Image(decode=False)` gives, as bytes `[channels, size, size]`.
+
+    Raises:
+        ValueError: it cannot be decoded.
+    """
+    path = f"({file['path']}) " if file and file["path"] else ""
+    try:
+        with Image.open(io.BytesIO(file["bytes"]) if file["bytes"] else file["path"]) as image:
+            image = center_crop(image.convert(mode), size)
+    except Exception as error:  # Pillow raises many kinds for a damaged file
+        raise ValueError(f"{path}cannot be read as a picture: {error}") from error
+    return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -143,7 +177,7 @@ class BatchSampler(Sampler):
 
     def __init__(
         self, size: int, batch_size: int, accumulation: int, rank: int, processes: int, seed: int,
-        start_step: int, max_steps: int,
+        start_step: int = 0, max_steps: int = 2**63,
     ):  # fmt: skip
         self.global_batch = batch_size * accumulation * processes
         if size < self.global_batch:
@@ -174,12 +208,40 @@ class BatchSampler(Sampler):
                 yield batch[self.rows(micro)].tolist()
 
 
-def batches(dataset: ImageDataset, sampler: BatchSampler, num_workers: int = 0) -> DataLoader:
-    """Reads the sampler's micro-batches in their order."""
-    return DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=_as_it_is, num_workers=num_workers,
-        generator=torch.Generator(), pin_memory=torch.cuda.is_available(),
-    )  # fmt: skip
+def prefetch(items: Iterator, depth: int = 4) -> Iterator:
+    """The items, up to `depth` of them made ahead in a thread; closing it closes them too."""
+    ready, closed, end = queue.Queue(depth), threading.Event(), object()
+
+    def put(item) -> bool:
+        while not closed.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                pass
+        return False
+
+    def read() -> None:
+        try:
+            for item in items:
+                if not put(item):
+                    return
+            put(end)
+        except BaseException as error:
+            put(error)
+        finally:
+            items.close()
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not end:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        closed.set()
+        thread.join()
 
 
 def _as_it_is(batch):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from .files import written_aside
 from .pipeline_sddit import SDDiTPipeline
 
 matplotlib.use("Agg")
@@ -24,7 +25,8 @@ class MetricsLog:
             if start_step and path.exists()
             else []
         )
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        with written_aside(path, "w") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: dict) -> None:
         with self.path.open("a") as file:
@@ -87,8 +89,16 @@ def sample_grid(pipe: SDDiTPipeline, classes: int = 10, columns: int = 10, **arg
     """
     num_classes = pipe.transformer.config.num_classes
     labels = np.linspace(0, num_classes - 1, min(classes, num_classes)).round().astype(int).tolist() or [None]
-    generators = [torch.Generator().manual_seed(i) for i in range(len(labels) * columns)]
-    images = pipe(labels, num_images_per_label=columns, generator=generators, **arguments).images
+    seeds, images = list(range(len(labels) * columns)), []
+    size = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    together = len(labels) if size <= 64 else 1  # rows made at once
+    for i in range(0, len(labels), together):
+        generators = [
+            torch.Generator().manual_seed(seed) for seed in seeds[i * columns :][: together * columns]
+        ]
+        images += pipe(
+            labels[i : i + together], num_images_per_label=columns, generator=generators, **arguments
+        ).images
     names = ["" if label is None else pipe.id2label.get(label, str(label)) for label in labels]
     return draw_grid(images, names, columns)
 

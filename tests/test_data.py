@@ -1,4 +1,5 @@
 import io
+import time
 
 import datasets
 import numpy as np
@@ -7,7 +8,14 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from sddit_diffusers.data import BatchSampler, ImageDataset, batches, center_crop, generator_for
+from sddit_diffusers.data import (
+    BatchSampler,
+    ImageDataset,
+    UnreadableImageError,
+    center_crop,
+    generator_for,
+    prefetch,
+)
 
 
 def png(array):
@@ -118,14 +126,16 @@ def test_reading_leaves_the_global_generator_alone(tmp_path, pictures):
     dataset = ImageDataset("digits", "image", "label", 1, 8)
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    images, labels = next(iter(batches(dataset, sampler(size=1797))))
+    images, labels = next(dataset.batches(sampler(size=1797)))
     assert images.shape == (4, 1, 8, 8) and labels.shape == (4,)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_workers_give_the_same_batches():
-    dataset = ImageDataset("digits", "image", "label", 1, 8)
-    here, there = (list(batches(dataset, sampler(size=1797, stop=3), workers)) for workers in (0, 2))
+    here, there = (
+        list(ImageDataset("digits", "image", "label", 1, 8, workers).batches(sampler(size=1797, stop=3)))
+        for workers in (0, 2)
+    )
     for (a, la), (b, lb) in zip(here, there, strict=True):
         assert torch.equal(a, b) and torch.equal(la, lb)
 
@@ -152,7 +162,10 @@ def test_too_small_a_dataset_is_named():
         ((None, "img", "label", 3, 8), "has no column 'label'; its columns are img, kind"),
         ((None, "kind", "kind", 3, 8), "Column 'kind' of .* holds no pictures"),
         ((None, "img", "img", 3, 8), "Column 'img' of .* labels are integers or strings"),
-        ((None, "img", "kind", 4, 8), "The network takes 4 channels, as latents have; pictures have 1 or 3"),
+        (
+            (None, "img", "kind", 4, 8),
+            "The network takes 4 channels, as latents have, and .* is no folder of latents",
+        ),
     ],
 )
 def test_bad_sources_are_named(tmp_path, pictures, arguments, message):
@@ -184,3 +197,41 @@ def test_a_label_out_of_range_is_named_by_its_row(tmp_path, pictures):
     folder = write_parquet(tmp_path / "a", {"image": files, "label": [0, 1, -1, 0, 0, 0]})
     with pytest.raises(ValueError, match="Row 2 of .* has the label -1; allowed are 0 to 1"):
         ImageDataset(folder, "image", "label", 3, 8)
+
+
+def test_prefetch_reads_ahead_and_no_further():
+    made = []
+
+    def items():
+        for i in range(20):
+            made.append(i)
+            yield i
+
+    ahead = prefetch(items(), depth=3)
+    assert next(ahead) == 0
+    deadline = time.monotonic() + 10
+    while len(made) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert made == [0, 1, 2, 3, 4]  # the one given, three that wait, and the one in hand
+    assert list(ahead) == list(range(1, 20))
+
+
+def test_prefetch_passes_errors_on_and_closes_what_it_reads():
+    closed = []
+
+    def items():
+        try:
+            yield 1
+            raise UnreadableImageError("row 7")
+        finally:
+            closed.append(True)
+
+    ahead = prefetch(items())
+    assert next(ahead) == 1
+    with pytest.raises(UnreadableImageError, match="row 7"):
+        next(ahead)
+    ahead = prefetch(items())
+    next(ahead)
+    ahead.close()
+    assert closed == [True, True]

@@ -45,7 +45,7 @@ def make_trainer(folder, *options):
 
 
 def batches_of(trainer):
-    return iter(train_sddit.batches(trainer.dataset, trainer.sampler))
+    return trainer.dataset.batches(trainer.sampler)
 
 
 def launch(processes, script, *options):
@@ -248,7 +248,7 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path):
         r"not finite: grad_norm \((inf|nan)\), the gradient of transformer.decoder.proj_in.weight. No weight"
     )
     with pytest.raises(FloatingPointError, match=message):
-        trainer.train_step(0, iter(train_sddit.batches(trainer.dataset, trainer.sampler)))
+        trainer.train_step(0, batches_of(trainer))
     assert torch.equal(weight, before)
 
 

@@ -1,0 +1,308 @@
+"""Folders of latents: their manifest, and a stream of them in an order that follows from (seed, epoch) alone.
+
+`prepare_latents` writes such folders, shuffled once; this module reads them, from the disk, the Hub or any
+fsspec URL. An epoch's sequence is the shards in a new order, with the rows of each block of `BLOCK` in a new
+order. The sequence is cut into `LANES` equal parts, read side by side: each gives its share of every global
+batch, and a process reads only the lanes that its own rows come from.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel
+from torch import Tensor
+
+from .data import BatchSampler, generator_for, prefetch
+from .files import written_aside
+
+LANES = 8
+BLOCK = 1024
+_MANIFEST = "manifest.json"
+
+
+class UnreadableShardError(ValueError):
+    """A shard that is missing, cut short or altered; the message names it."""
+
+
+@dataclass
+class Manifest:
+    """What a folder of latents holds, and what made it; kept as `manifest.json`.
+
+    A shard is a parquet file with the columns `moments` (binary: mean and standard deviation of the VAE's
+    posterior, unscaled, float16, `[2, *shape]`), `label` (absent without classes), `index` (the row in the
+    source) and `flipped`.
+    """
+
+    shape: list[int]  # of a latent, [c, h, w]
+    count: int  # rows of all shards
+    num_classes: int  # 0 without labels
+    class_names: list[str] | None
+    resolution: int  # side of the encoded images, in pixels
+    vae: dict  # name, sha256 of the weights, config
+    source: dict  # name, split, rows
+    settings: dict  # what else decides the bytes
+    shards: list[dict]  # file, rows, sha256
+    unreadable: list[dict] = field(default_factory=list)  # row, name, problem
+    format: str = "sddit-latents-1"
+
+    def save(self, folder: Path) -> None:
+        with written_aside(folder / _MANIFEST, "w") as file:
+            file.write(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, root: str) -> "Manifest":
+        """Reads the manifest of a folder or URL.
+
+        Raises:
+            ValueError: it is no manifest that this version reads.
+        """
+        try:
+            with fsspec.open(f"{root}/{_MANIFEST}", "r") as file:
+                manifest = cls(**json.load(file))
+        except FileNotFoundError:
+            raise ValueError(f"There are no latents in {root}: it has no {_MANIFEST}.") from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{root}/{_MANIFEST} is no manifest of latents: {error}") from None
+        if manifest.format != cls.format:
+            raise ValueError(f"{root} has the format {manifest.format!r}; this version reads {cls.format!r}.")
+        return manifest
+
+
+def find_latents(name: str) -> str | None:
+    """The place of a folder of latents given by path, URL or name on the Hub; None where there is none."""
+    local = Path(name).exists() or name.startswith((".", "/", "~"))
+    root = name if local or "://" in name else f"hf://datasets/{name}"
+    try:
+        filesystem, path = fsspec.core.url_to_fs(root)
+        return root if filesystem.exists(f"{path}/{_MANIFEST}") else None
+    except Exception:  # no network, or no name that the Hub could have: the message is left to the reader
+        return None
+
+
+def load_vae(name: str, **arguments) -> AutoencoderKL | AutoencoderTiny:
+    """A VAE by name or path, of its own or within a pipeline.
+
+    Raises:
+        ValueError: there is none.
+    """
+    problems = []
+    for subfolder in (None, "vae"):
+        try:
+            vae = AutoModel.from_pretrained(name, subfolder=subfolder, **arguments)
+            break
+        except Exception as error:  # whatever the Hub, the network and the reader raise
+            problems.append(str(error).strip().split("\n")[0])
+    else:
+        raise ValueError(f"The VAE {name!r} cannot be loaded: {problems[0]}")
+    if not isinstance(vae, (AutoencoderKL, AutoencoderTiny)):
+        raise ValueError(
+            f"{name!r} is a {type(vae).__name__}; allowed are AutoencoderKL and AutoencoderTiny."
+        )
+    return vae.eval().requires_grad_(False)
+
+
+def sha256_of_weights(model: torch.nn.Module) -> str:
+    """A SHA-256 of a model's weights and their names, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class LatentDataset:
+    """Latents as `prepare_latents` writes them, streamed.
+
+    Args:
+        root: a folder or an fsspec URL, as [`find_latents`] gives.
+
+    Attributes:
+        num_classes: 0 without labels.
+        id2label: names of the classes by number, None where there are none.
+        shape: of a latent, (c, h, w).
+
+    Raises:
+        ValueError: there are no latents.
+        UnreadableShardError: a shard is missing; and, when read, one is cut short or altered.
+    """
+
+    def __init__(self, root: str):
+        self.name, self.manifest = root, Manifest.read(root)
+        self.shape = tuple(self.manifest.shape)
+        self.num_classes = self.manifest.num_classes
+        names = self.manifest.class_names
+        self.id2label = dict(enumerate(names)) if names else None
+        self._rows = np.array([shard["rows"] for shard in self.manifest.shards])
+        files = [f"{root}/{shard['file']}" for shard in self.manifest.shards]
+        checked = pyarrow.dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
+        try:
+            stream = datasets.load_dataset(
+                "parquet",
+                data_files={"train": files},
+                split="train",
+                streaming=True,
+                fragment_scan_options=checked,
+            )
+        except Exception as error:  # whatever the Hub, the network and the reader raise
+            raise UnreadableShardError(f"The shards of {root} cannot be opened: {error}") from error
+        self._stream = stream.select_columns(["moments"] + ["label"] * (self.num_classes > 0))
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    def identity(self) -> dict:
+        """What tells these data from others."""
+        hashes = "".join(shard["sha256"] for shard in self.manifest.shards)
+        return {"rows": len(self), "sha256": hashlib.sha256(hashes.encode()).hexdigest()}
+
+    def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Latents drawn from their posteriors, scaled as the transformer sees them.
+
+        Args:
+            moments: `[b, 2, c, h, w]`, mean and standard deviation.
+            noise: `[b, c, h, w]`, of unit variance.
+
+        Returns:
+            `[b, c, h, w]` in float32.
+        """
+        config = self.manifest.vae["config"]
+        mean, std = moments.float().unbind(1)
+        return (mean + std * noise - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
+
+    def batches(self, sampler: BatchSampler) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Moments `[b, 2, c, h, w]` and class numbers `[b]` of the sampler's micro-batches, read ahead."""
+        return prefetch(self._read(sampler))
+
+    def _read(self, sampler: BatchSampler) -> Iterator[tuple[Tensor, Tensor | None]]:
+        step = sampler.start_step
+        while step < sampler.max_steps:
+            epoch, first = divmod(step, sampler.steps_per_epoch)
+            stop = min(sampler.steps_per_epoch, first + sampler.max_steps - step)
+            yield from self._read_epoch(sampler, epoch, first, stop)
+            step += stop - first
+
+    def _read_epoch(self, sampler: BatchSampler, epoch: int, first: int, stop: int) -> Iterator:
+        """The micro-batches of an epoch's steps from `first` to `stop`.
+
+        Row j of the global batch belongs to lane l where edges[l] <= j < edges[l + 1]; the lane's part of the
+        sequence begins at steps * edges[l], and each step takes the next rows of it.
+        """
+        steps, slices = sampler.steps_per_epoch, [sampler.rows(i) for i in range(sampler.accumulation)]
+        edges = [sampler.global_batch * lane // LANES for lane in range(LANES + 1)]
+        lanes = [
+            _Lane(self._blocks(sampler.seed, epoch, steps * low + first * (high - low), steps * high))
+            for low, high in zip(edges, edges[1:], strict=False)
+        ]
+        try:
+            for step in range(first, stop):
+                for rows in slices:
+                    moments = np.empty((rows.stop - rows.start, 2 * int(np.prod(self.shape))), np.float16)
+                    labels = np.empty(len(moments), np.int64)
+                    for low, high, lane in zip(edges, edges[1:], lanes, strict=False):
+                        a, b = max(low, rows.start), min(high, rows.stop)
+                        if a < b:
+                            start = steps * low + step * (high - low) + a - low
+                            part = slice(a - rows.start, b - rows.start)
+                            lane.read(start, moments[part], labels[part])
+                    batch = torch.from_numpy(moments).view(-1, 2, *self.shape), torch.from_numpy(labels)
+                    if torch.cuda.is_available():
+                        batch = tuple(tensor.pin_memory() for tensor in batch)
+                    yield batch if self.num_classes else (batch[0], None)
+        finally:
+            for lane in lanes:
+                lane.blocks.close()
+
+    def _blocks(self, seed: int, epoch: int, start: int, stop: int) -> Iterator:
+        """The blocks that hold the positions from `start` to `stop` of an epoch's sequence.
+
+        Yields:
+            position of the first row, moments, labels, and the order in which the rows follow one another.
+        """
+        order = torch.randperm(len(self._rows), generator=generator_for(seed, 0, epoch)).numpy()
+        ends = self._rows[order].cumsum()
+        for shard, end in zip(order.tolist(), ends.tolist(), strict=True):
+            begin = end - int(self._rows[shard])
+            if end <= start or begin >= stop:
+                continue
+            skipped = max(0, start - begin) // BLOCK * BLOCK
+            tables = self._tables(shard, skipped)
+            try:
+                for table in tables:
+                    position = begin + skipped
+                    if position >= stop:
+                        break
+                    generator = generator_for(seed, 0, epoch, 1 + shard, skipped)
+                    rows = torch.randperm(table.num_rows, generator=generator).numpy()
+                    moments = _array(table, int(np.prod(self.shape)) * 2)
+                    labels = table["label"].to_numpy() if self.num_classes else None
+                    yield position, moments, labels, rows
+                    skipped += table.num_rows
+            finally:
+                tables.close()
+
+    def _tables(self, shard: int, skipped: int) -> Iterator[pa.Table]:
+        """A shard's blocks after the first rows, until its end."""
+        written, name = self.manifest.shards[shard]["rows"], self.manifest.shards[shard]["file"]
+        tables, found = iter(()), skipped
+        try:
+            stream = self._stream.shard(len(self._rows), shard).skip(skipped).with_format("arrow")
+            tables = iter(stream.iter(BLOCK))
+            for table in tables:
+                found += table.num_rows
+                yield table
+            if found != written:
+                raise ValueError(f"it has {found} rows, but {written} were written")
+        except Exception as error:  # pyarrow, fsspec and the Hub raise many kinds
+            raise UnreadableShardError(
+                f"The shard {name} of {self.name} cannot be read: {error}. "
+                f"Check all with: python -m sddit_diffusers.prepare_latents --verify {self.name}"
+            ) from error
+        finally:
+            # pyarrow reads ahead in threads of its own, which crash an interpreter that ends before they do.
+            for _ in tables:
+                pass
+
+
+class _Lane:
+    """Rows of a part of the sequence, by rising positions."""
+
+    def __init__(self, blocks: Iterator):
+        self.blocks, self.stop = blocks, -1
+
+    def read(self, start: int, moments: np.ndarray, labels: np.ndarray) -> None:
+        """Fills the arrays with the rows from position `start` on."""
+        done = 0
+        while done < len(moments):
+            while start + done >= self.stop:
+                self.position, self.moments, self.labels, self.order = next(self.blocks)
+                self.stop = self.position + len(self.order)
+            rows = self.order[start + done - self.position :][: len(moments) - done]
+            np.take(self.moments, rows, axis=0, out=moments[done : done + len(rows)])
+            if self.labels is not None:
+                labels[done : done + len(rows)] = self.labels[rows]
+            done += len(rows)
+
+
+def _array(table: pa.Table, width: int) -> np.ndarray:
+    """The column `moments` as float16 `[rows, width]`, without a copy where it is in one piece.
+
+    Raises:
+        ValueError: a row of another length.
+    """
+    column = table["moments"].combine_chunks()
+    column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    offsets = np.frombuffer(column.buffers()[1], np.int32)[column.offset :][: len(column) + 1]
+    if column.null_count or (np.diff(offsets) != 2 * width).any():
+        raise ValueError(f"its rows are not of {2 * width} bytes each")
+    values = np.frombuffer(column.buffers()[2], np.uint8)[offsets[0] : offsets[-1]]
+    return values.view(np.float16).reshape(-1, width)

@@ -1,0 +1,44 @@
+"""What every program asks of `accelerate` before it begins."""
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+T = TypeVar("T")
+
+
+def check_machine(accelerator: Accelerator) -> None:
+    """Makes sure that all processes work together, and uses all cores.
+
+    Raises:
+        ValueError: processes that do not know of one another, or a precision that the device does not have.
+    """
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("mixed_precision is 'fp16', which needs a GPU; the CPU has 'bf16' and 'no'.")
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"{started} processes were started, but accelerate joins {accelerator.num_processes}."
+        )
+    # accelerate launch sets OMP_NUM_THREADS=1 where nobody chose a number: share the machine's cores instead.
+    if accelerator.device.type == "cpu" and torch.get_num_threads() == 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def on_main_process(action: Callable[[], T], accelerator: Accelerator) -> T:
+    """What `action` returns on the main process; an OSError or ValueError of its stops all processes."""
+    outcome = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = action()
+        except (OSError, ValueError) as error:
+            outcome[1] = error
+    result, error = broadcast_object_list(outcome)
+    if error is not None:
+        raise error
+    return result

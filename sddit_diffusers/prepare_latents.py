@@ -1,0 +1,506 @@
+"""Encodes images into shards of VAE latents, once, for training to stream.
+
+    accelerate launch -m sddit_diffusers.prepare_latents --dataset_name NAME --vae NAME --output_dir FOLDER
+    python -m sddit_diffusers.prepare_latents --verify FOLDER
+
+First each process encodes its part of the source into `.preparing/`, block by block; then all rows are
+written, in a random order, as parquet shards, and at last the manifest. Blocks and shards are complete or
+absent and their bytes follow from the settings, so a run that was stopped goes on with what is missing and
+ends with the bytes of one that was not.
+"""
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import datasets
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from tqdm.auto import tqdm
+
+from .configuration import Parser, option
+from .data import UnreadableImageError, decode_image, generator_for
+from .files import sha256_of, written_aside
+from .latents import Manifest, find_latents, load_vae, sha256_of_weights
+from .launching import check_machine
+
+_ROW_GROUP = 256  # rows that are read at once; larger groups halve the reading speed
+# A row of a block: a latent, or an image that cannot be read, with the problem.
+_BLOCK_ROW = pa.schema(
+    {"row": pa.int64(), "flipped": pa.bool_(), "moments": pa.binary(), "label": pa.string()}
+    | {"name": pa.string(), "problem": pa.string()}
+)
+
+
+@dataclass
+class PrepareConfig:
+    """The settings of a preparation."""
+
+    dataset_name: str = option("", "images: a folder, or a dataset on the Hub")
+    dataset_config_name: str = option("", "configuration of a dataset that has several")
+    split: str = option("train", "split of the dataset")
+    streaming: bool = option(False, "read the dataset as it comes, without storing it first")
+    image_column: str = option("image", "column of the images")
+    label_column: str = option("label", "column of the labels, numbers or names; '' leaves them out")
+    output_dir: str = option("", "where the latents go")
+    vae: str = option("", "AutoencoderKL or AutoencoderTiny: a folder or a name on the Hub")
+    dtype: str = option("float32", "precision of the VAE: 'float32', 'bfloat16' or 'float16'")
+    resolution: int = option(256, "side of the square that is cut from each image, in pixels")
+    flip: bool = option(False, "add each image's mirror image")
+    batch_size: int = option(32, "images that the VAE encodes at once")
+    block_size: int = option(256, "images that a stopped run does again at most, in each process")
+    shard_size: int = option(4096, "latents in a shard")
+    seed: int = option(0, "of the order of the latents")
+    skip_unreadable: bool = option(False, "list images that cannot be read in the manifest and go on")
+    verify: str = option("", "check hashes and values of this folder of latents, and do nothing else")
+
+    def __post_init__(self):
+        if self.verify:
+            return
+        for name in ("dataset_name", "output_dir", "vae"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} is missing.")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype is {self.dtype!r}; it must be 'float32', 'bfloat16' or 'float16'.")
+        for name in ("resolution", "batch_size", "block_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be at least 0.")
+
+    def decisive(self) -> dict:
+        """The settings that decide the bytes."""
+        others = ("output_dir", "skip_unreadable", "verify")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
+
+
+class Source:
+    """Labelled images in units: contiguous parts of a dataset, read independently of one another.
+
+    Attributes:
+        count: number of images; None for a stream, which tells at its end.
+        units: number of units.
+
+    Raises:
+        ValueError: a dataset or a column that is not there, or an empty dataset.
+    """
+
+    def __init__(self, config: PrepareConfig):
+        self.name, self.image_column, self.label_column = (
+            config.dataset_name, config.image_column, config.label_column,
+        )  # fmt: skip
+        columns = [column for column in (self.image_column, self.label_column) if column]
+        try:
+            rows = datasets.load_dataset(
+                self.name, config.dataset_config_name or None, split=config.split, streaming=config.streaming
+            )
+            first = next(iter(rows.take(1).with_format("arrow")), None)
+        except Exception as error:  # whatever the Hub, the network and the readers raise
+            raise ValueError(f"The dataset {self.name!r} cannot be loaded: {error}") from error
+        if first is None or not len(first):
+            raise ValueError(f"{self.name} is empty.")
+        for column in columns:
+            if column not in first.column_names:
+                raise ValueError(
+                    f"{self.name} has no column {column!r}; its columns are {', '.join(first.column_names)}."
+                )
+        self.class_names = getattr((rows.features or {}).get(self.label_column), "names", None)
+        self.has_named_labels = bool(self.label_column) and isinstance(
+            first[self.label_column][0].as_py(), str
+        )
+        try:
+            rows = rows.select_columns(columns).cast_column(self.image_column, datasets.Image(decode=False))
+        except (TypeError, ValueError, NotImplementedError) as error:  # what pyarrow and datasets raise
+            raise ValueError(
+                f"Column {self.image_column!r} of {self.name} holds no pictures: {error}"
+            ) from None
+        if config.streaming:
+            self.count, self.units = None, rows.num_shards
+        else:
+            self.count, self.units = len(rows), -(-len(rows) // (4 * config.block_size))
+            rows = rows.to_iterable_dataset(num_shards=self.units)
+        self._rows = rows
+
+    def blocks(self, unit: int, skipped: int, size: int) -> Iterator[list[tuple]]:
+        """A unit's pairs of file and label after the first ones, `size` at a time.
+
+        The last block, and no other, is shorter than `size`; it may be empty.
+        """
+        block = []
+        for row in self._rows.shard(self.units, unit).skip(skipped):
+            place = self.place(unit, skipped + len(block))
+            block.append((row[self.image_column], self._label(row, place)))
+            if len(block) == size:
+                yield block
+                block, skipped = [], skipped + size
+        yield block
+
+    def place(self, unit: int, row: int) -> str:
+        """How a row is called in messages."""
+        if self.count is None:
+            return f"Row {row} of part {unit} (of 0 to {self.units - 1}) of {self.name}"
+        size, larger = divmod(self.count, self.units)  # the first units have a row more
+        return f"Row {unit * size + min(unit, larger) + row} of {self.name}"
+
+    def _label(self, row: dict, place: str) -> str | None:
+        """A label as text, be it a number or a name."""
+        if not self.label_column:
+            return None
+        label, allowed = row[self.label_column], len(self.class_names) if self.class_names else 2**31
+        if self.has_named_labels and isinstance(label, str):
+            return label
+        if not self.has_named_labels and isinstance(label, int) and 0 <= label < allowed:
+            return str(label)
+        kind = "names" if self.has_named_labels else f"integers from 0 to {allowed - 1}"
+        raise ValueError(f"{place} has the label {label!r}; allowed are {kind}.")
+
+
+class Preparation:
+    """A run: encode blocks, write shards, write the manifest."""
+
+    def __init__(self, config: PrepareConfig):
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.blocks_dir = self.output_dir / ".preparing"
+        # Processes wait for one another at the end of each phase only, and there for as long as it takes.
+        self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
+        check_machine(self.accelerator)
+        self.source = Source(config)
+        self.vae = load_vae(config.vae)
+        self.settings = config.decisive() | {
+            "vae_sha256": sha256_of_weights(self.vae),
+            "source_rows": self.source.count,
+            "source_units": self.source.units,
+        }
+        self.vae.to(self.accelerator.device)
+        if config.dtype != "float32":
+            self.vae.to(getattr(torch, config.dtype))
+        self.complete = self._begin()
+
+    def _begin(self) -> bool:
+        """Begins a preparation or finds one of the same settings; says whether it is complete.
+
+        Raises:
+            ValueError: the folder holds something else.
+        """
+        folder, path = self.output_dir, self.blocks_dir / "settings.json"
+        complete = (folder / "manifest.json").is_file()
+        if complete or path.is_file():
+            earlier = Manifest.read(str(folder)).settings if complete else json.loads(path.read_text())
+            differences = [
+                f"{name} {earlier.get(name)!r}, not {value!r}"
+                for name, value in self.settings.items()
+                if earlier.get(name) != value
+            ]
+            if differences:
+                raise ValueError(
+                    f"{folder} was prepared with {', '.join(differences)}; choose another --output_dir."
+                )
+        elif folder.exists() and any(entry != self.blocks_dir for entry in folder.iterdir()):
+            raise ValueError(f"{folder} holds other files; choose an empty or a new --output_dir.")
+        self.accelerator.wait_for_everyone()  # all have looked before one writes
+        if self.accelerator.is_main_process and not complete:
+            self.blocks_dir.mkdir(parents=True, exist_ok=True)
+            with written_aside(path, "w") as file:
+                file.write(json.dumps(self.settings, indent=1) + "\n")
+        self.accelerator.wait_for_everyone()
+        return complete
+
+    def run(self) -> None:
+        """Does what is missing."""
+        if not self.complete:
+            self.encode()
+            self.accelerator.wait_for_everyone()
+            self.write_shards()
+            self.accelerator.wait_for_everyone()
+        manifest = Manifest.read(str(self.output_dir))
+        self.accelerator.print(
+            f"{self.output_dir}/ holds {manifest.count} latents of {' x '.join(map(str, manifest.shape))}"
+            + (f"; {len(manifest.unreadable)} images could not be read" if manifest.unreadable else "")
+            + f". Train on them with --dataset_name {self.output_dir}"
+        )
+        self.accelerator.end_training()
+
+    def encode(self) -> None:
+        """Encodes this process's units, except for the blocks that are there."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        size = self.config.block_size
+        done = {unit: self._blocks_of(unit) for unit in range(rank, self.source.units, processes)}
+        share = None if self.source.count is None else self.source.count * len(done) // self.source.units
+        rows = sum(sum(counts) for counts in done.values())
+        with self._progress("encoding", "image", initial=rows, total=share) as progress:
+            for unit, counts in done.items():
+                if any(count < size for count in counts):
+                    continue  # the unit's last block is there
+                offset = sum(counts)
+                for block in self.source.blocks(unit, offset, size):
+                    name = f"{unit:06d}-{offset:09d}-{len(block)}.arrow"
+                    table = pa.Table.from_pylist(self._encode_block(unit, offset, block), _BLOCK_ROW)
+                    with written_aside(self.blocks_dir / name) as file:
+                        with pa.ipc.new_stream(file, table.schema) as writer:
+                            writer.write_table(table)
+                    offset += len(block)
+                    progress.update(len(block))
+
+    def _blocks_of(self, unit: int) -> list[int]:
+        """The numbers of source rows in a unit's blocks that are there."""
+        return [int(path.stem.split("-")[2]) for path in self.blocks_dir.glob(f"{unit:06d}-*.arrow")]
+
+    def _encode_block(self, unit: int, offset: int, block: list[tuple]) -> list[dict]:
+        """The block's rows, of the columns of `_BLOCK_ROW`."""
+        pictures, rows = [], []
+        for row, (file, label) in enumerate(block, offset):
+            try:
+                pictures.append((row, label, decode_image(file, "RGB", self.config.resolution)))
+            except ValueError as error:
+                if not self.config.skip_unreadable:
+                    raise UnreadableImageError(f"{self.source.place(unit, row)} {error}") from error
+                rows.append({"row": row, "name": (file or {}).get("path"), "problem": str(error)})
+        for i in range(0, len(pictures), self.config.batch_size):
+            batch = pictures[i : i + self.config.batch_size]
+            pixels = torch.from_numpy(np.stack([picture for *_, picture in batch])).float() / 127.5 - 1
+            for flipped in (False, True)[: 1 + self.config.flip]:
+                encoded = self._moments(pixels.flip(-1) if flipped else pixels)
+                for (row, label, _), moments in zip(batch, encoded, strict=True):
+                    if not np.isfinite(moments).all():
+                        raise ValueError(
+                            f"{self.source.place(unit, row)}: the VAE gives values that are not finite in "
+                            f"float16; --dtype is {self.config.dtype}."
+                        )
+                    rows.append(
+                        {"row": row, "label": label, "flipped": flipped, "moments": moments.tobytes()}
+                    )
+        return rows
+
+    @torch.inference_mode()
+    def _moments(self, pixels: torch.Tensor) -> np.ndarray:
+        """Mean and standard deviation of the latents, float16 `[b, 2, c, h, w]`."""
+        encoded = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
+        if hasattr(encoded, "latent_dist"):
+            mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+        else:  # AutoencoderTiny has no noise
+            mean, std = encoded.latents, torch.zeros_like(encoded.latents)
+        return torch.stack([mean, std], dim=1).half().cpu().numpy()
+
+    def write_shards(self) -> None:
+        """Writes all latents in a random order, then the manifest, and removes the blocks."""
+        blocks = Blocks(self.blocks_dir, self.source, self.config.seed)
+        size = self.config.shard_size
+        shards = [blocks.order[i : i + size] for i in range(0, len(blocks.order), size)]
+        files = [f"data/train-{i:05d}-of-{len(shards):05d}.parquet" for i in range(len(shards))]
+        (self.output_dir / "data").mkdir(exist_ok=True)
+        mine = range(self.accelerator.process_index, len(shards), self.accelerator.num_processes)
+        with self._progress("writing", "shard", total=len(mine)) as progress:
+            for i in mine:
+                if not (self.output_dir / files[i]).exists():
+                    with written_aside(self.output_dir / files[i]) as file:
+                        pq.write_table(
+                            blocks.table(shards[i]), file, row_group_size=_ROW_GROUP, compression="none",
+                            use_dictionary=False, write_statistics=False, write_page_checksum=True,
+                        )  # fmt: skip
+                progress.update()
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self._finish(blocks, files, [len(shard) for shard in shards])
+
+    def _finish(self, blocks: "Blocks", files: list[str], counts: list[int]) -> None:
+        """Writes card and manifest; with the latter, the folder is complete."""
+        shards = []
+        with self._progress("hashing", "shard", total=len(files)) as progress:
+            for name, count in zip(files, counts, strict=True):
+                with (self.output_dir / name).open("rb") as file:
+                    shards.append({"file": name, "rows": count, "sha256": sha256_of(file)})
+                progress.update()
+        vae_config = {name: value for name, value in self.vae.config.items() if not name.startswith("_")}
+        shape = self._moments(torch.zeros(1, 3, self.config.resolution, self.config.resolution)).shape[2:]
+        manifest = Manifest(
+            shape=list(shape),
+            count=sum(counts),
+            num_classes=blocks.num_classes,
+            class_names=blocks.class_names,
+            resolution=self.config.resolution,
+            vae={
+                "name": self.config.vae,
+                "class": type(self.vae).__name__,
+                "sha256": self.settings["vae_sha256"],
+                "config": json.loads(json.dumps(vae_config, default=str)),
+            },
+            source={"name": self.config.dataset_name, "split": self.config.split, "rows": blocks.source_rows},
+            settings=self.settings,
+            shards=shards,
+            unreadable=blocks.unreadable,
+        )
+        with written_aside(self.output_dir / "README.md", "w") as file:
+            file.write(card(manifest))
+        manifest.save(self.output_dir)
+        shutil.rmtree(self.blocks_dir)
+
+    def _progress(self, name: str, unit: str, **arguments) -> tqdm:
+        """A bar of the first process's share."""
+        processes = self.accelerator.num_processes
+        return tqdm(
+            desc=name + (f" (process 1 of {processes})" if processes > 1 else ""), unit=unit,
+            disable=not self.accelerator.is_main_process, dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30, **arguments,
+        )  # fmt: skip
+
+
+class Blocks:
+    """The rows of all blocks, as one table.
+
+    Attributes:
+        order: numbers of the rows that hold latents, shuffled.
+        source_rows: number of images in the source.
+        unreadable: row, name and problem of each image that could not be read.
+        num_classes, class_names: 0 and None without labels, or without names.
+    """
+
+    def __init__(self, folder: Path, source: Source, seed: int):
+        paths = sorted(folder.glob("*.arrow"))
+        units, _, counts = np.array([path.stem.split("-") for path in paths], np.int64).T
+        sizes = np.bincount(units, counts, source.units).astype(np.int64)
+        before = sizes.cumsum() - sizes  # rows of the source before each unit
+        self.source_rows = int(sizes.sum())
+        parts = [datasets.Dataset.from_file(str(path)) for path in paths]
+        self._rows = datasets.concatenate_datasets(parts).with_format("arrow")
+        about = self._rows.select_columns(["row", "label", "name", "problem"])[:]
+        units = np.repeat(units, [len(part) for part in parts])
+        self._index = about["row"].to_numpy() + before[units]
+        readable = about["problem"].is_null().to_numpy()
+        self.order = np.flatnonzero(readable)
+        self.order = self.order[torch.randperm(len(self.order), generator=generator_for(seed)).numpy()]
+        wrong = np.flatnonzero(~readable)
+        self.unreadable = [
+            {
+                "row": int(self._index[i]),
+                "name": about["name"][i].as_py(),
+                "problem": about["problem"][i].as_py(),
+            }
+            for i in wrong
+        ]
+        if not len(self.order):
+            raise ValueError(f"None of the {self.source_rows} images of {source.name} can be read.")
+        self._number_labels(about["label"].to_pylist(), readable, source)
+        features = {"moments": datasets.Value("binary")}
+        if self.num_classes:
+            names = self.class_names
+            features["label"] = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
+        features |= {"index": datasets.Value("int64"), "flipped": datasets.Value("bool")}
+        self._schema = datasets.Features(features).arrow_schema
+
+    def _number_labels(self, labels: list, readable: np.ndarray, source: Source) -> None:
+        self.num_classes, self.class_names, self._labels = 0, source.class_names, None
+        if not source.label_column:
+            return
+        if source.has_named_labels:
+            self.class_names = sorted({label for label in labels if label is not None})
+            numbers = {name: number for number, name in enumerate(self.class_names)}
+            labels = [numbers.get(label, -1) for label in labels]
+        self._labels = np.array([-1 if label is None else int(label) for label in labels])
+        self.num_classes = len(self.class_names or ()) or int(self._labels.max()) + 1
+
+    def table(self, rows: np.ndarray) -> pa.Table:
+        """Some of the rows, as a shard holds them."""
+        found = self._rows[rows]
+        columns = {"moments": found["moments"], "index": self._index[rows], "flipped": found["flipped"]}
+        if self._labels is not None:
+            columns["label"] = self._labels[rows]
+        return (
+            pa.table({name: columns[name] for name in self._schema.names}).cast(self._schema).combine_chunks()
+        )
+
+
+def card(manifest: Manifest) -> str:
+    """The dataset card: what the folder holds, and how it is read with and without this package."""
+    c, h, w = manifest.shape
+    classes = f", {manifest.num_classes} classes" if manifest.num_classes else ""
+    return f"""---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/*.parquet
+tags:
+- latents
+- sd-dit
+---
+
+# Latents of {manifest.source["name"]}
+
+{manifest.count} latents of shape {c} x {h} x {w}{classes}, shuffled: the middle square of each image at
+{manifest.resolution} x {manifest.resolution} pixels, encoded by `{manifest.vae["name"]}`. `moments` holds the
+mean and the standard deviation of the posterior, unscaled; `index` is the row in the source, `flipped` tells
+mirror images. `manifest.json` lists what made them and each shard's SHA-256.
+
+```python
+import numpy as np
+from datasets import load_dataset
+
+for row in load_dataset("THIS_DATASET", split="train", streaming=True):
+    mean, std = np.frombuffer(row["moments"], np.float16).reshape(2, {c}, {h}, {w}).astype(np.float32)
+    latent = mean + std * np.random.randn(*mean.shape)
+```
+
+With SD-DiT for diffusers:
+
+```bash
+accelerate launch train_sddit.py --preset SD-DiT-S/2 --dataset_name THIS_DATASET
+```
+"""
+
+
+def verify(name: str) -> list[str]:
+    """Reads a folder of latents as a whole, and says what is wrong with it."""
+    root = find_latents(name)
+    if root is None:
+        raise ValueError(f"There are no latents in {name}: it has no manifest.json.")
+    manifest, problems = Manifest.read(root), []
+    width = 2 * int(np.prod(manifest.shape)) * 2
+    for shard in tqdm(manifest.shards, desc="verifying", unit="shard", dynamic_ncols=True):
+        try:
+            with fsspec.open(f"{root}/{shard['file']}") as file:
+                if sha256_of(file) != shard["sha256"]:
+                    raise ValueError("its content is not what was written")
+                file.seek(0)
+                rows = pq.read_table(file, columns=["moments"])["moments"]
+            if len(rows) != shard["rows"]:
+                raise ValueError(f"it has {len(rows)} rows, but {shard['rows']} were written")
+            for number, row in enumerate(rows):
+                values = np.frombuffer(row.as_buffer(), np.uint8)
+                if len(values) != width or not np.isfinite(values.view(np.float16)).all():
+                    raise ValueError(f"row {number} is not of {width // 2} finite values")
+        except (OSError, ValueError) as error:  # pyarrow's errors are among the latter
+            problems.append(f"{shard['file']}: {error}")
+    return problems
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    parser = Parser(
+        PrepareConfig, prog="prepare_latents", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
+    try:
+        config = PrepareConfig(**parser.parse_known_options(arguments))
+        if not config.verify:
+            Preparation(config).run()
+        elif problems := verify(config.verify):
+            sys.exit("\n".join([f"{config.verify}: {len(problems)} damaged shards", *problems]))
+        else:
+            print(f"{config.verify}: every shard is as it was written, and every value finite.")
+    except ValueError as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.error(f"{error}. What is written so far stays; the same command goes on with it.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""The stream of latents: its order, its resumption, and what it does with damaged shards."""
+
+import shutil
+import subprocess
+import sys
+
+import fsspec
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from sddit_diffusers import latents, prepare_latents
+from sddit_diffusers.data import BatchSampler
+from sddit_diffusers.latents import LatentDataset, Manifest, UnreadableShardError, find_latents
+
+ROWS = 403
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """403 latents of a class-sorted source of 10 classes, in 7 shards."""
+    folder = tmp_path_factory.mktemp("latents") / "out"
+    write_latents(folder, ROWS, shard_size=64)
+    return folder
+
+
+def write_latents(folder, rows, shard_size):
+    """The program's own shards, of made-up moments: each latent holds the number of its row."""
+    source = folder.parent / f"{folder.name}-source"
+    for i in range(10):
+        (source / str(i)).mkdir(parents=True)
+        for row in range(rows * i // 10, rows * (i + 1) // 10):
+            Image.new("RGB", (4, 4)).save(source / str(i) / f"{row:06d}.png")
+
+    class Numbers(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config, self.device, self.dtype, self.row = {"scaling_factor": 0.5}, "cpu", torch.float32, 0
+
+        def encode(self, pixels):
+            numbers = torch.arange(self.row, self.row + len(pixels)).view(-1, 1, 1, 1)
+            self.row += len(pixels)
+            # fp16 holds integers up to 2048.
+            mean = torch.cat([numbers // 1000, numbers % 1000], dim=1).float().expand(-1, -1, 2, 2)
+            posterior = type("", (), {"mean": mean, "std": torch.full_like(mean, 0.25)})
+            return type("", (), {"latent_dist": posterior})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_latents, "load_vae", lambda name: Numbers())
+        options = ["--dataset_name", source, "--vae", "numbers", "--output_dir", folder, "--resolution", 4]
+        prepare_latents.main([str(option) for option in [*options, "--shard_size", shard_size]])
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(latents, "BLOCK", 16)
+
+
+def read(folder, rank=0, processes=1, batch_size=24, accumulation=1, start=0, stop=10, seed=0):
+    """The row numbers of each micro-batch."""
+    dataset = LatentDataset(str(folder))
+    sampler = BatchSampler(len(dataset), batch_size, accumulation, rank, processes, seed, start, stop)
+    batches = []
+    for moments, _ in dataset.batches(sampler):
+        assert (moments[:, 1] == 0.25).all()
+        rows = (moments[:, 0, 0, 0, 0] * 1000 + moments[:, 0, 1, 0, 0].float()).int()
+        batches.append(rows.tolist())
+    return batches
+
+
+def test_every_latent_once_an_epoch_in_another_order(folder):
+    steps = read(folder, stop=32)  # two epochs of 16 steps, 19 rows dropped
+    epochs = [sum(steps[:16], []), sum(steps[16:], [])]
+    for rows in epochs:
+        assert len(set(rows)) == 384 and ROWS - len(rows) < 24
+    assert epochs[0] != epochs[1] and set(epochs[0]) != set(epochs[1])
+    assert read(folder, stop=16, seed=1) != steps[:16]
+    assert read(folder, stop=16) == steps[:16]
+
+
+def test_labels_are_those_of_the_rows(folder):
+    dataset = LatentDataset(str(folder))
+    bounds = [ROWS * i // 10 for i in range(11)]
+    for moments, labels in dataset.batches(BatchSampler(ROWS, 24, 1, 0, 1, 0, 0, 16)):
+        for row, label in zip(moments[:, 0, 1, 0, 0].tolist(), labels.tolist(), strict=True):
+            assert bounds[label] <= row < bounds[label + 1]
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(2, 1), (4, 1), (1, 3), (3, 2), (12, 2)])
+def test_the_batch_of_a_step_does_not_depend_on_how_it_is_split(folder, processes, accumulation):
+    whole, b = read(folder, stop=20), 24 // processes // accumulation
+    parts = [read(folder, rank, processes, b, accumulation, stop=20) for rank in range(processes)]
+    for step in range(20):
+        joined = [
+            row
+            for micro in range(accumulation)
+            for rank in range(processes)
+            for row in parts[rank][step * accumulation + micro]
+        ]
+        assert joined == whole[step]
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 24, 100, 403])
+def test_any_batch_size(folder, batch_size):
+    steps = ROWS // batch_size
+    rows = sum(read(folder, batch_size=batch_size, stop=steps), [])
+    assert len(rows) == len(set(rows)) == steps * batch_size
+
+
+@pytest.mark.parametrize("start", [1, 7, 15, 16, 25, 31])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_begins_at_any_step(folder, start, processes):
+    options = dict(rank=processes - 1, processes=processes, batch_size=24 // processes, stop=34)
+    assert read(folder, start=start, **options) == read(folder, **options)[start:]
+
+
+def test_a_process_reads_its_share_alone(folder, monkeypatch):
+    opened, tables = [], LatentDataset._tables
+    monkeypatch.setattr(
+        LatentDataset, "_tables",
+        lambda self, shard, skipped: opened.append((shard, skipped)) or tables(self, shard, skipped),
+    )  # fmt: skip
+    read(folder, stop=16)
+    whole = len(opened)
+    for processes in (2, 4, 8):
+        opened.clear()
+        read(folder, rank=1, processes=processes, batch_size=24 // processes, stop=16)
+        assert len(opened) <= whole / processes + 2
+
+
+def test_class_counts_are_those_of_random_batches(tmp_path):
+    """Pearson's statistic of each batch of 256 against the source's ten equal classes, which come sorted."""
+    write_latents(tmp_path / "sorted", 5120, shard_size=512)
+    dataset = LatentDataset(str(tmp_path / "sorted"))
+    batches = dataset.batches(BatchSampler(5120, 256, 1, 0, 1, 0, 0, 40))
+    statistics = []
+    for _, labels in batches:
+        counts = np.bincount(labels.numpy(), minlength=10)
+        statistics.append(((counts - 25.6) ** 2 / 25.6).sum())
+    # Drawn without replacement, the statistic's mean is 9 (5120 - 256) / 5119 and its variance about 2 * 9.
+    assert abs(np.mean(statistics) - 9 * 4864 / 5119) < 4 * (18 / 40) ** 0.5
+    assert max(statistics) < 33.7  # 1 in 10,000 by chance
+
+
+def test_samples_are_drawn_from_the_scaled_posterior(folder):
+    dataset = LatentDataset(str(folder))
+    dataset.manifest.vae["config"] = {"scaling_factor": 0.5, "shift_factor": 0.1}
+    moments, noise = torch.randn(3, 2, 2, 2, 2).half(), torch.randn(3, 2, 2, 2)
+    for i in range(3):
+        expected = (moments[i, 0].float() + moments[i, 1].float() * noise[i] - 0.1) * 0.5
+        torch.testing.assert_close(dataset.sample(moments, noise)[i], expected)
+
+
+def test_from_a_url(folder):
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder), "/latents", recursive=True)
+    try:
+        assert find_latents("memory://latents") == "memory://latents"
+        assert read("memory://latents", stop=20) == read(folder, stop=20)
+    finally:
+        memory.rm("/latents", recursive=True)
+
+
+def test_finds_latents(folder, tmp_path):
+    assert find_latents(str(folder)) == str(folder)
+    assert find_latents(str(tmp_path)) is None and find_latents("./nowhere") is None
+    assert find_latents("nobody/nothing") is None
+    with pytest.raises(ValueError, match="There are no latents in .*: it has no manifest.json"):
+        LatentDataset(str(tmp_path))
+    (tmp_path / "manifest.json").write_text('{"format": "other"}')
+    with pytest.raises(ValueError, match="is no manifest of latents"):
+        LatentDataset(str(tmp_path))
+
+
+def shard_of(folder, number):
+    return folder / Manifest.read(str(folder)).shards[number]["file"]
+
+
+@pytest.fixture
+def damaged(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "damaged")
+
+
+def test_a_truncated_shard_is_named(damaged):
+    path = shard_of(damaged, 2)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(
+        UnreadableShardError, match="The shard data/train-00002-of-00007.parquet of .* cannot be read"
+    ):
+        read(damaged, stop=16)
+
+
+def test_a_missing_shard_is_named(damaged):
+    shard_of(damaged, 3).unlink()
+    with pytest.raises(UnreadableShardError, match="train-00003-of-00007.parquet"):
+        read(damaged, stop=16)
+
+
+def test_a_shorter_shard_is_named(damaged):
+    path = shard_of(damaged, 4)
+    pq.write_table(pq.read_table(path).slice(0, 60), path)
+    with pytest.raises(UnreadableShardError, match="train-00004-of-00007.* has 60 rows, but 64 were written"):
+        read(damaged, stop=16)
+
+
+def test_no_flipped_bit_changes_a_sample(damaged):
+    """A flip in the data is found; one in what else a file holds is found or changes nothing."""
+    expected, path = read(damaged, stop=16), shard_of(damaged, 5)
+    whole, generator, found = path.read_bytes(), np.random.default_rng(0), 0
+    for place in generator.integers(0, len(whole), 25):
+        data = bytearray(whole)
+        data[place] ^= 1 << generator.integers(8)
+        path.write_bytes(data)
+        try:
+            assert read(damaged, stop=16) == expected
+        except UnreadableShardError as error:
+            assert "train-00005-of-00007.parquet" in str(error)
+            found += 1
+    assert found > 5
+
+
+def test_training_ends_in_the_middle_of_shards_without_a_crash(folder):
+    """pyarrow reads ahead in threads that crash an interpreter which ends before them."""
+    code = f"""
+from sddit_diffusers.data import BatchSampler
+from sddit_diffusers.latents import LatentDataset
+batches = LatentDataset({str(folder)!r}).batches(BatchSampler({ROWS}, 24, 1, 0, 1, 0, 0, 99))
+next(batches)
+batches.close()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
