@@ -81,6 +81,10 @@ RECIPES = {
         num_prototypes=512,
         head_hidden_dim=512,
         head_bottleneck_dim=64,
+        # As for the digits: with the paper's, the entropy is at 94 % after 1,700 steps.
+        teacher_temperature_start=0.04,
+        teacher_temperature_end=0.07,
+        teacher_temperature_warmup_epochs=30,
     ),
 }
 

@@ -2,8 +2,8 @@
 
 `prepare_latents` writes such folders, shuffled once; this module reads them, from the disk, the Hub or any
 fsspec URL. An epoch's sequence is the shards in a new order, with the rows of each block of `BLOCK` in a new
-order. The sequence is cut into `LANES` equal parts, read side by side: each gives its share of every global
-batch, and a process reads only the lanes that its own rows come from.
+order. The sequence is cut into equal parts, at most `LANES`, read side by side: each gives its share of every
+global batch, and a process reads only the lanes that its own rows come from.
 """
 
 import dataclasses
@@ -144,14 +144,18 @@ class LatentDataset:
         self.id2label = dict(enumerate(names)) if names else None
         self._rows = np.array([shard["rows"] for shard in self.manifest.shards])
         files = [f"{root}/{shard['file']}" for shard in self.manifest.shards]
-        checked = pyarrow.dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
+        self._lanes = min(LANES, max(1, len(files) // 4))  # lanes begin and end within shards
+        # What is far away is fetched in large pieces, ahead; that takes memory, and time where it is near.
+        options = pyarrow.dataset.ParquetFragmentScanOptions(
+            page_checksum_verification=True, pre_buffer="://" in root
+        )
         try:
             stream = datasets.load_dataset(
                 "parquet",
                 data_files={"train": files},
                 split="train",
                 streaming=True,
-                fragment_scan_options=checked,
+                fragment_scan_options=options,
             )
         except Exception as error:  # whatever the Hub, the network and the reader raise
             raise UnreadableShardError(f"The shards of {root} cannot be opened: {error}") from error
@@ -176,8 +180,9 @@ class LatentDataset:
             `[b, c, h, w]` in float32.
         """
         config = self.manifest.vae["config"]
-        mean, std = moments.float().unbind(1)
-        return (mean + std * noise - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
+        mean, std = moments.unbind(1)
+        latents = torch.addcmul(mean.float(), std.float(), noise)
+        return latents.sub_(config.get("shift_factor") or 0.0).mul_(config["scaling_factor"])
 
     def batches(self, sampler: BatchSampler) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Moments `[b, 2, c, h, w]` and class numbers `[b]` of the sampler's micro-batches, read ahead."""
@@ -198,7 +203,7 @@ class LatentDataset:
         sequence begins at steps * edges[l], and each step takes the next rows of it.
         """
         steps, slices = sampler.steps_per_epoch, [sampler.rows(i) for i in range(sampler.accumulation)]
-        edges = [sampler.global_batch * lane // LANES for lane in range(LANES + 1)]
+        edges = [sampler.global_batch * lane // self._lanes for lane in range(self._lanes + 1)]
         lanes = [
             _Lane(self._blocks(sampler.seed, epoch, steps * low + first * (high - low), steps * high))
             for low, high in zip(edges, edges[1:], strict=False)
@@ -287,7 +292,8 @@ class _Lane:
                 self.position, self.moments, self.labels, self.order = next(self.blocks)
                 self.stop = self.position + len(self.order)
             rows = self.order[start + done - self.position :][: len(moments) - done]
-            np.take(self.moments, rows, axis=0, out=moments[done : done + len(rows)])
+            # "clip", for numpy would fill a buffer first.
+            np.take(self.moments, rows, axis=0, out=moments[done : done + len(rows)], mode="clip")
             if self.labels is not None:
                 labels[done : done + len(rows)] = self.labels[rows]
             done += len(rows)

@@ -80,7 +80,7 @@ class PrepareConfig:
 
     def decisive(self) -> dict:
         """The settings that decide the bytes."""
-        others = ("output_dir", "skip_unreadable", "verify")
+        others = ("output_dir", "vae", "skip_unreadable", "verify")  # the VAE's weights count, not its name
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
 
 
@@ -303,11 +303,7 @@ class Preparation:
         with self._progress("writing", "shard", total=len(mine)) as progress:
             for i in mine:
                 if not (self.output_dir / files[i]).exists():
-                    with written_aside(self.output_dir / files[i]) as file:
-                        pq.write_table(
-                            blocks.table(shards[i]), file, row_group_size=_ROW_GROUP, compression="none",
-                            use_dictionary=False, write_statistics=False, write_page_checksum=True,
-                        )  # fmt: skip
+                    write_shard(self.output_dir / files[i], blocks.table(shards[i]))
                 progress.update()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -330,7 +326,9 @@ class Preparation:
             class_names=blocks.class_names,
             resolution=self.config.resolution,
             vae={
-                "name": self.config.vae,
+                "name": str(Path(self.config.vae).resolve())
+                if Path(self.config.vae).exists()
+                else self.config.vae,
                 "class": type(self.vae).__name__,
                 "sha256": self.settings["vae_sha256"],
                 "config": json.loads(json.dumps(vae_config, default=str)),
@@ -391,12 +389,7 @@ class Blocks:
         if not len(self.order):
             raise ValueError(f"None of the {self.source_rows} images of {source.name} can be read.")
         self._number_labels(about["label"].to_pylist(), readable, source)
-        features = {"moments": datasets.Value("binary")}
-        if self.num_classes:
-            names = self.class_names
-            features["label"] = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
-        features |= {"index": datasets.Value("int64"), "flipped": datasets.Value("bool")}
-        self._schema = datasets.Features(features).arrow_schema
+        self._schema = shard_schema(self.num_classes, self.class_names)
 
     def _number_labels(self, labels: list, readable: np.ndarray, source: Source) -> None:
         self.num_classes, self.class_names, self._labels = 0, source.class_names, None
@@ -418,6 +411,24 @@ class Blocks:
         return (
             pa.table({name: columns[name] for name in self._schema.names}).cast(self._schema).combine_chunks()
         )
+
+
+def shard_schema(num_classes: int, class_names: list[str] | None) -> pa.Schema:
+    """The columns of a shard, with what `datasets` needs to know of them."""
+    features = {"moments": datasets.Value("binary")}
+    if num_classes:
+        features["label"] = datasets.ClassLabel(names=class_names) if class_names else datasets.Value("int64")
+    features |= {"index": datasets.Value("int64"), "flipped": datasets.Value("bool")}
+    return datasets.Features(features).arrow_schema
+
+
+def write_shard(path: Path, table: pa.Table) -> None:
+    """Writes a parquet file that is read fast and tells when it is damaged."""
+    with written_aside(path) as file:
+        pq.write_table(
+            table, file, row_group_size=_ROW_GROUP, compression="none", use_dictionary=False,
+            write_statistics=False, write_page_checksum=True,
+        )  # fmt: skip
 
 
 def card(manifest: Manifest) -> str:

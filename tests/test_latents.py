@@ -9,10 +9,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from PIL import Image
+from conftest import write_latents
 
-from sddit_diffusers import latents, prepare_latents
+from sddit_diffusers import latents
 from sddit_diffusers.data import BatchSampler
 from sddit_diffusers.latents import LatentDataset, Manifest, UnreadableShardError, find_latents
 
@@ -25,34 +24,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("latents") / "out"
     write_latents(folder, ROWS, shard_size=64)
     return folder
-
-
-def write_latents(folder, rows, shard_size):
-    """The program's own shards, of made-up moments: each latent holds the number of its row."""
-    source = folder.parent / f"{folder.name}-source"
-    for i in range(10):
-        (source / str(i)).mkdir(parents=True)
-        for row in range(rows * i // 10, rows * (i + 1) // 10):
-            Image.new("RGB", (4, 4)).save(source / str(i) / f"{row:06d}.png")
-
-    class Numbers(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.config, self.device, self.dtype, self.row = {"scaling_factor": 0.5}, "cpu", torch.float32, 0
-
-        def encode(self, pixels):
-            numbers = torch.arange(self.row, self.row + len(pixels)).view(-1, 1, 1, 1)
-            self.row += len(pixels)
-            # fp16 holds integers up to 2048.
-            mean = torch.cat([numbers // 1000, numbers % 1000], dim=1).float().expand(-1, -1, 2, 2)
-            posterior = type("", (), {"mean": mean, "std": torch.full_like(mean, 0.25)})
-            return type("", (), {"latent_dist": posterior})
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_latents, "load_vae", lambda name: Numbers())
-        options = ["--dataset_name", source, "--vae", "numbers", "--output_dir", folder, "--resolution", 4]
-        prepare_latents.main([str(option) for option in [*options, "--shard_size", shard_size]])
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,14 @@ import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
+from conftest import write_latents
+from diffusers import AutoencoderKL
 from PIL import Image
 
 import train_sddit
-from sddit_diffusers import SDDiTPipeline
-from sddit_diffusers.data import ImageDataset
+from sddit_diffusers import SDDiTPipeline, checkpointing
+from sddit_diffusers.checkpointing import load_state
+from sddit_diffusers.data import ImageDataset, generator_for
 from sddit_diffusers.reporting import read_metrics
 
 SCRIPT = Path(train_sddit.__file__)
@@ -340,7 +344,7 @@ def test_without_labels_and_without_discrimination(tmp_path):
         (["--image_column", "picture"], "digits has no column 'picture'; its columns are image, label"),
         (["--dataset_name", "./nowhere"], "There is no dataset folder ./nowhere"),
         (["--train_batch_size", "2000"], "The dataset has 1797 rows, fewer than one global batch of 2000"),
-        (["--resume_from_checkpoint", "latest"], "There is no checkpoint"),
+        (["--resume_from_checkpoint", "run/checkpoint-7"], "There is no checkpoint run/checkpoint-7"),
         (["--mask_ratio", "1"], "mask_ratio is 1.0; it must be at least 0 and below 1"),
         (["--teacher_sigma", "0"], "teacher_sigma is 0.0"),
         (["--report_to", "clouds"], "report_to is 'clouds'"),
@@ -367,10 +371,137 @@ def test_checkpoints_of_an_earlier_run_are_not_overwritten(tmp_path):
         train(tmp_path, "--max_train_steps", 2)
 
 
-def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seed", 1], "seed: 0 there, 1 here"),
+        (["--train_batch_size", 8], "global batch: 16 there, 8 here"),
+        (["--num_prototypes", 64], "model num_prototypes: 32 there, 64 here"),
+        (["--discriminative_weight", 0], "model num_prototypes: 32 there, None here"),
+        (["--transformer", json.dumps(NETWORK | {"num_layers": 3})], "model num_layers: 2 there, 3 here"),
+        (["--label_column", ""], "dataset sha256: .* there, .* here; model num_classes: 10 there, 0 here"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, options, message):
     train(tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 2)
-    with pytest.raises(SystemExit, match="(?s)The checkpoint is not of such a run as this one: .*prototypes"):
-        train(tmp_path, "--num_prototypes", 64, "--resume_from_checkpoint", "latest")
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(SystemExit, match=f"checkpoint-2 is of another run; {message}"):
+        train(tmp_path, "--max_train_steps", 4, "--resume_from_checkpoint", "latest", *options)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_what_may_change_is_said(tmp_path, capsys):
+    train(tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 2)
+    options = ["--resume_from_checkpoint", "latest", "--learning_rate", 0.001, "--checkpointing_steps", 2]
+    train(tmp_path, "--max_train_steps", 4, *options)
+    changes = "learning_rate: 0.003 there, 0.001 here; max_train_steps: 2 there, 4 here"
+    assert f"Changed since checkpoint-2: {changes}.\n" in capsys.readouterr().out
+
+
+def test_latest_begins_where_there_is_no_checkpoint(tmp_path, capsys):
+    assert len(train(tmp_path, "--max_train_steps", 2, "--resume_from_checkpoint", "latest")) == 2
+    assert "There is no checkpoint in" in capsys.readouterr().out
+
+
+def test_checkpoints_are_limited_and_the_last_step_has_one(tmp_path):
+    train(tmp_path, "--max_train_steps", 7, "--checkpointing_steps", 2, "--checkpoints_total_limit", 2)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-7"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_leaves(tmp_path, capsys, monkeypatch, number):
+    whole = train(tmp_path / "a", "--max_train_steps", 6)
+    handler, train_step = signal.getsignal(number), train_sddit.Trainer.train_step
+
+    def interrupted(self, step, data):
+        if step == 3:
+            signal.raise_signal(number)
+        return train_step(self, step, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_sddit.Trainer, "train_step", interrupted)
+        with pytest.raises(SystemExit) as stopped:
+            train(tmp_path / "b", "--max_train_steps", 6)
+    assert stopped.value.code == 128 + number
+    assert f"Stopped by {number.name} after step 4" in capsys.readouterr().out
+    assert signal.getsignal(number) == handler
+    assert not (tmp_path / "b/model_index.json").exists()
+    AcceleratorState._reset_state(True)
+    assert train(tmp_path / "b", "--max_train_steps", 6, "--resume_from_checkpoint", "latest") == whole
+
+
+def test_a_damaged_checkpoint_costs_its_steps_alone(tmp_path):
+    whole = train(tmp_path / "a", "--max_train_steps", 8)
+    train(tmp_path / "b", "--max_train_steps", 8, "--checkpointing_steps", 3)
+    path = tmp_path / "b" / "checkpoint-8" / "state.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="checkpoint-8 is damaged"):
+        resumed = train(tmp_path / "b", "--max_train_steps", 8, "--resume_from_checkpoint", "latest",
+                        "--checkpointing_steps", 3)  # fmt: skip
+    assert resumed == whole
+    assert load_state(tmp_path / "b" / "checkpoint-8")["optimizer"]["state"][0]["step"] == 8
+
+
+def test_a_full_disk_stops_it_with_the_earlier_checkpoints(tmp_path, monkeypatch):
+    def full(state, file):
+        if "checkpoint-4" in file.name:
+            raise OSError(28, "No space left on device", file.name)
+        torch.save(state, file)
+
+    monkeypatch.setattr(checkpointing, "_save", full)
+    with pytest.raises(SystemExit, match="error: .*No space left on device"):
+        train(tmp_path, "--max_train_steps", 8, "--checkpointing_steps", 2)
+    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-2"]
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 4
+
+
+LATENTS = json.dumps(NETWORK | {"in_channels": 2, "sample_size": 2, "patch_size": 1})
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "latents"
+    write_latents(folder, 300, shard_size=64)
+    return folder
+
+
+def test_latents_are_drawn_anew_each_step(tmp_path, latents):
+    options = ["--transformer", LATENTS, "--dataset_name", latents, "--vae", "none"]
+    trainer, seen = make_trainer(tmp_path, *options), []
+    trainer.prepared.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    moments, labels = next(batches_of(trainer))
+    for step in (0, 1):
+        trainer.train_step(step, iter([(moments, labels)]))
+    for step, x0 in enumerate(seen):
+        noise = torch.randn(16, 2, 2, 2, generator=generator_for(0, 2, step))
+        torch.testing.assert_close(x0, 0.5 * (moments[:, 0].float() + 0.25 * noise))
+
+
+def test_latents_make_a_pipeline_with_their_vae(tmp_path, latents):
+    """A VAE that decodes them is saved with the pipeline, which makes pictures."""
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[8, 16], norm_num_groups=4, latent_channels=2,
+    )  # fmt: skip
+    vae.save_pretrained(tmp_path / "vae")
+    options = ["--transformer", LATENTS, "--dataset_name", latents, "--vae", tmp_path / "vae"]
+    with pytest.warns(UserWarning, match="is not the one that made the latents"):
+        train(tmp_path / "run", "--max_train_steps", 2, "--num_validation_images", 20, *options)
+    pipe = SDDiTPipeline.from_pretrained(tmp_path / "run")
+    assert pipe(["7"], num_inference_steps=2).images[0].size == (4, 4)
+    assert Image.open(tmp_path / "run/samples.png").height == 2 * 66
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "latents are 2 x 2 x 2; the network takes 1 x 8 x 8"),
+        (["--transformer", LATENTS], "The VAE 'numbers' cannot be loaded: .* Name another with --vae, or"),
+    ],
+)
+def test_latents_of_another_shape_or_vae(tmp_path, latents, options, message):
+    with pytest.raises(SystemExit, match=f"(?s){message}"):
+        train(tmp_path, "--dataset_name", latents, *options)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
