@@ -148,7 +148,8 @@ class Trainer:
             self.stop_signal = number
             self.accelerator.set_trigger()
 
-        earlier = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        numbers = {signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}  # Windows has no SIGUSR1
+        earlier = {number: signal.signal(number, note) for number in numbers}
         try:
             yield
         finally:
@@ -280,12 +281,14 @@ class Trainer:
 
         on_main_process(draw, self.accelerator)
 
-    def draw_samples(self, pipe: SDDiTPipeline, name: str, **arguments) -> None:
-        """Saves a grid of samples, unless there is no VAE to decode them or none is wanted."""
+    def draw_samples(self, pipe: SDDiTPipeline, name: str, **arguments) -> bool:
+        """Saves a grid of samples, if one is wanted and can be decoded; returns whether."""
         images = self.config.num_validation_images
-        if images and (self.vae is not None or isinstance(self.dataset, ImageDataset)):
-            grid = sample_grid(pipe, classes=max(1, images // 10), columns=min(images, 10), **arguments)
-            grid.save(self.output_dir / name)
+        if not images or (self.vae is None and isinstance(self.dataset, LatentDataset)):
+            return False
+        grid = sample_grid(pipe, classes=max(1, images // 10), columns=min(images, 10), **arguments)
+        grid.save(self.output_dir / name)
+        return True
 
     def save(self, step: int) -> None:
         """Writes a checkpoint.
@@ -374,12 +377,12 @@ class Trainer:
         pipe = self.pipeline()
         pipe.save_pretrained(self.output_dir)
         pipe.set_progress_bar_config(desc="samples.png", leave=False)
-        self.draw_samples(pipe, "samples.png")
+        sampled = self.draw_samples(pipe, "samples.png")
         draw_curves(read_metrics(self.output_dir / "metrics.jsonl"), self.output_dir / "curves.png")
         label = self.dataset.num_classes - 3 if self.dataset.num_classes > 2 else None
         print(
-            f"Done: the pipeline, samples.png, curves.png and metrics.jsonl are in {self.output_dir}/. "
-            "Use it:\n\n"
+            f"Done: the pipeline, metrics.jsonl, curves.png{', samples.png' * bool(sampled)} are in "
+            f"{self.output_dir}/. Use it:\n\n"
             "    from sddit_diffusers import SDDiTPipeline\n"
             f'    pipe = SDDiTPipeline.from_pretrained("{self.output_dir}")\n'
             f'    pipe(class_labels=[{label}]).images[0].save("sample.png")'

@@ -26,6 +26,8 @@ def written_aside(path: Path, mode: str = "wb") -> Iterator[IO]:
 
 def sync_folder(folder: Path) -> None:
     """Brings the names in a folder to the disk, as fsync does for the content of a file."""
+    if os.name == "nt":  # Windows opens no folders, and does it by itself
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

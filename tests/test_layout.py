@@ -11,8 +11,10 @@ HUB_FILES = ["transformer_sddit", "scheduling_edm_heun", "pipeline_sddit"]
 # Later layers may import earlier ones.
 LAYERS = [
     set(HUB_FILES),
-    {"discrimination"},
+    {"discrimination", "files", "launching"},
     {"objective", "configuration", "data", "checkpointing", "reporting"},
+    {"latents"},
+    {"prepare_latents"},
 ]
 
 

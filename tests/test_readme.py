@@ -7,7 +7,8 @@ import pytest
 from conftest import TINY, randomize
 
 from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline, SDDiTTransformer2DModel
-from sddit_diffusers.configuration import TrainingConfig, parse
+from sddit_diffusers.configuration import Parser, TrainingConfig, parse
+from sddit_diffusers.prepare_latents import PrepareConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -35,6 +36,15 @@ def commands():
 @pytest.mark.parametrize("command", [c for c in commands() if "train_sddit.py --" in c and "--help" not in c])
 def test_training_commands_parse(command):
     assert isinstance(parse(command.split("train_sddit.py ")[1].split()), TrainingConfig)
+
+
+def test_prepare_commands_parse():
+    joined = "\n".join(blocks("bash")).replace("\\\n", " ")
+    found = [line.split("#")[0].split() for line in joined.splitlines() if "prepare_latents" in line]
+    assert len(found) >= 2
+    for words in found:
+        options = words[words.index("sddit_diffusers.prepare_latents") + 1 :]
+        PrepareConfig(**Parser(PrepareConfig).parse_known_options(options))
 
 
 def test_the_two_commands_are_there_and_ci_runs_the_second():
