@@ -22,6 +22,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from sddit_diffusers import EDMHeunScheduler, SDDiTObjective, SDDiTPipeline, SDDiTTransformer2DModel
@@ -373,9 +374,17 @@ class Trainer:
         self.accelerator.end_training()
 
     def save_pipeline(self) -> None:
+        """The main process's part of `finish`.
+
+        Raises:
+            OSError: the disk is full.
+        """
         self.ema.copy_to(self.objective.transformer.parameters())
         pipe = self.pipeline()
-        pipe.save_pretrained(self.output_dir)
+        try:
+            pipe.save_pretrained(self.output_dir)
+        except SafetensorError as error:  # what safetensors makes of a disk that is full
+            raise OSError(f"The pipeline cannot be written to {self.output_dir}: {error}") from error
         pipe.set_progress_bar_config(desc="samples.png", leave=False)
         sampled = self.draw_samples(pipe, "samples.png")
         draw_curves(read_metrics(self.output_dir / "metrics.jsonl"), self.output_dir / "curves.png")

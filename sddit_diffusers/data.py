@@ -8,13 +8,13 @@ import hashlib
 import io
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -142,6 +142,8 @@ def decode_image(file: dict | None, mode: str, size: int) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(file["bytes"]) if file["bytes"] else file["path"]) as image:
             image = center_crop(image.convert(mode), size)
+    except UnidentifiedImageError as error:  # its message names the buffer
+        raise ValueError(f"{path}cannot be read as a picture: it has no format that Pillow knows") from error
     except Exception as error:  # Pillow raises many kinds for a damaged file
         raise ValueError(f"{path}cannot be read as a picture: {error}") from error
     return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
@@ -206,6 +208,20 @@ class BatchSampler(Sampler):
             batch = order[position * self.global_batch :][: self.global_batch]
             for micro in range(self.accumulation):
                 yield batch[self.rows(micro)].tolist()
+
+
+def read_out(items: Iterable) -> Iterator:
+    """The items of a parquet reader; closed early, it first reads the rest.
+
+    pyarrow reads ahead in threads that crash an interpreter, or hold it for ever, if it ends before them.
+    """
+    items = iter(items)
+    try:
+        for item in items:  # noqa: UP028, "yield from" would close them
+            yield item
+    finally:
+        for _ in items:
+            pass
 
 
 def prefetch(items: Iterator, depth: int = 4) -> Iterator:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel
 from torch import Tensor
 
-from .data import BatchSampler, generator_for, prefetch
+from .data import BatchSampler, generator_for, prefetch, read_out
 from .files import written_aside
 
 LANES = 8
@@ -240,31 +241,26 @@ class LatentDataset:
             if end <= start or begin >= stop:
                 continue
             skipped = max(0, start - begin) // BLOCK * BLOCK
-            tables = self._tables(shard, skipped)
-            try:
-                for table in tables:
+            with closing(self._read_shard(shard, skipped)) as blocks:
+                for moments, labels in blocks:
                     position = begin + skipped
                     if position >= stop:
                         break
                     generator = generator_for(seed, 0, epoch, 1 + shard, skipped)
-                    rows = torch.randperm(table.num_rows, generator=generator).numpy()
-                    moments = _array(table, int(np.prod(self.shape)) * 2)
-                    labels = table["label"].to_numpy() if self.num_classes else None
+                    rows = torch.randperm(len(moments), generator=generator).numpy()
                     yield position, moments, labels, rows
-                    skipped += table.num_rows
-            finally:
-                tables.close()
+                    skipped += len(moments)
 
-    def _tables(self, shard: int, skipped: int) -> Iterator[pa.Table]:
-        """A shard's blocks after the first rows, until its end."""
+    def _read_shard(self, shard: int, skipped: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Moments and labels of a shard's blocks after the first rows, until its end."""
         written, name = self.manifest.shards[shard]["rows"], self.manifest.shards[shard]["file"]
-        tables, found = iter(()), skipped
+        found, width = skipped, 2 * int(np.prod(self.shape))
         try:
             stream = self._stream.shard(len(self._rows), shard).skip(skipped).with_format("arrow")
-            tables = iter(stream.iter(BLOCK))
-            for table in tables:
-                found += table.num_rows
-                yield table
+            with closing(read_out(stream.iter(BLOCK))) as tables:
+                for table in tables:
+                    found += table.num_rows
+                    yield _array(table, width), table["label"].to_numpy() if self.num_classes else None
             if found != written:
                 raise ValueError(f"it has {found} rows, but {written} were written")
         except Exception as error:  # pyarrow, fsspec and the Hub raise many kinds
@@ -272,10 +268,6 @@ class LatentDataset:
                 f"The shard {name} of {self.name} cannot be read: {error}. "
                 f"Check all with: python -m sddit_diffusers.prepare_latents --verify {self.name}"
             ) from error
-        finally:
-            # pyarrow reads ahead in threads of its own, which crash an interpreter that ends before they do.
-            for _ in tables:
-                pass
 
 
 class _Lane:

@@ -34,7 +34,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
 from .configuration import Parser, option
-from .data import UnreadableImageError, decode_image, generator_for, prefetch
+from .data import UnreadableImageError, decode_image, generator_for, prefetch, read_out
 from .files import sha256_of, written_aside
 from .latents import Manifest, find_latents, load_vae, sha256_of_weights
 from .launching import check_machine
@@ -142,13 +142,14 @@ class Source:
         The last block, and no other, is shorter than `size`; it may be empty.
         """
         block = []
-        for row in self._rows.shard(self.units, unit).skip(skipped):
-            place = self.place(unit, skipped + len(block))
-            block.append((row[self.image_column], self._label(row, place)))
-            if len(block) == size:
-                yield block
-                block, skipped = [], skipped + size
-        yield block
+        with closing(read_out(self._rows.shard(self.units, unit).skip(skipped))) as rows:
+            for row in rows:
+                place = self.place(unit, skipped + len(block))
+                block.append((row[self.image_column], self._label(row, place)))
+                if len(block) == size:
+                    yield block
+                    block, skipped = [], skipped + size
+            yield block
 
     def place(self, unit: int, row: int) -> str:
         """How a row is called in messages."""

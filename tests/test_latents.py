@@ -90,10 +90,10 @@ def test_begins_at_any_step(folder, start, processes):
 
 
 def test_a_process_reads_its_share_alone(folder, monkeypatch):
-    opened, tables = [], LatentDataset._tables
+    opened, read_shard = [], LatentDataset._read_shard
     monkeypatch.setattr(
-        LatentDataset, "_tables",
-        lambda self, shard, skipped: opened.append((shard, skipped)) or tables(self, shard, skipped),
+        LatentDataset, "_read_shard",
+        lambda self, shard, skipped: opened.append((shard, skipped)) or read_shard(self, shard, skipped),
     )  # fmt: skip
     read(folder, stop=16)
     whole = len(opened)
@@ -176,6 +176,16 @@ def test_a_shorter_shard_is_named(damaged):
     path = shard_of(damaged, 4)
     pq.write_table(pq.read_table(path).slice(0, 10), path)
     with pytest.raises(UnreadableShardError, match="train-00004-of-00034.* has 10 rows, but 12 were written"):
+        read(damaged, stop=32)
+
+
+def test_a_shard_of_other_latents_is_named(damaged):
+    path = shard_of(damaged, 6)
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(0, "moments", [[b"1234"] * len(table)]), path)
+    with pytest.raises(
+        UnreadableShardError, match="train-00006-of-00034.* its rows are not of 32 bytes each"
+    ):
         read(damaged, stop=32)
 
 

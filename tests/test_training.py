@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from conftest import write_latents
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors import SafetensorError
 
 import train_sddit
 from sddit_diffusers import SDDiTPipeline, checkpointing
@@ -453,6 +454,19 @@ def test_a_full_disk_stops_it_with_the_earlier_checkpoints(tmp_path, monkeypatch
         train(tmp_path, "--max_train_steps", 8, "--checkpointing_steps", 2)
     assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-2"]
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 4
+
+
+def test_a_full_disk_at_the_end_costs_nothing(tmp_path, monkeypatch):
+    def full(*arguments, **keywords):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SDDiTPipeline, "save_pretrained", full)
+        with pytest.raises(SystemExit, match="The pipeline cannot be written to .*No space left"):
+            train(tmp_path, "--max_train_steps", 3, "--checkpointing_steps", 100)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    train(tmp_path, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
+    assert (tmp_path / "model_index.json").exists()
 
 
 LATENTS = json.dumps(NETWORK | {"in_channels": 2, "sample_size": 2, "patch_size": 1})
