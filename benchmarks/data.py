@@ -206,6 +206,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4, help="length of a measurement")
     arguments = parser.parse_args()
     datasets.disable_progress_bars()
+    torch.set_num_threads(1)  # as in a DataLoader's worker: more of them stand in the readers' way
     with tempfile.TemporaryDirectory() as root:
         folders = {}
         for name, (write, read) in READERS.items():

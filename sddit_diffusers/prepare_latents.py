@@ -5,9 +5,10 @@
 
 First each process encodes its part of the source into `.preparing/`, block by block; then all rows are
 written, in a random order, as parquet shards, and at last the manifest. Blocks and shards are complete or
-absent and their bytes follow from the settings, so a run that was stopped goes on with what is missing and
-ends with the bytes of one that was not. While it works it takes twice the disk of the latents, which are of
-16 KiB each at 256 x 256 pixels and 4 channels.
+absent and their bytes follow from the settings (and from how the device rounds, which on a CPU depends on the
+number of threads), so a run that was stopped goes on with what is missing and ends with the bytes of one that
+was not. While it works it takes twice the disk of the latents, which are of 16 KiB each at 256 x 256 pixels
+and 4 channels.
 """
 
 import dataclasses
