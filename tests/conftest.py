@@ -75,3 +75,9 @@ def write_latents(folder, rows, shard_size):
         options = ["--dataset_name", source, "--vae", "numbers", "--output_dir", folder, "--resolution", 4]
         prepare_latents.main([str(option) for option in [*options, "--shard_size", shard_size]])
     AcceleratorState._reset_state(True)
+
+
+def global_batch(parts, step, accumulation):
+    """The rows of a step's global batch, from the micro-batches of each process."""
+    micro_batches = range(step * accumulation, (step + 1) * accumulation)
+    return [row for micro in micro_batches for part in parts for row in part[micro]]

@@ -5,6 +5,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import global_batch
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -109,13 +110,7 @@ def test_the_batch_of_a_step_does_not_depend_on_how_it_is_split(processes, accum
     b = 8 // processes // accumulation
     parts = [list(sampler(rank, processes, b, accumulation, stop=6)) for rank in range(processes)]
     for step in range(6):
-        joined = [
-            row
-            for micro in range(accumulation)
-            for rank in range(processes)
-            for row in parts[rank][step * accumulation + micro]
-        ]
-        assert joined == whole[step]
+        assert global_batch(parts, step, accumulation) == whole[step]
 
 
 def test_begins_at_any_step():

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import write_latents
+from conftest import global_batch, write_latents
 
 from sddit_diffusers import latents
 from sddit_diffusers.data import BatchSampler
@@ -66,13 +66,7 @@ def test_the_batch_of_a_step_does_not_depend_on_how_it_is_split(folder, processe
     whole, b = read(folder, stop=20), 24 // processes // accumulation
     parts = [read(folder, rank, processes, b, accumulation, stop=20) for rank in range(processes)]
     for step in range(20):
-        joined = [
-            row
-            for micro in range(accumulation)
-            for rank in range(processes)
-            for row in parts[rank][step * accumulation + micro]
-        ]
-        assert joined == whole[step]
+        assert global_batch(parts, step, accumulation) == whole[step]
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 24, 100, 403])

@@ -291,8 +291,11 @@ def test_bad_sources_are_named(vae, source, tmp_path, capsys):
     empty.mkdir()
     features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
     pq.write_table(features.arrow_schema.empty_table(), empty / "a.parquet")
-    fails(capsys, "cannot be loaded", vae, str(empty), out)  # datasets says that there are no data
-    fails(capsys, "is empty", vae, str(empty), out, "--streaming", True)
+    for streaming in (
+        False,
+        True,
+    ):  # in the words of datasets, which differ from release to release, or in ours
+        fails(capsys, str(empty), vae, str(empty), out, "--streaming", streaming)
     assert not out.exists()
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
