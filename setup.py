@@ -26,12 +26,12 @@ setup(
         "huggingface_hub>=0.36",
         "scikit-learn>=1.6.1",  # the digits
         "matplotlib>=3.9.4",  # the curves
+        "torch-fidelity>=0.4.0",  # Inception and KID
         "numpy",
         "pillow",
         "tqdm",
     ],
     extras_require={
-        "eval": ["torch-fidelity>=0.4.0"],
         "test": ["pytest>=8.3.5", "peft>=0.18", "tensorboard", "ruff"],
     },
     entry_points={"console_scripts": ["sddit-train=train_sddit:main"]},
