@@ -8,7 +8,7 @@ import hashlib
 import io
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -35,13 +35,13 @@ class ImageDataset(Dataset):
     """Labelled pictures as tensors in -1..1, cropped and resized to a square.
 
     Args:
-        name: "digits" (scikit-learn's 1,797 handwritten digits, 8 x 8), a folder, or a dataset on the Hub;
-            its "train" split is read.
+        name: "digits" (scikit-learn's 1,797 handwritten digits, 8 x 8), a folder, or a dataset on the Hub.
         image_column, label_column: names of the columns; labels may be class numbers or strings, and an empty
             `label_column` leaves them out.
         channels: 1 or 3.
         size: side of the pictures that come out, in pixels.
         num_workers: processes that decode pictures; 0: a thread.
+        split: of the dataset.
 
     Attributes:
         num_classes: 0 without labels.
@@ -53,8 +53,9 @@ class ImageDataset(Dataset):
     """
 
     def __init__(
-        self, name: str, image_column: str, label_column: str, channels: int, size: int, num_workers: int = 0
-    ):
+        self, name: str, image_column: str, label_column: str, channels: int, size: int, num_workers: int = 0,
+        split: str = "train",
+    ):  # fmt: skip
         if channels not in _MODES:
             raise ValueError(
                 f"The network takes {channels} channels, as latents have, and {name} is no folder of latents "
@@ -62,7 +63,7 @@ class ImageDataset(Dataset):
             )
         self.num_workers = num_workers
         self.name, self.mode, self.size = name, _MODES[channels], size
-        rows = _load(name)
+        rows = _load(name, split)
         if len(rows) == 0:
             raise ValueError(f"{name} is empty.")
         for column in filter(None, (image_column, label_column)):
@@ -120,10 +121,14 @@ class ImageDataset(Dataset):
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor | None]:
         """Pictures `[b, channels, size, size]` and class numbers `[b]`."""
-        files = self.images[indices][self.image_column]
-        pixels = np.stack([self._decode(index, file) for index, file in zip(indices, files, strict=True)])
-        images = torch.from_numpy(pixels).float() / 127.5 - 1
+        images = self.pixels(indices).float() / 127.5 - 1
         return images, None if self.labels is None else self.labels[indices]
+
+    def pixels(self, indices: Sequence[int]) -> Tensor:
+        """Pictures as bytes, `[b, channels, size, size]`."""
+        files = self.images[indices][self.image_column]
+        pixels = [self._decode(index, file) for index, file in zip(indices, files, strict=True)]
+        return torch.from_numpy(np.stack(pixels))
 
     def _decode(self, index: int, file: dict) -> np.ndarray:
         try:
@@ -132,8 +137,10 @@ class ImageDataset(Dataset):
             raise UnreadableImageError(f"Row {index} of {self.name} {error}") from error
 
 
-def decode_image(file: dict | None, mode: str, size: int) -> np.ndarray:
+def decode_image(file: dict | None, mode: str, size: int | None) -> np.ndarray:
     """The centre of a picture that `datasets.Image(decode=False)` gives, as bytes `[channels, size, size]`.
+
+    Without a size the whole picture as it is, `[channels, h, w]`.
 
     Raises:
         ValueError: it cannot be decoded.
@@ -141,12 +148,12 @@ def decode_image(file: dict | None, mode: str, size: int) -> np.ndarray:
     path = f"({file['path']}) " if file and file["path"] else ""
     try:
         with Image.open(io.BytesIO(file["bytes"]) if file["bytes"] else file["path"]) as image:
-            image = center_crop(image.convert(mode), size)
+            image = image.convert(mode) if size is None else center_crop(image.convert(mode), size)
     except UnidentifiedImageError as error:  # its message names the buffer
         raise ValueError(f"{path}cannot be read as a picture: it has no format that Pillow knows") from error
     except Exception as error:  # Pillow raises many kinds for a damaged file
         raise ValueError(f"{path}cannot be read as a picture: {error}") from error
-    return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
+    return np.asarray(image).reshape(image.height, image.width, -1).transpose(2, 0, 1)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -264,13 +271,13 @@ def _as_it_is(batch):
     return batch
 
 
-def _load(name: str) -> datasets.Dataset:
+def _load(name: str, split: str) -> datasets.Dataset:
     if name == "digits":
         return _digits()
     if not Path(name).exists() and name.startswith((".", "/", "~")):
         raise ValueError(f"There is no dataset folder {name}.")
     try:
-        return datasets.load_dataset(name, split="train")
+        return datasets.load_dataset(name, split=split)
     except Exception as error:  # whatever the Hub, the network and the readers raise
         raise ValueError(
             f"The dataset {name!r} cannot be loaded, from here or from the Hub: {error}"

@@ -7,6 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 
 @contextmanager
 def written_aside(path: Path, mode: str = "wb") -> Iterator[IO]:
@@ -24,6 +28,23 @@ def written_aside(path: Path, mode: str = "wb") -> Iterator[IO]:
             error.filename = str(path)  # for the message of a full disk
         raise
     sync_folder(path.parent)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], **about: str) -> None:
+    """Writes a safetensors file, complete or absent, in a folder that is made where it is missing.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, aside, metadata=about)
+        os.replace(aside, path)
+    except SafetensorError as error:  # what safetensors makes of a disk that is full
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

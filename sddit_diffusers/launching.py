@@ -1,12 +1,14 @@
 """What every program asks of `accelerate` before it begins."""
 
 import os
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from tqdm.auto import tqdm
 
 T = TypeVar("T")
 
@@ -42,3 +44,13 @@ def on_main_process(action: Callable[[], T], accelerator: Accelerator) -> T:
     if error is not None:
         raise error
     return result
+
+
+def progress_bar(accelerator: Accelerator, desc: str, **arguments) -> tqdm:
+    """A bar of the first process's share; in a log file it moves every half a minute only."""
+    processes = accelerator.num_processes
+    return tqdm(
+        desc=desc + (f" (process 1 of {processes})" if processes > 1 else ""),
+        disable=not accelerator.is_main_process, dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 30, **arguments,
+    )  # fmt: skip

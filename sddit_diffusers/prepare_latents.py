@@ -38,7 +38,7 @@ from .configuration import Parser, option
 from .data import UnreadableImageError, decode_image, generator_for, prefetch, read_out
 from .files import sha256_of, written_aside
 from .latents import Manifest, find_latents, load_vae, sha256_of_weights
-from .launching import check_machine
+from .launching import check_machine, progress_bar
 
 _ROW_GROUP = 256  # rows that are read at once; larger groups halve the reading speed
 # A row of a block: a latent, or an image that cannot be read, with the problem.
@@ -254,7 +254,7 @@ class Preparation:
         done = {unit: self._blocks_of(unit) for unit in range(rank, self.source.units, processes)}
         share = None if self.source.count is None else self.source.count * len(done) // self.source.units
         rows = sum(sum(counts) for counts in done.values())
-        with self._progress("encoding", "image", initial=rows, total=share) as progress:
+        with progress_bar(self.accelerator, "encoding", unit="image", initial=rows, total=share) as progress:
             for unit, counts in done.items():
                 if all(count == self.config.block_size for count in counts):  # else its last block is there
                     self._encode_unit(unit, sum(counts), progress)
@@ -331,7 +331,7 @@ class Preparation:
         files = [f"data/train-{i:05d}-of-{len(shards):05d}.parquet" for i in range(len(shards))]
         (self.output_dir / "data").mkdir(exist_ok=True)
         mine = range(self.accelerator.process_index, len(shards), self.accelerator.num_processes)
-        with self._progress("writing", "shard", total=len(mine)) as progress:
+        with progress_bar(self.accelerator, "writing", unit="shard", total=len(mine)) as progress:
             for i in mine:
                 if not (self.output_dir / files[i]).exists():
                     write_shard(self.output_dir / files[i], blocks.table(shards[i]))
@@ -343,7 +343,7 @@ class Preparation:
     def _finish(self, blocks: "Blocks", files: list[str], counts: list[int]) -> None:
         """Writes card and manifest; with the latter, the folder is complete."""
         shards = []
-        with self._progress("hashing", "shard", total=len(files)) as progress:
+        with progress_bar(self.accelerator, "hashing", unit="shard", total=len(files)) as progress:
             for name, count in zip(files, counts, strict=True):
                 with (self.output_dir / name).open("rb") as file:
                     shards.append({"file": name, "rows": count, "sha256": sha256_of(file)})
@@ -373,15 +373,6 @@ class Preparation:
             file.write(card(manifest))
         manifest.save(self.output_dir)
         shutil.rmtree(self.blocks_dir)
-
-    def _progress(self, name: str, unit: str, **arguments) -> tqdm:
-        """A bar of the first process's share."""
-        processes = self.accelerator.num_processes
-        return tqdm(
-            desc=name + (f" (process 1 of {processes})" if processes > 1 else ""), unit=unit,
-            disable=not self.accelerator.is_main_process, dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 30, **arguments,
-        )  # fmt: skip
 
 
 class Blocks:

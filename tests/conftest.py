@@ -1,9 +1,15 @@
 """Small real components that the tests share."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from torch_fidelity import feature_extractor_inceptionv3
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline, SDDiTTransformer2DModel, prepare_latents
 
@@ -28,6 +34,51 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         for parameter in module.parameters():
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     return module
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Features and classifiers are cached where no other run finds them."""
+    folder = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    threads = torch.get_num_threads()
+    yield
+    AcceleratorState._reset_state(True)
+    torch.set_num_threads(threads)
+
+
+def launch(processes, *command):
+    """A script, or -m and a module, in `processes` processes on the CPU, joined by gloo."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run(
+        [sys.executable, *launcher, *map(str, command)],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory):
+    """Inception v3 with fixed random weights, as a file."""
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *_, **__: None)
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        inception = FeatureExtractorInceptionV3("random", ["2048"])
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in inception.named_parameters():
+        if name.endswith("conv.weight"):
+            fan_in = weight[0].numel()
+            weight.copy_(torch.randn(weight.shape, generator=generator) * (2 / fan_in) ** 0.5)
+    inception.fc.weight.copy_(torch.randn(inception.fc.weight.shape, generator=generator) * 0.5)
+    torch.save(inception.state_dict(), path)
+    return path
 
 
 @pytest.fixture

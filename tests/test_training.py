@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
-from conftest import write_latents
+from conftest import launch, write_latents
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors import SafetensorError
@@ -29,15 +29,7 @@ SCRIPT = Path(train_sddit.__file__)
 NETWORK = dict(num_layers=2, num_attention_heads=2, attention_head_dim=8, num_decoder_layers=1,
                decoder_num_attention_heads=2, decoder_attention_head_dim=8)  # fmt: skip
 SMALL = ["--transformer", json.dumps(NETWORK), "--num_prototypes", "32", "--head_hidden_dim", "16",
-         "--head_bottleneck_dim", "8", "--train_batch_size", "16"]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    threads = torch.get_num_threads()
-    yield
-    AcceleratorState._reset_state(True)
-    torch.set_num_threads(threads)
+         "--head_bottleneck_dim", "8", "--train_batch_size", "16", "--evaluation_steps", "0"]  # fmt: skip
 
 
 def train(folder, *options):
@@ -51,17 +43,6 @@ def make_trainer(folder, *options):
 
 def batches_of(trainer):
     return trainer.dataset.batches(trainer.sampler)
-
-
-def launch(processes, script, *options):
-    """`processes` processes on the CPU, joined by gloo."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run(
-        [*command, str(script), *map(str, options)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
 
 
 def test_leaves_a_pipeline_and_what_people_look_at(tmp_path, capsys, monkeypatch):
