@@ -19,7 +19,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    set_seed,
+)
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
@@ -46,7 +51,10 @@ from sddit_diffusers.latents import (
 )
 from sddit_diffusers.launching import check_machine, on_main_process
 from sddit_diffusers.objective import Draws
+from sddit_diffusers.references import Judge
 from sddit_diffusers.reporting import MetricsLog, draw_curves, read_metrics, sample_grid
+
+TRIAL_STEPS = 18  # of the sampler, while a run is not at its end
 
 
 class Trainer:
@@ -76,7 +84,8 @@ class Trainer:
         check_machine(self.accelerator)
         network = config.network()
         self.dataset = open_dataset(config, network)
-        self.vae = self.open_vae() if self.accelerator.is_main_process else None
+        wanted = self.accelerator.is_main_process or config.evaluation_steps
+        self.vae = self.open_vae() if wanted else None
         set_seed(config.seed)
         self.objective = build_objective(config, network | {"num_classes": self.dataset.num_classes})
         optimizer = torch.optim.AdamW(
@@ -95,6 +104,7 @@ class Trainer:
         )  # fmt: skip
         if config.resume_from_checkpoint:
             self.resume()
+        self.judge = self.open_judge() if config.evaluation_steps else None
         self.stop_signal = None
 
     def run(self) -> None:
@@ -126,7 +136,13 @@ class Trainer:
                 last = done == config.max_train_steps
                 shown = {"L_G": metrics["loss_generative"], "L_D": metrics.get("loss_discriminative", 0.0)}
                 progress.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
-                if done % config.logging_steps == 0 or last:
+                scores = {}
+                if config.evaluation_steps and (done % config.evaluation_steps == 0 or last):
+                    scores = self.evaluate()
+                    shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+                    progress.write(f"Step {done}: {shown}", file=sys.stderr) if main else None
+                    metrics |= scores
+                if done % config.logging_steps == 0 or last or scores:
                     self.accelerator.log(metrics, step=done)
                     if main:
                         log.write({"step": done, **metrics})
@@ -272,15 +288,29 @@ class Trainer:
         """Draws a grid of samples with the averaged weights, in fewer steps than the last one."""
 
         def draw() -> None:
-            parameters = list(self.objective.transformer.parameters())
-            self.ema.store(parameters)
-            self.ema.copy_to(parameters)
-            pipe = self.pipeline()
-            pipe.set_progress_bar_config(disable=True)
-            self.draw_samples(pipe, name, num_inference_steps=18)
-            self.ema.restore(parameters)
+            with self.averaged_pipeline() as pipe:
+                self.draw_samples(pipe, name, num_inference_steps=TRIAL_STEPS)
 
         on_main_process(draw, self.accelerator)
+
+    def evaluate(self) -> dict[str, float]:
+        """The scores of the averaged weights, on all processes."""
+        with self.averaged_pipeline() as pipe:
+            scores = self.judge(pipe, self.config.train_batch_size, num_inference_steps=TRIAL_STEPS)
+        return broadcast_object_list([scores])[0]
+
+    @contextmanager
+    def averaged_pipeline(self) -> Iterator[SDDiTPipeline]:
+        """A pipeline with the averaged weights, which take the place of the trained ones meanwhile."""
+        parameters = list(self.objective.transformer.parameters())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            pipe = self.pipeline()
+            pipe.set_progress_bar_config(disable=True)
+            yield pipe
+        finally:
+            self.ema.restore(parameters)
 
     def draw_samples(self, pipe: SDDiTPipeline, name: str, **arguments) -> bool:
         """Saves a grid of samples, if one is wanted and can be decoded; returns whether."""
@@ -424,6 +454,23 @@ class Trainer:
                 stacklevel=2,
             )
         return vae.to(self.accelerator.device)
+
+    def open_judge(self) -> Judge:
+        """What scores the averaged weights.
+
+        Raises:
+            ValueError: there is nothing to score against, or no decoder of the latents.
+        """
+        config, pixels = self.config, isinstance(self.dataset, ImageDataset)
+        if not config.evaluation_reference and not pixels:
+            raise ValueError("--evaluation_steps needs --evaluation_reference: images, or their statistics.")
+        if self.vae is None and not pixels:
+            raise ValueError("--evaluation_steps needs a VAE, which decodes the samples.")
+        size = self.objective.transformer.config.sample_size * self.pipeline().vae_scale_factor
+        return Judge(
+            config.evaluation_reference or config.dataset_name, config.evaluation_extractor, (size, size),
+            config.evaluation_samples, config.image_column, config.label_column, self.accelerator,
+        )  # fmt: skip
 
 
 def open_dataset(config: TrainingConfig, network: dict) -> ImageDataset | LatentDataset:

@@ -59,6 +59,9 @@ RECIPES = {
         teacher_temperature_start=0.04,
         teacher_temperature_end=0.07,
         teacher_temperature_warmup_epochs=30,
+        evaluation_steps=500,
+        evaluation_samples=500,
+        evaluation_extractor="pixels",
     ),
     "cifar10": dict(
         dataset_name="uoft-cs/cifar10",
@@ -89,8 +92,17 @@ RECIPES = {
 }
 
 
+# Networks that give the features of scores.
+EXTRACTORS = ("inception", "classifier", "pixels")
+
+
 def option(default, help: str):
     return field(default=default, metadata={"help": help})
+
+
+def options(default: list, help: str):
+    """An option of several values."""
+    return field(default_factory=default.copy, metadata={"help": help})
 
 
 # The smallest values that make sense.
@@ -99,6 +111,7 @@ _LOWEST = (
     | dict.fromkeys(("head_hidden_dim", "head_bottleneck_dim"), 1)
     | dict.fromkeys(("seed", "learning_rate", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm"), 0)
     | dict.fromkeys(("validation_steps", "num_validation_images", "checkpointing_steps"), 0)
+    | {"evaluation_steps": 0, "evaluation_samples": 2}
     | dict.fromkeys(("checkpoints_total_limit", "dataloader_num_workers"), 0)
     | dict.fromkeys(("student_temperature", "teacher_temperature_start", "teacher_temperature_end"), 1e-3)
     | {"num_prototypes": 2, "teacher_temperature_warmup_epochs": 0}
@@ -150,6 +163,13 @@ class TrainingConfig:
     )
     center_momentum: float = option(0.9, "of the teacher's centers")
 
+    evaluation_steps: int = option(0, "score the averaged weights every so many steps; 0: never")
+    evaluation_samples: int = option(10_000, "images that are made for it, in 18 steps of the sampler")
+    evaluation_reference: str = option(
+        "",
+        "a REFERENCE of sddit_diffusers.evaluate; the pictures trained on if not given",
+    )
+    evaluation_extractor: str = option("inception", "'inception'; without downloads 'classifier', 'pixels'")
     validation_steps: int = option(0, "sample a grid every so many steps; 0: at the end only")
     num_validation_images: int = option(100, "images of a grid, in rows of ten")
     checkpointing_steps: int = option(0, "save a checkpoint every so many steps; 0: none")
@@ -173,6 +193,10 @@ class TrainingConfig:
         if self.mixed_precision not in ("", "no", "bf16", "fp16"):
             raise ValueError(
                 f"mixed_precision is {self.mixed_precision!r}; it must be 'no', 'bf16' or 'fp16'."
+            )
+        if self.evaluation_extractor not in EXTRACTORS:
+            raise ValueError(
+                f"evaluation_extractor is {self.evaluation_extractor!r}; it must be {', '.join(EXTRACTORS)}."
             )
         for name, low in _LOWEST.items():
             if not getattr(self, name) >= low:

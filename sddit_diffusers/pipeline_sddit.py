@@ -28,7 +28,7 @@ class SDDiTPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = ["latents", "pred_original_sample"]
 
     def __init__(
         self,
@@ -146,7 +146,8 @@ class SDDiTPipeline(DiffusionPipeline):
             return_dict: False for a plain tuple.
             callback_on_step_end: called with the pipeline, the evaluation's number, its timestep and a dict
                 of tensors, after each evaluation; what it returns replaces the `latents`.
-            callback_on_step_end_tensor_inputs: names of the tensors it gets: "latents".
+            callback_on_step_end_tensor_inputs: names of the tensors it gets: "latents", and the denoised
+                "pred_original_sample" where the scheduler tells it.
 
         Raises:
             ValueError: a label that does not exist, or any other argument out of its range; the message says
@@ -197,15 +198,17 @@ class SDDiTPipeline(DiffusionPipeline):
                     output = unconditional + guidance_scale * (conditional - unconditional)
                 else:
                     output = self._evaluate("conditional", model_input, t, labels).to(latents.dtype)
-                latents = self.scheduler.step(output, t, latents, generator=generator, return_dict=False)[0]
+                step = self.scheduler.step(output, t, latents, generator=generator)
+                latents = step.prev_sample
 
                 if callback_on_step_end is not None:
-                    tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
+                    tensors = {"latents": latents, "pred_original_sample": step.get("pred_original_sample")}
+                    tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
                 progress_bar.update()
 
         self._current_timestep = None
-        images = self._decode(latents, output_type)
+        images = self.decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -228,7 +231,9 @@ class SDDiTPipeline(DiffusionPipeline):
         latents = latents.to(device=device, dtype=torch.promote_types(latents.dtype, torch.float32))
         return latents * self.scheduler.init_noise_sigma
 
-    def _decode(self, latents: Tensor, output_type: str):
+    @torch.no_grad()
+    def decode(self, latents: Tensor, output_type: str = "pil"):
+        """Images of samples as the transformer makes them, `[b, c, h, w]`; `output_type` as in a call."""
         if output_type == "latent":
             return latents
         if self.vae is not None:

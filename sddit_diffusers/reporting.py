@@ -52,19 +52,28 @@ _PANELS = (
     ("learning rate", ("learning_rate",)),
     ("teacher momentum", ("teacher_momentum",)),
 )
+# Only in runs that are evaluated; an extractor other than Inception is in the name.
+_SCORE_PANELS = (("Fréchet distance", ("fid",)), ("precision and recall", ("precision", "recall")))
 
 
 def draw_curves(metrics: list[dict], path: Path) -> None:
     """Draws the metrics over steps: the values pale, their mean over 2 % of the run around a step on top."""
-    figure, axes = plt.subplots(2, 3, figsize=(15, 7), layout="constrained")
-    for axis, (title, names) in zip(axes.flat, _PANELS, strict=True):
+    scores = {name for row in metrics for name in row if name.split("_")[0] in ("fid", "precision", "recall")}
+    panels = [*_PANELS]
+    for title, kinds in _SCORE_PANELS if scores else ():
+        panels.append((title, tuple(sorted(name for name in scores if name.split("_")[0] in kinds))))
+    figure, axes = plt.subplots(2, len(panels) // 2, figsize=(2.5 * len(panels), 7), layout="constrained")
+    for axis, (title, names) in zip(axes.flat, panels, strict=True):
         for color, name in zip(("tab:blue", "tab:orange"), names, strict=False):
             points = [(row["step"], row[name]) for row in metrics if name in row]
             if not points:
                 continue
             steps, values = np.array(points).T
-            axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-            axis.plot(steps, smooth(values, len(values) // 100), color=color, label=name)
+            if name in scores:
+                axis.plot(steps, values, "o-", color=color, markersize=4, label=name)
+            else:
+                axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+                axis.plot(steps, smooth(values, len(values) // 100), color=color, label=name)
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
@@ -82,13 +91,17 @@ def smooth(values: np.ndarray, reach: int) -> np.ndarray:
     return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
 
 
-def sample_grid(pipe: SDDiTPipeline, classes: int = 10, columns: int = 10, **arguments) -> Image.Image:
-    """A picture of samples: a row a class, evenly chosen, named at its left; image i has the seed i.
+def sample_grid(
+    pipe: SDDiTPipeline, classes: int = 10, columns: int = 10, labels: list | None = None, **arguments
+) -> Image.Image:
+    """A picture of samples: a row a class, named at its left; image i has the seed i.
 
-    `arguments` go to the pipeline's call.
+    Args:
+        classes: how many, evenly chosen where `labels` does not say which.
+        labels: numbers of classes, or None for the null class.
+        arguments: go to the pipeline's call.
     """
-    num_classes = pipe.transformer.config.num_classes
-    labels = np.linspace(0, num_classes - 1, min(classes, num_classes)).round().astype(int).tolist() or [None]
+    labels = labels or _spread_classes(pipe, classes)
     seeds, images = list(range(len(labels) * columns)), []
     size = pipe.transformer.config.sample_size * pipe.vae_scale_factor
     together = len(labels) if size <= 64 else 1  # rows made at once
@@ -99,21 +112,94 @@ def sample_grid(pipe: SDDiTPipeline, classes: int = 10, columns: int = 10, **arg
         images += pipe(
             labels[i : i + together], num_images_per_label=columns, generator=generators, **arguments
         ).images
-    names = ["" if label is None else pipe.id2label.get(label, str(label)) for label in labels]
-    return draw_grid(images, names, columns)
+    return draw_grid(images, _names(pipe, labels), columns)
 
 
-def draw_grid(images: list[Image.Image], names: list[str], columns: int) -> Image.Image:
-    """Rows of `columns` images with a name at the left of each; images below 64 pixels are enlarged."""
+def _spread_classes(pipe: SDDiTPipeline, count: int) -> list[int | None]:
+    """Evenly chosen classes; the null class of a model that has no other."""
+    num_classes = pipe.transformer.config.num_classes
+    chosen = np.linspace(0, num_classes - 1, min(count, num_classes)).round().astype(int)
+    return chosen.tolist() or [None]
+
+
+def _names(pipe: SDDiTPipeline, labels: list[int | None]) -> list[str]:
+    return ["" if label is None else pipe.id2label.get(label, str(label)) for label in labels]
+
+
+def draw_grid(
+    images: list[Image.Image], names: list[str], columns: int, titles: list[str] | None = None
+) -> Image.Image:
+    """Rows of `columns` images, named at the left and, with titles, at the top; small ones are enlarged."""
     zoom = -(-64 // images[0].height)
     width, height = images[0].width * zoom, images[0].height * zoom
-    margin, gap = 14 + 7 * max(len(name) for name in names), 2
-    grid = Image.new("RGB", (margin + columns * (width + gap), len(names) * (height + gap)), "white")
+    margin, gap, top = 14 + 7 * max(len(name) for name in names), 2, 18 if titles else 0
+    grid = Image.new("RGB", (margin + columns * (width + gap), top + len(names) * (height + gap)), "white")
     draw = ImageDraw.Draw(grid)
+    for column, title in enumerate(titles or []):
+        draw.text((margin + column * (width + gap) + 2, 3), title, fill="black")
     for row, name in enumerate(names):
-        draw.text((6, row * (height + gap) + height // 2 - 6), name, fill="black")
+        draw.text((6, top + row * (height + gap) + height // 2 - 6), name, fill="black")
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
         image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-        grid.paste(image, (margin + column * (width + gap), row * (height + gap)))
+        grid.paste(image, (margin + column * (width + gap), top + row * (height + gap)))
     return grid
+
+
+def draw_scores(runs: dict[str, list[dict]], metric: str, path: Path) -> None:
+    """Draws one metric over steps, a curve for each run, with its last value.
+
+    Args:
+        runs: rows as in a metrics.jsonl, by the names that the runs are to have.
+
+    Raises:
+        ValueError: a run without the metric; the message says which metrics it has.
+    """
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    for name, metrics in runs.items():
+        points = [(row["step"], row[metric]) for row in metrics if metric in row]
+        if not points:
+            known = sorted({key for row in metrics for key in row} - {"step"})
+            plt.close(figure)
+            raise ValueError(f"The run {name} has no {metric!r}; it has {', '.join(known) or 'nothing'}.")
+        steps, values = np.array(points).T
+        marker = "o" if len(values) <= 50 else ""
+        axis.plot(steps, values, marker=marker, markersize=4, label=f"{name} ({values[-1]:.4g})")
+    axis.set_xlabel("step")
+    axis.set_ylabel(metric)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def path_grid(pipe: SDDiTPipeline, columns: int = 10, labels: list | None = None, **arguments) -> Image.Image:
+    """A picture of how images come about: a row a label, the denoised D(x; sigma) from sigma_max to the last.
+
+    Args:
+        columns: noise levels that are shown, of those of the sampler's steps.
+        labels: as in [`sample_grid`]; image i has the seed i.
+        arguments: go to the pipeline's call.
+
+    Raises:
+        ValueError: the pipeline's scheduler does not tell D.
+    """
+    labels = labels or _spread_classes(pipe, 10)
+    denoised = {}  # by sigma; of two evaluations at one level the second, which is of the corrected sample
+
+    def keep(pipe: SDDiTPipeline, i: int, t: torch.Tensor, tensors: dict) -> dict:
+        if tensors["pred_original_sample"] is None:
+            raise ValueError(f"{type(pipe.scheduler).__name__} does not tell the denoised samples.")
+        denoised[float(pipe.scheduler.sigmas[i])] = tensors["pred_original_sample"]
+        return {}
+
+    generators = [torch.Generator().manual_seed(i) for i in range(len(labels))]
+    pipe(labels, generator=generators, output_type="latent", callback_on_step_end=keep,
+         callback_on_step_end_tensor_inputs=["pred_original_sample"], **arguments)  # fmt: skip
+    levels = list(denoised)
+    shown = [
+        levels[i] for i in np.linspace(0, len(levels) - 1, min(columns, len(levels))).round().astype(int)
+    ]
+    by_level = [pipe.decode(denoised[sigma]) for sigma in shown]
+    images = [by_level[column][row] for row in range(len(labels)) for column in range(len(shown))]
+    return draw_grid(images, _names(pipe, labels), len(shown), [f"{sigma:.3g}" for sigma in shown])

@@ -14,6 +14,16 @@ def fid(a, b):
     return ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root)
 
 
+def fid_of_features(a, b):
+    """The same for few images: the trace of the root is the sum of the singular values of A^T B, of centred A
+    and B whose products with themselves are the covariances."""
+    means, centred = [x.astype(np.float64).mean(0) for x in (a, b)], []
+    for x, mean in zip((a, b), means, strict=True):
+        centred.append((x.astype(np.float64) - mean) / np.sqrt(len(x) - 1))
+    trace = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
+    return ((means[0] - means[1]) ** 2).sum() + sum((x**2).sum() for x in centred) - 2 * trace
+
+
 def inception_score(logits, split_size=5000):
     p = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)

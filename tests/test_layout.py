@@ -11,10 +11,13 @@ HUB_FILES = ["transformer_sddit", "scheduling_edm_heun", "pipeline_sddit"]
 # Later layers may import earlier ones.
 LAYERS = [
     set(HUB_FILES),
-    {"discrimination", "files", "launching"},
+    {"discrimination", "files", "launching", "scores"},
     {"objective", "configuration", "data", "checkpointing", "reporting"},
-    {"latents"},
-    {"prepare_latents"},
+    {"latents", "image_sets", "probe"},
+    {"prepare_latents", "generate", "extractors"},
+    {"features", "plot"},
+    {"references"},
+    {"evaluate"},
 ]
 
 

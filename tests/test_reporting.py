@@ -3,9 +3,19 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import EDMDPMSolverMultistepScheduler
 from PIL import Image
 
-from sddit_diffusers.reporting import MetricsLog, draw_curves, draw_grid, read_metrics, sample_grid, smooth
+from sddit_diffusers import plot, reporting
+from sddit_diffusers.reporting import (
+    MetricsLog,
+    draw_curves,
+    draw_grid,
+    path_grid,
+    read_metrics,
+    sample_grid,
+    smooth,
+)
 
 
 def test_log_is_cut_to_the_step_resumed_from(tmp_path):
@@ -60,3 +70,77 @@ def test_sample_grid_covers_the_classes_with_a_seed_an_image(pipe):
 def test_metrics_are_plain_json(tmp_path):
     MetricsLog(tmp_path / "m.jsonl", 0).write({"step": 1, "loss": 0.5})
     assert json.loads((tmp_path / "m.jsonl").read_text()) == pytest.approx({"step": 1, "loss": 0.5})
+
+
+def test_scores_have_panels_of_their_own(tmp_path):
+    rows = [{"step": i, "loss_generative": 1.0} for i in range(20)]
+    for row in rows[::5]:
+        row |= {"fid_pixels": 9 / (row["step"] + 1), "recall_pixels": 0.5}
+    draw_curves(rows, tmp_path / "with.png")
+    draw_curves([{"step": 1, "loss_generative": 1.0}], tmp_path / "without.png")
+    widths = [Image.open(tmp_path / name).width for name in ("with.png", "without.png")]
+    assert widths == [2000, 1500]
+
+
+def test_several_runs_are_drawn_in_one_figure(tmp_path, monkeypatch, capsys):
+    for name, end in (("a", 3.0), ("b", 5.0)):
+        (tmp_path / name).mkdir()
+        log = MetricsLog(tmp_path / name / "metrics.jsonl", 0)
+        for step in range(10):
+            log.write({"step": step, "fid": end + 9 - step})
+    monkeypatch.chdir(tmp_path)
+    plot.main(["scores", "a", "b"])
+    assert np.asarray(Image.open("scores.png").convert("L")).std() > 5
+    lines = []
+    monkeypatch.setattr(
+        reporting.plt.Axes, "plot", lambda self, x, y, **style: lines.append((y, style["label"]))
+    )
+    monkeypatch.setattr(reporting.plt.Axes, "legend", lambda self: None)
+    plot.main(["scores", "a", "b", "--metric", "fid", "--output", "again.png"])
+    assert [label for _, label in lines] == ["a (3)", "b (5)"]
+    np.testing.assert_array_equal(lines[1][0], 14 - np.arange(10.0))
+    for arguments, message in [
+        (["scores", "a", "--metric", "fdi"], "The run a has no 'fdi'; it has fid."),
+        (["scores", "c"], "There is no c/metrics.jsonl"),
+        (["grid", "a", "b"], "grid draws one pipeline, and 2 were named"),
+        (["grid", "/none"], "The pipeline '/none' cannot be loaded"),
+    ]:
+        with pytest.raises(SystemExit):
+            plot.main(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_a_path_shows_d_at_each_sigma(pipe):
+    """The last column is the image itself, the first the mean that the network expects from noise alone."""
+    grid = path_grid(pipe, columns=4, labels=[1, 3], num_inference_steps=4)
+    assert grid.size == (14 + 7 * len("golden retriever, retriever") + 4 * 66, 18 + 2 * 66)
+    found = {}
+
+    def keep(pipe, i, t, tensors):
+        x = tensors["latents"]
+        found[i] = tensors["pred_original_sample"], float(pipe.scheduler.sigmas[i]), x
+        return {}
+
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    images = pipe([1, 3], generator=generators, num_inference_steps=4, callback_on_step_end=keep,
+                  callback_on_step_end_tensor_inputs=["latents", "pred_original_sample"]).images  # fmt: skip
+    # Euler's step from sigma_max (Algorithm 2, line 8) leads from x towards D.
+    noise = torch.cat([torch.randn(1, 3, 8, 8, generator=g.manual_seed(i)) for i, g in enumerate(generators)])
+    denoised, sigma, after = found[0]
+    following = found[1][1]
+    torch.testing.assert_close(
+        after, denoised + following / sigma * (80 * noise - denoised), rtol=1e-3, atol=1e-3
+    )
+    last = np.asarray(images[1].resize((64, 64), Image.Resampling.BICUBIC)).astype(int)
+    tile = np.asarray(grid.crop((grid.width - 66, 18 + 66, grid.width - 2, 18 + 66 + 64)))
+    assert np.abs(tile - last).max() <= 2
+    first = pipe.decode(denoised)[0].resize((64, 64), Image.Resampling.BICUBIC)
+    left = grid.width - 4 * 66
+    tile = np.asarray(grid.crop((left, 18, left + 64, 18 + 64)))
+    assert np.abs(tile - np.asarray(first).astype(int)).max() <= 2
+
+
+def test_a_path_needs_a_scheduler_that_tells_d(pipe):
+    pipe.scheduler = EDMDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="EDMDPMSolverMultistepScheduler does not tell the denoised samples"):
+        path_grid(pipe, labels=[1], num_inference_steps=3)

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 import train_sddit
-from sddit_diffusers import SDDiTPipeline, checkpointing
+from sddit_diffusers import SDDiTPipeline, checkpointing, evaluate, generate
 from sddit_diffusers.checkpointing import load_state
 from sddit_diffusers.data import ImageDataset, generator_for
 from sddit_diffusers.reporting import read_metrics
@@ -89,6 +89,51 @@ def test_saves_the_averaged_weights(tmp_path):
     saved = SDDiTPipeline.from_pretrained(tmp_path).transformer
     torch.testing.assert_close(list(saved.parameters()), average, rtol=1e-4, atol=1e-6)
     assert any((a - w).abs().max() > 1e-5 for a, w in zip(average, history[-1], strict=True))
+
+
+def test_evaluation_scores_the_averaged_weights_and_changes_nothing(tmp_path, capsys):
+    options = ["--max_train_steps", 5, "--evaluation_samples", 40]
+    plain = train(tmp_path / "plain", *options)
+    capsys.readouterr()
+    scored = train(tmp_path / "scored", *options, "--evaluation_steps", 2, "--logging_steps", 2)
+    assert [row["step"] for row in scored if "fid_pixels" in row] == [2, 4, 5]
+    for row, other in zip(scored, [plain[1], plain[3], plain[4]], strict=True):
+        assert {name: row[name] for name in other} == other
+    last = {name: value for name, value in scored[-1].items() if name.endswith("_pixels")}
+    assert f"Step 5: fid_pixels {last['fid_pixels']:.4g}, precision_pixels" in capsys.readouterr().err
+
+    # The last row has the scores of the pipeline that is saved.
+    command = ["--model", tmp_path / "scored", "--output_dir", tmp_path / "samples", "--num_samples", 40]
+    generate.main([*map(str, command), "--num_inference_steps", "18", "--batch_size", "16"])
+    command = [tmp_path / "samples", "digits", "--extractor", "pixels", "--output", tmp_path / "scores.json"]
+    evaluate.main([*map(str, command), "--metrics", "fid", "precision", "recall"])
+    found = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    assert {f"{name}_pixels": value for name, value in found.items()} == pytest.approx(last, rel=1e-6)
+
+
+def test_a_classifier_scores_too(tmp_path):
+    options = ["--evaluation_steps", 2, "--evaluation_samples", 20, "--evaluation_extractor", "classifier"]
+    metrics = train(tmp_path, "--max_train_steps", 2, *options)
+    assert metrics[-1].keys() >= {"fid_classifier", "precision_classifier", "recall_classifier"}
+
+
+def test_what_cannot_be_scored_stops_it_before_training(tmp_path, monkeypatch):
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    options = ["--evaluation_steps", 1, "--evaluation_samples", 20, "--max_train_steps", 1]
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(SystemExit, match="weights cannot be downloaded"):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.hub, "download_url_to_file", no_network)
+            train(tmp_path / "run", *options, "--evaluation_reference", tmp_path / "stats.npz",
+                  "--evaluation_extractor", "inception")  # fmt: skip
+    with pytest.raises(SystemExit, match="statistics of Inception's features, not of pixels"):
+        train(tmp_path / "run", *options, "--evaluation_reference", tmp_path / "stats.npz")
+    with pytest.raises(SystemExit, match="trained on a reference that is a labelled dataset"):
+        train(tmp_path / "run", *options, "--evaluation_extractor", "classifier", "--label_column", "")
+
+
+def no_network(*arguments, **keywords):
+    raise OSError("no network")
 
 
 def test_gradient_accumulation_changes_nothing(tmp_path):
@@ -480,8 +525,13 @@ def test_latents_make_a_pipeline_with_their_vae(tmp_path, latents):
     )  # fmt: skip
     vae.save_pretrained(tmp_path / "vae")
     options = ["--transformer", LATENTS, "--dataset_name", latents, "--vae", tmp_path / "vae"]
+    pictures = np.random.default_rng(0).integers(0, 256, (9, 4, 4, 3), dtype=np.uint8)
+    np.savez(tmp_path / "pictures.npz", pictures)
+    options += ["--evaluation_steps", 2, "--evaluation_samples", 5]
+    options += ["--evaluation_reference", tmp_path / "pictures.npz"]
     with pytest.warns(UserWarning, match="is not the one that made the latents"):
-        train(tmp_path / "run", "--max_train_steps", 2, "--num_validation_images", 20, *options)
+        metrics = train(tmp_path / "run", "--max_train_steps", 2, "--num_validation_images", 20, *options)
+    assert metrics[-1]["fid_pixels"] > 0
     pipe = SDDiTPipeline.from_pretrained(tmp_path / "run")
     assert pipe(["7"], num_inference_steps=2).images[0].size == (4, 4)
     assert Image.open(tmp_path / "run/samples.png").height == 2 * 66
@@ -494,6 +544,15 @@ def test_latents_make_a_pipeline_with_their_vae(tmp_path, latents):
         (
             ["--transformer", LATENTS, "--vae", "/nowhere/vae"],
             "The VAE '/nowhere/vae' cannot be loaded: .* Name another with --vae, or",
+        ),
+        (
+            ["--transformer", LATENTS, "--vae", "none", "--evaluation_steps", 1],
+            "--evaluation_steps needs --evaluation_reference: images, or their statistics",
+        ),
+        (
+            ["--transformer", LATENTS, "--vae", "none", "--evaluation_steps", 1]
+            + ["--evaluation_reference", "digits"],
+            "--evaluation_steps needs a VAE, which decodes the samples",
         ),
     ],
 )

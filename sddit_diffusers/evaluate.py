@@ -1,0 +1,296 @@
+"""Scores images as ADM's evaluator does, or probes what an encoder has learnt.
+
+    python -m sddit_diffusers.evaluate SAMPLES REFERENCE
+    python -m sddit_diffusers.evaluate IMAGES --save_stats FILE.npz
+    python -m sddit_diffusers.evaluate --probe PIPELINE DATASET
+
+SAMPLES and REFERENCE are folders of pictures, `.npz` files with images, what `generate` left, or datasets; a
+REFERENCE may also be ADM's reference batch, or statistics of EDM (`.npz`) or EDM2 (`.pkl`). Inception's
+weights are downloaded once; `--extractor classifier` and `pixels` need nothing, and their scores compare only
+with themselves.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from .configuration import EXTRACTORS, Parser, option, options
+from .data import ImageDataset
+from .extractors import DinoExtractor, Extractor, InceptionExtractor
+from .features import Features, default_cache, features_of_set
+from .files import sha256_of, written_aside
+from .generate import load_pipeline
+from .image_sets import KEYS, open_images, save_statistics
+from .launching import check_machine
+from .probe import FEATURES, PROBES, probe
+from .references import Reference, build_extractor, open_reference, score
+from .scores import inception_score
+
+# Names of the scores, and whether less or more is better.
+SCORES = {
+    "fid": "FID ↓",
+    "sfid": "sFID ↓",
+    "is": "Inception Score ↑",
+    "precision": "Precision ↑",
+    "recall": "Recall ↑",
+    "kid": "KID ↓",
+    "fd_dinov2": "FD-DINOv2 ↓",
+}
+
+
+@dataclass
+class EvaluateConfig:
+    """The settings of an evaluation."""
+
+    metrics: list[str] = options([], f"of {', '.join(SCORES)}; all that can be had if not given")
+    fd_dinov2: bool = option(False, "FD-DINOv2 too")
+    extractor: str = option("inception", "'inception', or without downloads 'classifier' or 'pixels'")
+    inception_weights: str = option(
+        "", "file of Inception's weights; from torch's hub cache or downloaded if ''"
+    )
+    dinov2: str = option("facebook/dinov2-large", "DINOv2: a folder or a name on the Hub")
+    half: bool = option(False, "precision and recall by distances in float16, as ADM's on a GPU")
+    resolution: int = option(0, "side to which the reference's pictures are cropped and resized")
+    image_column: str = option("image", "column of the images of a dataset")
+    label_column: str = option("", "column of their labels, for the classifier and the probe")
+    split: str = option("train", "split of a dataset")
+    batch_size: int = option(64, "images that go through the extractor at once")
+    save_stats: str = option("", "write the statistics of SAMPLES to this .npz, to be a REFERENCE")
+    output: str = option("", "write the scores, and all that made them, to this JSON file")
+    cache_dir: str = option("", f"where features are kept; {default_cache()} if not given, 'none' keeps none")
+    probe: str = option("", "a pipeline, whose encoder is probed on the labelled pictures of DATASET instead")
+    probe_samples: int = option(10_000, "pictures that the probe uses at most; a fifth of them is held out")
+    probe_sigmas: list[float] = options([0.002, 0.1, 0.3, 1.0, 3.0], "noise levels of the probe")
+
+    def __post_init__(self):
+        for name in ("batch_size", "probe_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if unknown := [name for name in self.metrics if name not in SCORES]:
+            raise ValueError(f"There is no score {unknown[0]!r}; there are {', '.join(SCORES)}.")
+        if self.extractor not in EXTRACTORS:
+            raise ValueError(f"extractor is {self.extractor!r}; it must be one of {', '.join(EXTRACTORS)}.")
+        if self.fd_dinov2 and self.metrics and "fd_dinov2" not in self.metrics:
+            self.metrics = [*self.metrics, "fd_dinov2"]
+        self.fd_dinov2 = self.fd_dinov2 or "fd_dinov2" in self.metrics
+        if self.save_stats and Path(self.save_stats).suffix != ".npz":
+            raise ValueError(f"save_stats is {self.save_stats!r}; its name must end in .npz.")
+        if self.save_stats and self.extractor != "inception":
+            raise ValueError(f"Statistics are saved of Inception's features, not of {self.extractor}.")
+        if min(self.probe_sigmas, default=0) <= 0:
+            raise ValueError(f"probe_sigmas are {self.probe_sigmas}; they must be above 0.")
+
+    @property
+    def cache(self) -> Path | None:
+        """The folder of the cache."""
+        return None if self.cache_dir == "none" else Path(self.cache_dir or default_cache())
+
+
+class Evaluation:
+    """A run: what there is to score, which scores it allows, the scores, and what is said of them."""
+
+    def __init__(self, config: EvaluateConfig, samples: str, reference: str | None):
+        self.config, self.reference_name = config, reference
+        self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
+        check_machine(self.accelerator)
+        self.samples = open_images(samples, image_column=config.image_column, split=config.split)
+        self.reference_images, self.statistics = None, {}
+        if reference is not None:
+            self.reference_images, self.statistics = open_reference(
+                reference, self.samples.size, config.extractor, config.resolution,
+                config.image_column, config.label_column, config.split,
+            )  # fmt: skip
+        self.wanted = self._choose()
+        self.extractors: dict[Extractor, list[str]] = {}  # and the scores that each is for
+        usual = [name for name in self.wanted if name != "fd_dinov2"]
+        if usual:
+            self.extractors[self._usual_extractor()] = usual
+        if "fd_dinov2" in self.wanted:
+            dinov2 = DinoExtractor("sddit-dinov2", ["features"], feature_extractor_weights_path=config.dinov2)
+            self.extractors[dinov2.to(self.accelerator.device)] = ["fd_dinov2"]
+
+    def _usual_extractor(self) -> Extractor:
+        config = self.config
+        return build_extractor(
+            config.extractor, config.inception_weights, self.reference_images, config.cache, self.accelerator
+        )
+
+    def _choose(self) -> list[str]:
+        """The scores to compute: those that were asked for, or all that can be had.
+
+        Raises:
+            ValueError: one that was asked for cannot be had, or none can.
+        """
+        config = self.config
+        for name in config.metrics or ["fd_dinov2"] * config.fd_dinov2:
+            if obstacle := self._obstacle(name):
+                raise ValueError(f"{name} {obstacle}.")
+        usual = [name for name in SCORES if name != "fd_dinov2" or config.fd_dinov2]
+        wanted = [name for name in config.metrics or usual if not self._obstacle(name)]
+        if not wanted:
+            raise ValueError(f"There is nothing to score: fid {self._obstacle('fid')}.")
+        return [name for name in SCORES if name in wanted]
+
+    def _obstacle(self, name: str) -> str:
+        """Why a score cannot be had; empty where it can."""
+        extractor = self.config.extractor
+        if name == "is":
+            return "needs the logits of a classifier, and pixels have none" if extractor == "pixels" else ""
+        if name == "sfid" and extractor != "inception":
+            return f"is a score of Inception's features, not of {extractor}"
+        if self.reference_images is not None or name in self.statistics:
+            return ""
+        needed = f"images or {' and '.join(KEYS[name])}" if name in KEYS else "images"
+        has = "there is none" if self.reference_name is None else f"{self.reference_name} has none"
+        return f"needs a REFERENCE with {needed}, and {has}"
+
+    def run(self) -> dict[str, float]:
+        """Computes, prints and saves the scores, which the main process returns."""
+        scores, saved, warnings = {}, {}, []
+        for extractor, wanted in self.extractors.items():
+            samples, reference = self._features(extractor, wanted)
+            if not self.accelerator.is_main_process:
+                continue
+            scores |= score(samples, reference, wanted)
+            warnings += self._warnings(extractor, samples)
+            dinov2 = isinstance(extractor, DinoExtractor)
+            saved |= {"fd_dinov2" if dinov2 else "fid": samples.gaussian}
+            if samples.spatial is not None:
+                saved["sfid"] = samples.spatial
+        if self.accelerator.is_main_process:
+            if self.config.save_stats:
+                save_statistics(Path(self.config.save_stats), saved)
+            self._report(scores, warnings)
+        self.accelerator.end_training()
+        return scores
+
+    def _features(self, extractor: Extractor, wanted: list[str]) -> tuple[Features | None, Reference]:
+        """The samples' features, and what the wanted scores are measured against, on the main process."""
+        config, features = self.config, None
+        arguments = (extractor, self.accelerator, config.batch_size, config.cache)
+        samples = features_of_set(self.samples, *arguments)
+        if any(name != "is" and name not in self.statistics for name in wanted):
+            features = features_of_set(self.reference_images, *arguments)
+        return samples, Reference(features, self.statistics, config.half, self.accelerator.device)
+
+    def _warnings(self, extractor: Extractor, samples: Features) -> list[str]:
+        """What a reader of the scores must know."""
+        warnings = []
+        if isinstance(extractor, InceptionExtractor) and not extractor.is_published:
+            warnings.append("These are not the published weights of Inception: compare with nothing else.")
+        if not isinstance(extractor, (InceptionExtractor, DinoExtractor)):
+            warnings.append(f"Scores by {self.config.extractor} compare with themselves alone.")
+        if len(samples) < 50_000:
+            warnings.append(
+                f"{len(samples):,} samples: published scores are of 50,000, and fewer make FID larger."
+            )
+        if "is" in self.extractors[extractor] and len(samples) > 5000:
+            order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
+            mixed = inception_score(samples.logits, order)
+            if inception_score(samples.logits) < 0.95 * mixed:
+                warnings.append(
+                    "The samples seem to be sorted by class, which lowers the Inception Score: "
+                    f"in a random order it is {mixed:.4g}."
+                )
+        return warnings
+
+    def _report(self, scores: dict[str, float], warnings: list[str]) -> None:
+        """A table for people, JSON for programs."""
+        config, against = self.config, self.reference_images
+        by = "" if config.extractor == "inception" else f", by {config.extractor}"
+        print(f"\n{self.samples.name} against {self.reference_name or 'nothing'}{by}\n")
+        print(f"{'':<20}{'score':>10}{'samples':>10}{'reference':>12}")
+        for name, value in scores.items():
+            count = "" if name == "is" else "statistics" if name in self.statistics else f"{len(against):,}"
+            print(f"{SCORES[name]:<20}{value:>10.5g}{len(self.samples):>10,}{count:>12}")
+        for warning in warnings:
+            print(f"\nWarning: {warning}")
+        if config.save_stats:
+            print(f"\nThe statistics of {self.samples.name} are in {config.save_stats}.")
+        if config.output:
+            record = self._record(scores, warnings)
+            with written_aside(Path(config.output), "w") as file:
+                file.write(json.dumps(record, indent=1) + "\n")
+
+    def _record(self, scores: dict[str, float], warnings: list[str]) -> dict:
+        """The scores and all that made them."""
+        name = Path(self.samples.name)
+        generation = (name if name.is_dir() else name.parent) / "generation.json"
+        reference = None
+        if self.reference_images is not None:
+            reference = self.reference_images.sha256
+        elif self.reference_name is not None:
+            with open(self.reference_name, "rb") as file:
+                reference = sha256_of(file)
+        return {
+            "scores": scores,
+            "num_samples": len(self.samples),
+            "num_reference_images": None if self.reference_images is None else len(self.reference_images),
+            "statistics_of_the_reference": list(self.statistics),
+            "samples": {"name": self.samples.name, "sha256": self.samples.sha256},
+            "reference": {"name": self.reference_name, "sha256": reference},
+            "extractors": [extractor.identity for extractor in self.extractors],
+            "precision_recall": {"k": 3, "distances": "float16" if self.config.half else "float32"},
+            "warnings": warnings,
+            "versions": {name: version(name) for name in ("sddit-diffusers", "torch", "torch-fidelity")},
+            "generation": json.loads(generation.read_text()) if generation.is_file() else None,
+        }
+
+
+def run_probe(config: EvaluateConfig, dataset_name: str) -> None:
+    """Probes a pipeline's encoder; prints and saves the accuracies.
+
+    Raises:
+        ValueError: there is no such pipeline or no such labelled dataset.
+    """
+    pipe = load_pipeline(config.probe)
+    channels = pipe.transformer.config.in_channels if pipe.vae is None else 3
+    size = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    label_column = config.label_column or "label"
+    dataset = ImageDataset(
+        dataset_name, config.image_column, label_column, channels, size, split=config.split
+    )
+    pipe.to(Accelerator().device)
+    rows = probe(pipe, dataset, config.probe_sigmas, config.probe_samples, config.batch_size)
+    used = min(len(dataset), config.probe_samples)
+    print(
+        f"\nThe encoder of {config.probe} on {dataset_name}: accuracy on {used // 5:,} of {used:,} pictures\n"
+    )
+    names = [f"{name}, {kind}" for name in FEATURES for kind in PROBES]
+    print(f"{'sigma':<8}" + "".join(f"{name:>16}" for name in names))
+    for sigma in config.probe_sigmas:
+        found = [row["accuracy"] for row in rows if row["sigma"] == sigma]
+        print(f"{sigma:<8g}" + "".join(f"{accuracy:>16.1%}" for accuracy in found))
+    if config.output:
+        record = {"pipeline": config.probe, "dataset": dataset_name, "pictures": used, "accuracies": rows}
+        with written_aside(Path(config.output), "w") as file:
+            file.write(json.dumps(record, indent=1) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Parser(EvaluateConfig, prog="evaluate", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("samples", nargs="?", help="images; with --probe a labelled dataset")
+    parser.add_argument("reference", nargs="?", help="images or statistics that they are scored against")
+    try:
+        chosen = parser.parse_known_options(arguments)
+        samples, reference = chosen.pop("samples"), chosen.pop("reference")
+        config = EvaluateConfig(**chosen)
+        if samples is None:
+            raise ValueError("SAMPLES are missing: a folder of pictures, an .npz file or a dataset.")
+        if config.probe:
+            run_probe(config, samples)
+        else:
+            Evaluation(config, samples, reference).run()
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

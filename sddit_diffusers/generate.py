@@ -1,0 +1,364 @@
+"""Generates images to be scored.
+
+    accelerate launch -m sddit_diffusers.generate --model NAME --output_dir FOLDER
+
+Image i has a seed of its own, `seed` + i, from which its noise and, where labels are random, its class
+follow, as in EDM. So the images do not depend on the batch size or the number of processes, and the image of
+a seed is `pipe(label, generator=torch.Generator().manual_seed(seed))`. On a CPU that is so to the byte, for
+widths that are multiples of 16, as all presets'; on a GPU other kernels may round a few values to the next
+byte. Every batch is kept as it is done; a run that was stopped goes on with those that are missing, and ends
+with the files of one that was not.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import sys
+import zipfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from PIL import Image
+
+from .configuration import Parser, option, options
+from .data import generator_for
+from .files import sha256_of, written_aside
+from .latents import sha256_of_weights
+from .launching import check_machine, on_main_process, progress_bar
+from .pipeline_sddit import SDDiTPipeline
+
+# Matrix products of a CPU round the rows of an odd remainder otherwise: batches are filled up to a multiple.
+_MULTIPLE = 16
+_UINT8_RULE = "127.5 x + 128, clamped and truncated, of x in -1..1"
+
+
+@dataclass
+class GenerateConfig:
+    """The settings of a generation."""
+
+    model: str = option("", "the pipeline: a folder or a name on the Hub")
+    output_dir: str = option("", "where the images go")
+    num_samples: int = option(50_000, "images")
+    class_labels: list[str] = options(
+        ["random"],
+        "'random', 'balanced' (equally many of each class, shuffled), 'none' (unconditional), "
+        "or numbers or names of classes, which are taken in turn",
+    )
+    seed: int = option(0, "of the first image; the next ones have the next seeds")
+    num_inference_steps: int = option(40, "steps N; Heun's sampler evaluates the network 2 N - 1 times")
+    guidance_scale: float = option(1.0, "1 is off")
+    guidance_interval: list[float] = options([0.0, math.inf], "the lowest and highest sigma that are guided")
+    scheduler: str = option("", "one of diffusers' EDM schedulers; the pipeline's own if not given")
+    scheduler_options: str = option("{}", "JSON of the scheduler's settings that differ from the pipeline's")
+    dtype: str = option("float32", "of the transformer: 'float32', 'bfloat16' or 'float16'")
+    format: list[str] = options(["npz"], "'npz' (samples.npz, as ADM's), 'png' (images/), or both")
+    batch_size: int = option(64, "images that are made at once in a process")
+
+    def __post_init__(self):
+        for name in ("model", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} is missing.")
+        for name in ("num_samples", "num_inference_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be at least 0.")
+        low, high = (*self.guidance_interval, 0, 0)[:2]
+        if len(self.guidance_interval) != 2 or not low <= high:
+            raise ValueError(f"guidance_interval is {self.guidance_interval}; it must be two rising sigmas.")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype is {self.dtype!r}; it must be 'float32', 'bfloat16' or 'float16'.")
+        if not self.format or set(self.format) - {"npz", "png"}:
+            raise ValueError(f"format is {self.format}; it must be 'npz', 'png' or both.")
+
+    def decisive(self) -> dict:
+        """The settings that decide the images, except for the model's weights."""
+        others = ("model", "output_dir", "batch_size")
+        settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
+        return settings | {"guidance_interval": [str(sigma) for sigma in self.guidance_interval]}  # "inf"
+
+
+def class_of(pipe: SDDiTPipeline, labels: Sequence[str], seed: int, index: int) -> int:
+    """The class of the image with a number and a seed, by the setting `class_labels`.
+
+    Raises:
+        ValueError: a label that the pipeline does not have.
+    """
+    count = pipe.transformer.config.num_classes
+    if labels == ["none"] or count == 0:
+        return count
+    if labels == ["random"]:
+        return int(torch.randint(count, (), generator=generator_for(seed + index, 1)))
+    if labels == ["balanced"]:  # every so many images in a row have each class once
+        block, place = divmod(index, count)
+        return int(torch.randperm(count, generator=generator_for(seed, 2, block))[place])
+    label = labels[index % len(labels)]
+    return pipe.get_label_ids([int(label) if label.isdecimal() else label])[0]
+
+
+def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> SDDiTPipeline:
+    """A pipeline by folder or name on the Hub, its transformer of a dtype, all else in float32.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        dtypes = {"transformer": dtype, "default": torch.float32}
+        return SDDiTPipeline.from_pretrained(name, torch_dtype=dtypes)
+    except Exception as error:  # whatever the Hub, the network and the readers raise
+        problem = str(error).strip().split("\n")[0]
+        raise ValueError(f"The pipeline {name!r} cannot be loaded: {problem}") from None
+
+
+def sample(pipe: SDDiTPipeline, seeds: Sequence[int], labels: Sequence[int], **arguments) -> np.ndarray:
+    """Images of seeds and classes, as bytes `[n, h, w, channels]`; `arguments` go to the pipeline."""
+    null = pipe.transformer.config.num_classes
+    extra = -len(seeds) % _MULTIPLE
+    seeds, labels = list(seeds), [None if label == null else label for label in labels]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds + seeds[-1:] * extra]
+    images = pipe(labels + labels[-1:] * extra, generator=generators, output_type="pt", **arguments).images
+    # In 0..1 the rule is 255 x + 0.5.
+    pixels = (images[: len(seeds)] * 255 + 0.5).clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+class Generation:
+    """A run: make the batches that are missing, write what was asked for, say what made it."""
+
+    def __init__(self, config: GenerateConfig):
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.batches_dir = self.output_dir / ".generating"
+        self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
+        check_machine(self.accelerator)
+        self.pipe = self._load()
+        labels = config.class_labels
+        self.labels = [class_of(self.pipe, labels, config.seed, i) for i in range(config.num_samples)]
+        self.settings = json.loads(json.dumps(self._settings()))  # as they come back from a file
+        self.complete = on_main_process(self._begin, self.accelerator)
+
+    def _load(self) -> SDDiTPipeline:
+        config, pipe = self.config, load_pipeline(self.config.model, getattr(torch, self.config.dtype))
+        try:
+            changes = json.loads(config.scheduler_options)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"scheduler_options is {config.scheduler_options!r}, no JSON: {error}."
+            ) from None
+        unknown = [name for name in changes if name not in pipe.scheduler.config]
+        if unknown:
+            allowed = ", ".join(name for name in pipe.scheduler.config if not name.startswith("_"))
+            raise ValueError(f"The scheduler has no setting {unknown[0]!r}; it has {allowed}.")
+        kind = type(pipe.scheduler)
+        if config.scheduler:
+            kind = getattr(diffusers, config.scheduler, None)
+            if not config.scheduler.startswith("EDM") or kind is None:
+                known = [name for name in dir(diffusers) if name.startswith("EDM")]
+                raise ValueError(
+                    f"There is no EDM scheduler {config.scheduler!r}; diffusers has {', '.join(known)}."
+                )
+        pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
+        pipe.to(self.accelerator.device)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def _settings(self) -> dict:
+        pipe = self.pipe
+        return self.config.decisive() | {
+            "transformer_sha256": sha256_of_weights(pipe.transformer),
+            "vae_sha256": None if pipe.vae is None else sha256_of_weights(pipe.vae),
+            "scheduler_config": {"class": type(pipe.scheduler).__name__}
+            | {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")},
+        }
+
+    def _begin(self) -> bool:
+        """Begins a generation or finds one of the same settings; says whether it is complete.
+
+        Raises:
+            ValueError: the folder holds something else, or cannot be written.
+        """
+        record, path = self.output_dir / "generation.json", self.batches_dir / "settings.json"
+        for file in (record, path):
+            if not file.is_file():
+                continue
+            earlier = json.loads(file.read_text())["settings"]
+            changed = [
+                f"{name} {earlier.get(name)!r}, not {value!r}"
+                for name, value in self.settings.items()
+                if earlier.get(name) != value
+            ]
+            if changed:
+                raise ValueError(
+                    f"{self.output_dir} holds images of {', '.join(changed)}; choose another --output_dir."
+                )
+            return file == record
+        if self.output_dir.exists() and any(entry != self.batches_dir for entry in self.output_dir.iterdir()):
+            raise ValueError(f"{self.output_dir} holds other files; choose an empty or a new --output_dir.")
+        try:
+            self.batches_dir.mkdir(parents=True, exist_ok=True)
+            with written_aside(path, "w") as file:
+                file.write(json.dumps({"settings": self.settings}, indent=1) + "\n")
+        except OSError as error:
+            raise ValueError(f"{self.output_dir} cannot be written: {error.strerror}.") from None
+        return False
+
+    def run(self) -> None:
+        """Does what is missing.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        if not self.complete:
+            self.make()
+            if "png" in self.config.format:
+                self._write_pictures()
+            on_main_process(self._finish, self.accelerator)
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.batches_dir, ignore_errors=True)
+        what = {"npz": "samples.npz", "png": "images/"}
+        self.accelerator.print(
+            f"{self.config.num_samples} images are in {self.output_dir}/ "
+            f"({', '.join(what[name] for name in self.config.format)}); generation.json says what made them. "
+            f"Score them: python -m sddit_diffusers.evaluate {self.output_dir} REFERENCE"
+        )
+        self.accelerator.end_training()
+
+    def make(self) -> None:
+        """Makes this process's part of the images that are missing."""
+        config, rank, processes = self.config, self.accelerator.process_index, self.accelerator.num_processes
+        missing = list(self._missing())
+        self.accelerator.wait_for_everyone()  # all have looked before one writes
+        mine = missing[rank::processes]
+        total = -(-config.num_samples // processes)
+        done = total - sum(map(len, mine))
+        with progress_bar(
+            self.accelerator, "generating", unit="image", total=total, initial=max(0, done)
+        ) as progress:
+            for batch in mine:
+                images = sample(
+                    self.pipe,
+                    [config.seed + i for i in batch],
+                    [self.labels[i] for i in batch],
+                    num_inference_steps=config.num_inference_steps,
+                    guidance_scale=config.guidance_scale,
+                    guidance_interval=tuple(config.guidance_interval),
+                )
+                with written_aside(self.batches_dir / f"{batch.start:09d}-{batch.stop:09d}.npy") as file:
+                    np.save(file, images)
+                progress.update(len(batch))
+        self.accelerator.wait_for_everyone()
+
+    def _batches(self) -> list[tuple[range, Path]]:
+        """The batches that are there, in the order of their images."""
+        paths = sorted(self.batches_dir.glob("*.npy"))
+        return [(range(*map(int, path.stem.split("-"))), path) for path in paths]
+
+    def _missing(self) -> Iterator[range]:
+        """The images that are missing, in ranges of the batch size at most."""
+        missing = np.ones(self.config.num_samples, bool)
+        for images, _ in self._batches():
+            missing[images.start : images.stop] = False
+        numbers = np.flatnonzero(missing)
+        for run in np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1):
+            for i in range(0, len(run), self.config.batch_size):
+                part = run[i : i + self.config.batch_size]
+                yield range(int(part[0]), int(part[-1]) + 1)
+
+    def _write_pictures(self) -> None:
+        """This process's part of the PNG files, a folder each thousand, under a name for unfinished ones."""
+        aside = self.output_dir / ".generating" / "images"
+        mine = self._batches()[self.accelerator.process_index :: self.accelerator.num_processes]
+        with (
+            ThreadPoolExecutor() as threads,
+            progress_bar(self.accelerator, "writing images/", unit="batch", total=len(mine)) as progress,
+        ):
+            for numbers, path in mine:
+                for folder in {f"{i // 1000:05d}" for i in numbers}:
+                    (aside / folder).mkdir(parents=True, exist_ok=True)
+                files = [aside / f"{i // 1000:05d}" / f"{i:08d}.png" for i in numbers]
+                list(threads.map(_save_picture, np.load(path), files))
+                progress.update()
+        self.accelerator.wait_for_everyone()
+
+    def _finish(self) -> None:
+        """The main process's part of the end: the .npz, the folder of pictures, the record."""
+        files = {}
+        if "npz" in self.config.format:
+            path = self.output_dir / "samples.npz"
+            self._write_npz(path)
+            with path.open("rb") as file:
+                files[path.name] = sha256_of(file)
+        if "png" in self.config.format:
+            aside, folder = self.batches_dir / "images", self.output_dir / "images"
+            rows = [
+                {"file_name": f"{i // 1000:05d}/{i:08d}.png", "label": label}
+                for i, label in enumerate(self.labels)
+            ]
+            (aside / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed right here
+            aside.rename(folder)
+        record = {
+            "model": self.config.model,
+            "settings": self.settings,
+            "seeds": [self.config.seed, self.config.seed + self.config.num_samples - 1],
+            "uint8": _UINT8_RULE,
+            "files_sha256": files,
+            "made_with": {
+                "device": self._device_name(),
+                "processes": self.accelerator.num_processes,
+                "batch_size": self.config.batch_size,
+                **{name: version(name) for name in ("sddit-diffusers", "torch", "diffusers")},
+            },
+        }
+        with written_aside(self.output_dir / "generation.json", "w") as file:
+            file.write(json.dumps(record, indent=1) + "\n")
+
+    def _device_name(self) -> str:
+        device = self.accelerator.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+    def _write_npz(self, path: Path) -> None:
+        """`arr_0`, uint8 `[images, h, w, 3]`, and `arr_1`, their labels, a batch in memory at a time."""
+        batches = self._batches()
+        height, width = np.load(batches[0][1], mmap_mode="r").shape[1:3]
+        header = {
+            "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
+            "fortran_order": False,
+            "shape": (self.config.num_samples, height, width, 3),
+        }
+        with written_aside(path) as file, zipfile.ZipFile(file, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for _, batch in batches:
+                    images = np.load(batch)
+                    member.write(np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:3], 3))))
+            with archive.open("arr_1.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.array(self.labels, np.int64))
+
+
+def _save_picture(image: np.ndarray, path: Path) -> None:
+    Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Parser(GenerateConfig, prog="generate", description=__doc__.split("\n")[0], allow_abbrev=False)
+    try:
+        Generation(GenerateConfig(**parser.parse_known_options(arguments))).run()
+    except ValueError as error:
+        parser.error(str(error))
+    except OSError as error:
+        sys.exit(f"generate: error: {error}. What is done so far stays; the same command goes on with it.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Draws what people look at.
+
+python -m sddit_diffusers.plot grid PIPELINE     # samples, a row a class
+python -m sddit_diffusers.plot path PIPELINE     # how images come about: D at falling noise, a row a class
+python -m sddit_diffusers.plot scores RUN RUN    # a metric of runs' metrics.jsonl over steps, in one figure
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .configuration import Parser, option, options
+from .generate import load_pipeline
+from .reporting import draw_scores, path_grid, read_metrics, sample_grid
+
+
+@dataclass
+class PlotConfig:
+    """The settings of a plot."""
+
+    output: str = option("", "the picture's file; grid.png, path.png or scores.png if not given")
+    metric: str = option("fid", "what `scores` draws: a name in metrics.jsonl, as fid_classifier")
+    class_labels: list[str] = options([], "numbers or names of classes; ten of all if not given")
+    columns: int = option(10, "pictures in a row")
+    num_inference_steps: int = option(40, "steps of the sampler")
+    guidance_scale: float = option(1.0, "1 is off")
+    guidance_interval: list[float] = options([0.0, math.inf], "the lowest and highest sigma that are guided")
+
+    def __post_init__(self):
+        for name in ("columns", "num_inference_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+def plot_samples(kind: str, config: PlotConfig, name: str, path: Path) -> None:
+    """The plots `grid` and `path`.
+
+    Raises:
+        ValueError: there is no such pipeline or class.
+    """
+    pipe = load_pipeline(name)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    labels = [int(label) if label.isdecimal() else label for label in config.class_labels]
+    labels = pipe.get_label_ids(labels) or None
+    arguments = {
+        "columns": config.columns,
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+        "guidance_interval": tuple(config.guidance_interval),
+    }
+    draw = sample_grid if kind == "grid" else path_grid
+    draw(pipe, labels=labels, **arguments).save(path)
+
+
+def plot_scores(config: PlotConfig, names: Sequence[str], path: Path) -> None:
+    """The plot `scores`.
+
+    Raises:
+        ValueError: a run without metrics, or without this one.
+    """
+    runs = {}
+    for name in names:
+        file = Path(name) / "metrics.jsonl"
+        if not file.is_file():
+            raise ValueError(f"There is no {file}: {name} is not a run's folder.")
+        runs[name] = read_metrics(file)
+    draw_scores(runs, config.metric, path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Parser(PlotConfig, prog="plot", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("kind", choices=("grid", "path", "scores"))
+    parser.add_argument("names", nargs="+", help="a pipeline, or with `scores` the folders of runs")
+    try:
+        chosen = parser.parse_known_options(arguments)
+        kind, names = chosen.pop("kind"), chosen.pop("names")
+        config = PlotConfig(**chosen)
+        path = Path(config.output or f"{kind}.png")
+        if kind == "scores":
+            plot_scores(config, names, path)
+        elif len(names) > 1:
+            raise ValueError(f"{kind} draws one pipeline, and {len(names)} were named.")
+        else:
+            plot_samples(kind, config, names[0], path)
+        print(f"Drawn: {path}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What an encoder knows of the classes that it was not told: k-NN and linear probes of its features.
+
+The encoder sees labelled pictures, noised to one level after the other, all patches and the *null* label, so
+that no class leaks in. Two classifiers, fitted to four fifths of the pictures, are judged on the last fifth:
+a weighted nearest-neighbour vote, as DINO's, and logistic regression. Self-supervised discrimination is to
+make the encoder's features say more of the picture; FID cannot show whether it does.
+"""
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .data import ImageDataset, generator_for
+from .pipeline_sddit import SDDiTPipeline
+
+FEATURES = ("input", "[CLS]", "patches")
+
+
+def encoder_features(
+    pipe: SDDiTPipeline, x0: Tensor, sigma: float, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Features of samples at a noise level, by name in `FEATURES`.
+
+    Args:
+        x0: clean samples as the transformer was trained on them, `[b, c, h, w]`.
+        sigma: the noise level.
+        generator: of the noise, on the CPU.
+
+    Returns:
+        the noised sample itself `[b, c h w]`, the encoded [CLS] token `[b, D]` and the mean of the encoded
+        patches `[b, D]`.
+    """
+    noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+    noised = x0 + sigma * noise
+    level = torch.tensor(sigma, dtype=torch.float64)
+    tokens = pipe.transformer(
+        pipe.scheduler.precondition_inputs(noised, level).to(pipe.transformer.dtype),
+        pipe.scheduler.precondition_noise(level).float().to(x0.device),
+        class_labels=None,
+    ).encoder_hidden_states.float()  # [b, 1 + n, D]
+    return {"input": noised.flatten(1), "[CLS]": tokens[:, 0], "patches": tokens[:, 1:].mean(1)}
+
+
+def read_samples(
+    pipe: SDDiTPipeline, dataset: ImageDataset, rows: Tensor, batch_size: int
+) -> tuple[Tensor, np.ndarray]:
+    """Clean samples of some rows `[rows, c, h, w]`, encoded if the pipeline has a VAE, and their classes."""
+    samples, labels = [], []
+    for part in tqdm(rows.split(batch_size), desc="reading", unit="batch", leave=False):
+        x0, classes = dataset.__getitems__(part.tolist())
+        if pipe.vae is not None:
+            pixels = x0.to(pipe.vae.device, pipe.vae.dtype)
+            if isinstance(pipe.vae, AutoencoderKL):
+                x0 = pipe.vae.encode(pixels).latent_dist.mean
+            else:
+                x0 = pipe.vae.encode(pixels).latents
+            shift = pipe.vae.config.get("shift_factor") or 0.0
+            x0 = (x0.float().cpu() - shift) * pipe.vae.config.scaling_factor
+        samples.append(x0)
+        labels.append(classes)
+    return torch.cat(samples), torch.cat(labels).numpy()
+
+
+def nearest_neighbours(features: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+    """Classes by votes of the 20 nearest by cosine, weighted by exp(cosine / 0.07) (Caron et al. 2021)."""
+    classifier = KNeighborsClassifier(
+        min(20, len(features)), metric="cosine", weights=lambda distances: np.exp((1 - distances) / 0.07)
+    )
+    return classifier.fit(features, labels).predict(held_out)
+
+
+def linear(features: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+    """Classes by logistic regression on standardised features."""
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300))
+    return classifier.fit(features, labels).predict(held_out)
+
+
+PROBES = {"k-NN": nearest_neighbours, "linear": linear}
+
+
+@torch.no_grad()
+def probe(
+    pipe: SDDiTPipeline, dataset: ImageDataset, sigmas: list[float], num_samples: int, batch_size: int = 64
+) -> list[dict]:
+    """Accuracies on held-out pictures: rows of `sigma`, `features`, `probe` and `accuracy`.
+
+    Args:
+        pipe: whose transformer is probed, on its device.
+        dataset: labelled pictures of the size that the pipeline makes.
+        num_samples: pictures that are used at most, drawn at random; a fifth of them is held out.
+
+    Raises:
+        ValueError: the pictures have no labels, or are too few.
+    """
+    if dataset.labels is None:
+        raise ValueError(f"{dataset.name} has no labels to probe for.")
+    rows = torch.randperm(len(dataset), generator=generator_for(0))[:num_samples]
+    held_out = len(rows) // 5
+    if held_out < 1:
+        raise ValueError(f"{len(rows)} pictures are too few for a probe; at least 5 are needed.")
+    x0, labels = read_samples(pipe, dataset, rows, batch_size)
+    results = []
+    for sigma in tqdm(sigmas, desc="probing", unit="noise level"):
+        generator = generator_for(0, 1)  # the same noise at every level
+        parts = [
+            encoder_features(pipe, part.to(pipe.device), sigma, generator) for part in x0.split(batch_size)
+        ]
+        for name in FEATURES:
+            features = torch.cat([part[name].cpu() for part in parts]).numpy()
+            for kind, predict in PROBES.items():
+                found = predict(features[held_out:], labels[held_out:], features[:held_out])
+                accuracy = float((found == labels[:held_out]).mean())
+                results.append({"sigma": sigma, "features": name, "probe": kind, "accuracy": accuracy})
+    return results
