@@ -16,16 +16,12 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 from sddit_diffusers import SDDiTPipeline
+from sddit_diffusers.scores import Gaussian, frechet_distance
 
 
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Between the Gaussians of the rows of `a` and `b`: |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2)."""
-    difference = a.mean(0) - b.mean(0)
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    trace_of_root = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
-    return float(difference @ difference + np.trace(cov_a) + np.trace(cov_b) - 2 * trace_of_root)
+def distance_between(a: np.ndarray, b: np.ndarray) -> float:
+    """The Fréchet distance between the rows of `a` and `b`."""
+    return frechet_distance(*(Gaussian.of(torch.from_numpy(rows)) for rows in (a, b)))
 
 
 def sample(folder: str, per_class: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,11 +44,11 @@ def main() -> None:
     classifier = SVC(gamma=0.001, C=10).fit(pixels, digits.target)
     real = pixels / 8 - 1
     order = np.random.default_rng(0).permutation(len(real))
-    halves = frechet_distance(real[order[::2]], real[order[1::2]])
+    halves = distance_between(real[order[::2]], real[order[1::2]])
 
     samples, labels = sample(arguments.folder, arguments.per_class)
     accuracy = (classifier.predict((samples + 1) * 8) == labels).mean()
-    distance = frechet_distance(samples, real)
+    distance = distance_between(samples, real)
     last = json.loads(Path(arguments.folder, "metrics.jsonl").read_text().splitlines()[-1])
 
     print(f"{'samples':<42}{len(samples)}")

@@ -59,7 +59,7 @@ RECIPES = {
         teacher_temperature_start=0.04,
         teacher_temperature_end=0.07,
         teacher_temperature_warmup_epochs=30,
-        evaluation_steps=500,
+        evaluation_steps=300,
         evaluation_samples=500,
         evaluation_extractor="pixels",
     ),

@@ -82,6 +82,9 @@ class EvaluateConfig:
         self.fd_dinov2 = self.fd_dinov2 or "fd_dinov2" in self.metrics
         if self.save_stats and Path(self.save_stats).suffix != ".npz":
             raise ValueError(f"save_stats is {self.save_stats!r}; its name must end in .npz.")
+        for name in ("save_stats", "output"):
+            if not Path(getattr(self, name)).absolute().parent.is_dir():
+                raise ValueError(f"{name} is {getattr(self, name)!r}, whose folder is not there.")
         if self.save_stats and self.extractor != "inception":
             raise ValueError(f"Statistics are saved of Inception's features, not of {self.extractor}.")
         if min(self.probe_sigmas, default=0) <= 0:
@@ -160,14 +163,15 @@ class Evaluation:
                 continue
             scores |= score(samples, reference, wanted)
             warnings += self._warnings(extractor, samples)
-            dinov2 = isinstance(extractor, DinoExtractor)
-            saved |= {"fd_dinov2" if dinov2 else "fid": samples.gaussian}
-            if samples.spatial is not None:
-                saved["sfid"] = samples.spatial
-        if self.accelerator.is_main_process:
             if self.config.save_stats:
+                dinov2 = isinstance(extractor, DinoExtractor)
+                saved |= {"fd_dinov2" if dinov2 else "fid": samples.gaussian}
+                if samples.spatial is not None:
+                    saved["sfid"] = samples.spatial
+        if self.accelerator.is_main_process:
+            if saved:
                 save_statistics(Path(self.config.save_stats), saved)
-            self._report(scores, warnings)
+            self._report(scores, list(dict.fromkeys(warnings)))
         self.accelerator.end_training()
         return scores
 

@@ -85,7 +85,8 @@ class GenerateConfig:
         """The settings that decide the images, except for the model's weights."""
         others = ("model", "output_dir", "batch_size")
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
-        return settings | {"guidance_interval": [str(sigma) for sigma in self.guidance_interval]}  # "inf"
+        settings["guidance_interval"] = [str(sigma) for sigma in self.guidance_interval]  # JSON has no inf
+        return settings | {"format": sorted(self.format)}
 
 
 def class_of(pipe: SDDiTPipeline, labels: Sequence[str], seed: int, index: int) -> int:

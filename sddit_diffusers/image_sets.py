@@ -61,6 +61,8 @@ def open_images(name: str, resolution: int = 0, image_column: str = "image", lab
         ValueError: there are no such images.
     """
     path = Path(name)
+    if (path / ".generating").is_dir() and not (path / "generation.json").is_file():
+        raise ValueError(f"{name} is not complete: the command that generates it goes on where it stopped.")
     if (path / "samples.npz").is_file():
         path = path / "samples.npz"
     if path.suffix == ".npz":

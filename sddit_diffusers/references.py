@@ -55,18 +55,18 @@ def build_extractor(
         ValueError: there are no weights, or no labelled pictures to train on.
     """
     if kind == "inception":
-        path = on_main_process(lambda: find_inception(weights), accelerator)
+        on_main_process(lambda: find_inception(weights), accelerator)  # the others find what it downloads
         extractor = InceptionExtractor(
-            "sddit-inception", ["features", "logits", "spatial"], feature_extractor_weights_path=str(path)
+            "sddit-inception", ["features", "logits", "spatial"], feature_extractor_weights_path=weights
         )
     elif kind == "classifier":
         if not isinstance(images, DatasetImages) or images.labels is None:
             raise ValueError(
                 "The classifier is trained on a reference that is a labelled dataset (with --label_column)."
             )
-        path = on_main_process(
-            lambda: train_classifier(images, cache or default_cache(), accelerator.device), accelerator
-        )
+        arguments = images, cache or default_cache(), accelerator.device
+        on_main_process(lambda: train_classifier(*arguments), accelerator)  # the others find it in the cache
+        path = train_classifier(*arguments)
         extractor = ClassifierExtractor(
             "sddit-classifier", ["features", "logits"], feature_extractor_weights_path=str(path)
         )

@@ -77,7 +77,8 @@ def draw_curves(metrics: list[dict], path: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        if len(axis.get_legend_handles_labels()[0]) > 1:
+        drawn = axis.get_legend_handles_labels()[1]
+        if len(drawn) > 1 or scores.intersection(drawn):
             axis.legend()
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -173,7 +173,13 @@ def precision_recall(samples: Manifold, reference: Manifold) -> tuple[float, flo
 
 
 def kernel_distance(samples: Tensor, reference: Tensor) -> float:
-    """KID (Bińkowski et al. 2018) as torch-fidelity estimates it: 100 subsets of 1,000 images, or of all."""
+    """KID (Bińkowski et al. 2018) as torch-fidelity estimates it: 100 subsets of 1,000 images, or of all.
+
+    Raises:
+        ValueError: a set of fewer than two images.
+    """
     size = min(1000, len(samples), len(reference))
+    if size < 2:
+        raise ValueError("KID needs at least 2 images on either side.")
     result = kid_features_to_metric(samples, reference, kid_subset_size=size, verbose=False)
     return result["kernel_inception_distance_mean"]

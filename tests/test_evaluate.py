@@ -260,6 +260,10 @@ def test_mistakes_have_one_line(tmp_path, capsys, inception_weights):
         ([samples, samples, "--extractor", "vgg"], "extractor is 'vgg'; it must be one of inception,"),
         ([samples, samples, "--inception_weights", "/none"], "There are no Inception weights in /none"),
         ([samples, "--save_stats", "a.json", *weights], "its name must end in .npz"),
+        (
+            [samples, samples, "--output", "/none/a.json"],
+            "output is '/none/a.json', whose folder is not there",
+        ),
         (["/none", samples, *pixels], "There is no dataset folder /none"),
         ([samples, samples, "--extracter", "pixels"], "unknown option --extracter; nearest are --extractor"),
     ]:

@@ -13,6 +13,7 @@ from PIL import Image
 from sddit_diffusers import SDDiTTransformer2DModel, generate
 from sddit_diffusers.data import generator_for
 from sddit_diffusers.generate import class_of
+from sddit_diffusers.image_sets import open_images
 
 
 @pytest.fixture
@@ -109,6 +110,8 @@ def test_stopped_at_any_moment_it_ends_with_the_same_files(model, tmp_path, monk
         patch.setattr(*place, killed)
         run(model, tmp_path / "killed", *options)
     assert not (tmp_path / "killed/generation.json").exists()
+    with pytest.raises(ValueError, match="killed is not complete: the command that generates it goes on"):
+        open_images(str(tmp_path / "killed"))
     made = []
     monkeypatch.setattr(generate, "sample", lambda *a, **k: made.append(len(a[1])) or sample(*a, **k))
     run(model, tmp_path / "killed", *options[:2], "--batch_size", 3, *options[4:])

@@ -8,14 +8,18 @@ from conftest import TINY, randomize
 
 from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline, SDDiTTransformer2DModel
 from sddit_diffusers.configuration import Parser, TrainingConfig, parse
+from sddit_diffusers.evaluate import EvaluateConfig
+from sddit_diffusers.generate import GenerateConfig
+from sddit_diffusers.plot import PlotConfig
 from sddit_diffusers.prepare_latents import PrepareConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = {path.name: path.read_text() for path in (ROOT / "docs").glob("*.md")}
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language, text=README + PAGES["evaluation.md"]):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def test_python_snippets_run(tmp_path, monkeypatch):
@@ -38,13 +42,27 @@ def test_training_commands_parse(command):
     assert isinstance(parse(command.split("train_sddit.py ")[1].split()), TrainingConfig)
 
 
-def test_prepare_commands_parse():
+@pytest.mark.parametrize(
+    ("program", "config", "least"),
+    [
+        ("prepare_latents", PrepareConfig, 2),
+        ("generate", GenerateConfig, 2),
+        ("evaluate", EvaluateConfig, 4),
+        ("plot", PlotConfig, 3),
+    ],
+)
+def test_commands_of_programs_parse(program, config, least):
     joined = "\n".join(blocks("bash")).replace("\\\n", " ")
-    found = [line.split("#")[0].split() for line in joined.splitlines() if "prepare_latents" in line]
-    assert len(found) >= 2
-    for words in found:
-        options = words[words.index("sddit_diffusers.prepare_latents") + 1 :]
-        PrepareConfig(**Parser(PrepareConfig).parse_known_options(options))
+    commands = [
+        line.split("#")[0].split() for line in joined.splitlines() if f"sddit_diffusers.{program}" in line
+    ]
+    assert len(commands) >= least
+    for words in commands:
+        parser = Parser(config)
+        parser.add_argument("names", nargs="*")
+        chosen = parser.parse_known_options(words[words.index(f"sddit_diffusers.{program}") + 1 :])
+        del chosen["names"]
+        config(**chosen)
 
 
 def test_the_two_commands_are_there_and_ci_runs_the_second():
@@ -66,6 +84,7 @@ def test_files_that_it_names_exist():
         assert (ROOT / folder / name).exists(), name
         if name.endswith("/") and len(line.split()) == 1:
             folder = Path(name)
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for place, text in [(ROOT, README), *((ROOT / "docs", text) for text in PAGES.values())]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (place / target).exists(), target
     assert len(README.splitlines()) <= 200
