@@ -30,6 +30,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from PIL import Image
 
+from .checkpointing import differences
 from .configuration import Parser, option, options
 from .data import generator_for
 from .files import sha256_of, written_aside
@@ -37,7 +38,7 @@ from .latents import sha256_of_weights
 from .launching import check_machine, on_main_process, progress_bar
 from .pipeline_sddit import SDDiTPipeline
 
-# Matrix products of a CPU round the rows of an odd remainder otherwise: batches are filled up to a multiple.
+# Matrix products of a CPU round the rows of an odd remainder otherwise: batches are filled up there.
 _MULTIPLE = 16
 _UINT8_RULE = "127.5 x + 128, clamped and truncated, of x in -1..1"
 
@@ -96,7 +97,7 @@ def class_of(pipe: SDDiTPipeline, labels: Sequence[str], seed: int, index: int) 
         ValueError: a label that the pipeline does not have.
     """
     count = pipe.transformer.config.num_classes
-    if labels == ["none"] or count == 0:
+    if labels == ["none"] or (count == 0 and labels in (["random"], ["balanced"])):
         return count
     if labels == ["random"]:
         return int(torch.randint(count, (), generator=generator_for(seed + index, 1)))
@@ -124,7 +125,7 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> SDDiTPipelin
 def sample(pipe: SDDiTPipeline, seeds: Sequence[int], labels: Sequence[int], **arguments) -> np.ndarray:
     """Images of seeds and classes, as bytes `[n, h, w, channels]`; `arguments` go to the pipeline."""
     null = pipe.transformer.config.num_classes
-    extra = -len(seeds) % _MULTIPLE
+    extra = -len(seeds) % _MULTIPLE if pipe.device.type == "cpu" else 0
     seeds, labels = list(seeds), [None if label == null else label for label in labels]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds + seeds[-1:] * extra]
     images = pipe(labels + labels[-1:] * extra, generator=generators, output_type="pt", **arguments).images
@@ -193,14 +194,10 @@ class Generation:
             if not file.is_file():
                 continue
             earlier = json.loads(file.read_text())["settings"]
-            changed = [
-                f"{name} {earlier.get(name)!r}, not {value!r}"
-                for name, value in self.settings.items()
-                if earlier.get(name) != value
-            ]
-            if changed:
+            if changed := differences(earlier, self.settings):
                 raise ValueError(
-                    f"{self.output_dir} holds images of {', '.join(changed)}; choose another --output_dir."
+                    f"{self.output_dir} holds other images ({'; '.join(changed)}); "
+                    "choose another --output_dir."
                 )
             return file == record
         if self.output_dir.exists() and any(entry != self.batches_dir for entry in self.output_dir.iterdir()):

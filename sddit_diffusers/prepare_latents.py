@@ -34,6 +34,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
+from .checkpointing import differences
 from .configuration import Parser, option
 from .data import UnreadableImageError, decode_image, generator_for, prefetch, read_out
 from .files import sha256_of, written_aside
@@ -214,14 +215,9 @@ class Preparation:
         complete = (folder / "manifest.json").is_file()
         if complete or path.is_file():
             earlier = Manifest.read(str(folder)).settings if complete else json.loads(path.read_text())
-            differences = [
-                f"{name} {earlier.get(name)!r}, not {value!r}"
-                for name, value in self.settings.items()
-                if earlier.get(name) != value
-            ]
-            if differences:
+            if changed := differences(earlier, self.settings):
                 raise ValueError(
-                    f"{folder} was prepared with {', '.join(differences)}; choose another --output_dir."
+                    f"{folder} was prepared otherwise ({'; '.join(changed)}); choose another --output_dir."
                 )
         elif folder.exists() and any(entry != self.blocks_dir for entry in folder.iterdir()):
             raise ValueError(f"{folder} holds other files; choose an empty or a new --output_dir.")

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch_fidelity
-from conftest import randomize
+from conftest import Touch, randomize
 from safetensors.torch import load_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from transformers import Dinov2Config, Dinov2Model
@@ -90,14 +90,6 @@ def test_weights_are_found_by_path_in_the_cache_or_by_download(inception_weights
     assert not extractor.is_published
     monkeypatch.setattr(extractors, "_INCEPTION_SHA256", extractor.identity.removeprefix("inception-")[:8])
     assert extractor.is_published and find_inception() == path
-
-
-class Touch:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
 
 
 def test_no_pickle_runs_code(tmp_path):

@@ -137,6 +137,10 @@ def test_labels(pipe):
     assert balanced[:4] != balanced[4:8] or balanced[4:8] != balanced[8:12]
     assert labels_of(pipe, "3", "goldfish", "0", count=5) == [3, 2, 0, 3, 2]
     assert set(labels_of(pipe, "none")) == {4}
+    pipe.register_modules(transformer=SDDiTTransformer2DModel(**TINY | {"num_classes": 0}))
+    assert set(labels_of(pipe, "random")) == {0}
+    with pytest.raises(ValueError, match="Class label 0 is out of range; .* the model has no classes"):
+        labels_of(pipe, "0")
 
 
 def test_sampler_guidance_and_precision_are_recorded_and_act(model, tmp_path):
@@ -177,7 +181,7 @@ def test_grey_pictures_are_grey_in_png_and_rgb_in_npz(pipe, tmp_path):
 def test_other_images_are_never_mixed_in(model, tmp_path, capsys):
     run(model, tmp_path / "out", "--num_samples", 2)
     message = refusal(capsys, model, tmp_path / "out", "--num_samples", 3)
-    assert "holds images of num_samples 2, not 3; choose another --output_dir" in message
+    assert "holds other images (num_samples: 2 there, 3 here); choose another --output_dir" in message
     (tmp_path / "other").mkdir()
     (tmp_path / "other/file").touch()
     assert "holds other files" in refusal(capsys, model, tmp_path / "other")

@@ -4,6 +4,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from conftest import Touch
 from PIL import Image
 
 from sddit_diffusers.image_sets import batches, open_images, read_statistics, save_statistics
@@ -151,14 +152,6 @@ def test_edm2s_pickle_is_read(tmp_path, protocol):
     (tmp_path / "s.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
     found = read_statistics(tmp_path / "s.pkl")
     assert found.keys() == content.keys() and all(same(found[name], GAUSSIANS[name]) for name in found)
-
-
-class Touch:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
 
 
 def test_no_pickle_runs_code(tmp_path):

@@ -247,12 +247,12 @@ def test_other_settings_are_refused(vae, source, tmp_path, capsys, complete, mon
             with pytest.raises(ZeroDivisionError):
                 prepare(vae, source, tmp_path / "out")
     before = content(tmp_path / "out")
-    fails(capsys, "was prepared with resolution 16, not 8; choose", vae, source, tmp_path / "out",
-          "--resolution", 8)  # fmt: skip
+    message = "was prepared otherwise (resolution: 16 there, 8 here); choose"
+    fails(capsys, message, vae, source, tmp_path / "out", "--resolution", 8)
     model = AutoencoderKL.from_pretrained(vae)
     model.quant_conv.bias.data += 1
     model.save_pretrained(tmp_path / "other")
-    fails(capsys, "was prepared with vae_sha256", tmp_path / "other", source, tmp_path / "out")
+    fails(capsys, "was prepared otherwise (vae_sha256", tmp_path / "other", source, tmp_path / "out")
     assert content(tmp_path / "out") == before
 
 
