@@ -148,7 +148,7 @@ class DinoExtractor(Extractor):
         digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in self.model.parameters()))
         self.identity = f"dinov2-{digest.hexdigest()}"
         self._fit_positions(224 // self.model.config.patch_size)
-        self.eval()
+        self.requires_grad_(False).eval()
 
     def _fit_positions(self, side: int) -> None:
         """Interpolates the positions once, with the offset of 0.1 that the original code has.
@@ -203,6 +203,7 @@ class ClassifierExtractor(Extractor):
         weights = load_file(feature_extractor_weights_path)
         self.net = SmallClassifier(len(weights["head.bias"]))
         self.net.load_state_dict(weights)
+        self.requires_grad_(False).eval()
         with open(feature_extractor_weights_path, "rb") as file:
             self.identity = f"classifier-{sha256_of(file)}"
 

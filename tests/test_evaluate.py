@@ -1,18 +1,21 @@
 """The program, from images to a table, against ADM's evaluator restated, and what each score sees."""
 
 import json
+import pickle
 import re
 
 import adm
 import numpy as np
 import pytest
 import torch
-from conftest import launch
+from conftest import launch, randomize
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from transformers import Dinov2Config, Dinov2Model
 
 from sddit_diffusers import evaluate, features
 from sddit_diffusers.evaluate import SCORES
+from sddit_diffusers.extractors import DinoExtractor
 from sddit_diffusers.image_sets import open_images, read_statistics
 
 DIGITS = open_images("digits", label_column="label")
@@ -223,6 +226,36 @@ def test_saved_statistics_are_a_reference(tmp_path, capsys, inception_weights):
     assert batch["scores"].keys() == {"fid", "recall"}
     assert batch["scores"]["fid"] == pytest.approx(whole["scores"]["fid"], rel=1e-9)
     assert batch["num_reference_images"] == 5
+
+
+def test_fd_dinov2_against_images_and_edm2s_statistics(tmp_path, capsys):
+    config = Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=56)
+    randomize(Dinov2Model(config)).save_pretrained(tmp_path / "dinov2")
+    sets = [pictures(6, 1), pictures(5, 2)]
+    paths = [write(tmp_path / f"{i}.npz", pixels) for i, pixels in enumerate(sets)]
+    options = ["--fd_dinov2", "--dinov2", tmp_path / "dinov2", "--extractor", "pixels"]
+    options += ["--metrics", "kid", "--output", tmp_path / "scores.json"]
+    by_images, printed = run(capsys, *paths, *options)
+    assert by_images["scores"].keys() == {"kid", "fd_dinov2"} and "FD-DINOv2 ↓" in printed
+    extractor = DinoExtractor(
+        "sddit-dinov2", ["features"], feature_extractor_weights_path=str(tmp_path / "dinov2")
+    )
+    features = [extractor(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()))[0].numpy() for x in sets]
+    expected = adm.fid_of_features(*features)
+    assert by_images["scores"]["fd_dinov2"] == pytest.approx(expected, rel=1e-4)
+
+    mean, covariance = adm.statistics(features[1])
+    (tmp_path / "edm2.pkl").write_bytes(pickle.dumps({"fd_dinov2": {"mu": mean, "sigma": covariance}}))
+    options = [
+        "--metrics",
+        "fd_dinov2",
+        "--dinov2",
+        tmp_path / "dinov2",
+        "--output",
+        tmp_path / "scores.json",
+    ]
+    by_statistics, _ = run(capsys, paths[0], tmp_path / "edm2.pkl", *options)
+    assert by_statistics["scores"] == pytest.approx({"fd_dinov2": expected}, rel=1e-4)
 
 
 def test_mistakes_have_one_line(tmp_path, capsys, inception_weights):
