@@ -129,7 +129,8 @@ class Judge:
     """Scores a pipeline's samples against one reference, again and again while it is trained.
 
     Args:
-        reference, extractor, image_column, label_column: as of a program's run.
+        reference: its pictures are cropped and resized to `size`.
+        extractor, image_column, label_column: as of a program's run.
         size: of the samples, height and width.
         num_samples: images that are made each time, of the same seeds and classes.
 
@@ -141,9 +142,8 @@ class Judge:
         self, reference: str, extractor: str, size: tuple[int, int], num_samples: int,
         image_column: str, label_column: str, accelerator: Accelerator,
     ):  # fmt: skip
-        images, statistics = open_reference(
-            reference, size, extractor, image_column=image_column, label_column=label_column
-        )
+        label_column = label_column if extractor == "classifier" else ""  # others need none
+        images, statistics = open_reference(reference, size, extractor, size[0], image_column, label_column)
         self.num_samples, self.accelerator = num_samples, accelerator
         self.suffix = "" if extractor == "inception" else f"_{extractor}"
         self.extractor = build_extractor(extractor, None, images, default_cache(), accelerator)

@@ -111,6 +111,25 @@ def test_evaluation_scores_the_averaged_weights_and_changes_nothing(tmp_path, ca
     assert {f"{name}_pixels": value for name, value in found.items()} == pytest.approx(last, rel=1e-6)
 
 
+@pytest.mark.parametrize("labels", [True, False])
+def test_pictures_of_any_size_are_scored_against_as_they_are_trained_on(tmp_path, labels):
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        folder = tmp_path / "pictures" / (str(i % 2) if labels else "")
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (8 + i % 3, 9 + i % 4), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+    options = ["--dataset_name", tmp_path / "pictures", "--label_column", "label" if labels else ""]
+    options += ["--evaluation_steps", 1, "--evaluation_samples", 6, "--max_train_steps", 1]
+    metrics = train(tmp_path / "run", *options)
+    judge = make_trainer(tmp_path / "again", *options).judge
+    trained_on = ImageDataset(str(tmp_path / "pictures"), "image", "", 1, 8)
+    expected = trained_on.__getitems__(list(range(24)))[0].flatten(1)
+    found = judge.reference.features.features[:, :64] * 3**0.5
+    torch.testing.assert_close(found.sort(0).values, expected.sort(0).values)
+    assert metrics[-1]["fid_pixels"] > 0
+
+
 def test_a_classifier_scores_too(tmp_path):
     options = ["--evaluation_steps", 2, "--evaluation_samples", 20, "--evaluation_extractor", "classifier"]
     metrics = train(tmp_path, "--max_train_steps", 2, *options)
