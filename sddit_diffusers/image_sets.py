@@ -63,6 +63,8 @@ def open_images(name: str, resolution: int = 0, image_column: str = "image", lab
     path = Path(name)
     if (path / ".generating").is_dir() and not (path / "generation.json").is_file():
         raise ValueError(f"{name} is not complete: the command that generates it goes on where it stopped.")
+    if (path / "model_index.json").is_file():
+        raise ValueError(f"{name} is a pipeline; sddit_diffusers.generate makes images of it.")
     if (path / "samples.npz").is_file():
         path = path / "samples.npz"
     if path.suffix == ".npz":

@@ -100,6 +100,9 @@ def test_what_is_no_set_of_images_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(ValueError, match="a.txt is no .npz file; images come as"):
         open_images(str(tmp_path / "a.txt"))
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a pipeline; sddit_diffusers.generate makes images of it"):
+        open_images(str(tmp_path))
     with pytest.raises(ValueError, match="There is no dataset folder /none"):
         open_images("/none")
 
