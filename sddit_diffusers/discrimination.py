@@ -10,6 +10,7 @@ Shapes: b batch, k visible patches, D encoder width, K prototypes. Token 0 is [C
 import copy
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from .transformer_sddit import SDDiTTransformer2DModel
+
+# Logits that are there at once: on a CPU as many as its cache holds, elsewhere enough for all cores.
+_CHUNK = {"cpu": 2**21}
 
 
 class ProjectionHead(nn.Module):
@@ -44,11 +48,19 @@ class ProjectionHead(nn.Module):
         nn.init.normal_(self.prototypes)  # only their directions count
 
     def forward(self, tokens: Tensor) -> Tensor:
-        features = self.mlp(tokens).float()
-        # In float32 also under autocast: what bf16 rounds off a cosine is up to a tenth of a nat once divided
-        # by a temperature of 0.04, and the squares in a norm can overflow fp16.
+        features, prototypes = self.project(tokens)
         with torch.autocast(features.device.type, enabled=False):
-            return F.linear(F.normalize(features, dim=-1), F.normalize(self.prototypes.float(), dim=-1))
+            return F.linear(features, prototypes)
+
+    def project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit vectors whose products are the logits: of the tokens `[..., d]`, of the prototypes `[K, d]`.
+
+        They are float32 also under autocast: what bf16 rounds off a cosine is up to a tenth of a nat once
+        divided by a temperature of 0.04, and the squares in a norm can overflow fp16.
+        """
+        features = self.mlp(tokens).float()
+        with torch.autocast(features.device.type, enabled=False):
+            return F.normalize(features, dim=-1), F.normalize(self.prototypes.float(), dim=-1)
 
 
 class Teacher(nn.Module):
@@ -95,9 +107,9 @@ class Center(nn.Module):
         self.batches = 0
 
     @torch.no_grad()
-    def add(self, teacher_logits: Tensor) -> None:
-        """Collects a batch of logits `[b, tokens, K]`."""
-        self.total += teacher_logits.mean(dim=(0, 1))
+    def add(self, mean_logits: Tensor) -> None:
+        """Collects the mean of a batch's logits, `[K]`."""
+        self.total += mean_logits
         self.batches += 1
 
     @torch.no_grad()
@@ -113,21 +125,80 @@ class Center(nn.Module):
         self.batches = 0
 
 
+class Agreement(NamedTuple):
+    """What [`cross_entropy`] tells, means over batch and tokens, in nats."""
+
+    loss: Tensor
+    entropy: Tensor  # of the teacher, the smallest loss that there could be
+    used: Tensor  # 1 for prototypes that are the teacher's first choice for some token, 0 for others, [K]
+    mean_logits: Tensor  # of the teacher, [K]
+
+
 def cross_entropy(
-    teacher_logits: Tensor,
-    student_logits: Tensor,
+    teacher: tuple[Tensor, Tensor],
+    student: tuple[Tensor, Tensor],
     center: Tensor,
     teacher_temperature: float,
     student_temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """H of Algorithm A1 with Eqs. 10 and 11, and the teacher's entropy, which is its smallest possible value.
+) -> "Agreement":
+    """H of Algorithm A1 with Eqs. 10 and 11, a chunk of tokens at a time.
 
-    Logits `[b, tokens, K]`; both results are means over batch and tokens, in nats.
+    The logits of all tokens would be the largest tensors of a step, 1.7 GB each at batch 256. They are never
+    there as a whole: a chunk's gradient is taken while its logits are there; the backward pass needs none.
+
+    Args:
+        teacher, student: what [`ProjectionHead.project`] gives, `[b, tokens, d]` and `[K, d]`; no gradient
+            goes to the teacher's.
+        center: `[K]`.
     """
-    teacher = F.log_softmax((teacher_logits.detach() - center) / teacher_temperature, dim=-1)
-    student = F.log_softmax(student_logits / student_temperature, dim=-1)
-    probabilities = teacher.exp()
-    return -(probabilities * student).sum(-1).mean(), -(probabilities * teacher).sum(-1).mean()
+    (teacher_features, teacher_prototypes), (student_features, student_prototypes) = teacher, student
+    with torch.autocast(center.device.type, enabled=False):
+        loss, entropy, used = _CrossEntropy.apply(
+            student_features.flatten(0, 1),
+            student_prototypes,
+            teacher_features.flatten(0, 1).detach(),
+            teacher_prototypes.detach(),
+            center,
+            teacher_temperature,
+            student_temperature,
+        )
+        mean_logits = F.linear(teacher_features.detach().mean((0, 1)), teacher_prototypes.detach())
+    return Agreement(loss, entropy, used, mean_logits)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The loss of tokens `[n, d]`, and its gradients, which are computed with it."""
+
+    @staticmethod
+    def forward(ctx, features, prototypes, teacher_features, teacher_prototypes, center, tau_t, tau_s):
+        n, wanted = len(features), any(ctx.needs_input_grad[:2])
+        loss, entropy = features.new_zeros(()), features.new_zeros(())
+        used = torch.zeros_like(center)
+        grad_features = torch.empty_like(features) if wanted else None
+        grad_prototypes = torch.zeros_like(prototypes) if wanted else None
+        size = max(1, _CHUNK.get(features.device.type, 2**26) // len(prototypes))
+        for i in range(0, n, size):
+            part = slice(i, i + size)
+            logits = torch.addmm(center, teacher_features[part], teacher_prototypes.T, beta=-1)
+            used.index_fill_(0, logits.argmax(-1), 1)
+            log_t = logits.div_(tau_t).log_softmax(-1)
+            log_s = (features[part] @ prototypes.T).div_(tau_s).log_softmax(-1)
+            t = log_t.exp()
+            loss -= torch.linalg.vecdot(t, log_s).sum()
+            entropy -= torch.linalg.vecdot(t, log_t).sum()
+            if wanted:
+                grad_logits = log_s.exp_().sub_(t).div_(n * tau_s)  # softmax(s) - t, of the mean
+                torch.mm(grad_logits, prototypes, out=grad_features[part])
+                grad_prototypes.addmm_(grad_logits.T, features[part])
+        loss, entropy = loss / n, entropy / n
+        ctx.save_for_backward(grad_features, grad_prototypes)
+        ctx.mark_non_differentiable(entropy, used)
+        return loss, entropy, used
+
+    @staticmethod
+    def backward(ctx, grad_loss, grad_entropy, grad_used):
+        grad_features, grad_prototypes = ctx.saved_tensors
+        return grad_loss * grad_features, grad_loss * grad_prototypes, *[None] * 5
 
 
 def teacher_momentum(step: int, max_steps: int, start: float = 0.996, end: float = 0.999) -> float:

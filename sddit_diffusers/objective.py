@@ -178,28 +178,34 @@ class SDDiTObjective(nn.Module):
         # through their heads.
         with torch.no_grad():
             e_t = self.teacher.encoder(*self._inputs(x_t, sigma_t), class_labels).encoder_hidden_states
-            j_t = self.teacher.head(keep_visible(e_t, draws.visible_ids))  # [b, 1 + k, K]
-        j_s = self.head(e_s)  # [b, 1 + k, K]
+            # Unit features [b, 1 + k, d] and prototypes [K, d], whose products are the logits.
+            j_t, prototypes_t = self.teacher.head.project(keep_visible(e_t, draws.visible_ids))
+        j_s, prototypes_s = self.head.project(e_s)
 
         # L_D (Eq. 12), the mean over the visible patches and the [CLS] term.
-        temperatures = self.teacher_temperature, self.student_temperature
-        loss_cls, entropy_cls = cross_entropy(j_t[:, :1], j_s[:, :1], self.center_cls.value, *temperatures)
-        loss_patch, entropy_patch = cross_entropy(
-            j_t[:, 1:], j_s[:, 1:], self.center_patch.value, *temperatures
+        cls, patch = (
+            cross_entropy(
+                (j_t[:, tokens], prototypes_t),
+                (j_s[:, tokens], prototypes_s),
+                center.value,
+                self.teacher_temperature,
+                self.student_temperature,
+            )
+            for tokens, center in ((slice(0, 1), self.center_cls), (slice(1, None), self.center_patch))
         )
-        loss_discriminative = loss_patch + loss_cls
+        loss_discriminative = patch.loss + cls.loss
         if self.training:
-            self.center_cls.add(j_t[:, :1])
-            self.center_patch.add(j_t[:, 1:])
+            self.center_cls.add(cls.mean_logits)
+            self.center_patch.add(patch.mean_logits)
 
-        entropy = (entropy_cls + entropy_patch) / 2
+        entropy = (cls.entropy + patch.entropy) / 2
         return {
             "loss": loss_generative + self.discriminative_weight * loss_discriminative,
             "loss_generative": loss_generative,
             "loss_discriminative": loss_discriminative,
-            "teacher_entropy": entropy / math.log(j_t.shape[-1]),
+            "teacher_entropy": entropy / math.log(len(prototypes_t)),
             "kl": loss_discriminative / 2 - entropy,
-            "prototypes_used": share_used(j_t[:, 1:] - self.center_patch.value),
+            "prototypes_used": patch.used.mean(),
             "center_norm_cls": self.center_cls.value.norm(),
             "center_norm_patch": self.center_patch.value.norm(),
         }
@@ -228,9 +234,3 @@ def keep_visible(tokens: Tensor, visible_ids: Tensor | None) -> Tensor:
         return tokens
     index = visible_ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
     return torch.cat([tokens[:, :1], tokens[:, 1:].gather(1, index)], dim=1)
-
-
-def share_used(logits: Tensor) -> Tensor:
-    """The share of the K prototypes that are some token's first choice."""
-    used = torch.zeros(logits.shape[-1], device=logits.device)
-    return used.index_fill_(0, logits.argmax(-1).flatten(), 1).mean()

@@ -3,8 +3,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import randomize
 
+from sddit_diffusers import discrimination
 from sddit_diffusers.discrimination import (
     Center,
     ProjectionHead,
@@ -28,7 +30,9 @@ def naive_cross_entropy(teacher, student, center, tau_t, tau_s):
     ("shape", "tau_t", "tau_s"),
     itertools.product([(1, 1, 2), (3, 1, 7), (2, 5, 16), (1, 4, 33)], [0.04, 0.09, 0.5], [0.1, 1.0]),
 )
-def test_cross_entropy_equals_a_loop(shape, tau_t, tau_s):
+def test_cross_entropy_equals_a_loop(shape, tau_t, tau_s, chunk):
+    """By features that are the logits, for prototypes that are the axes."""
+    identity = torch.eye(shape[-1])
     generator = torch.Generator().manual_seed(math.prod(shape))
     teacher, student = (torch.randn(shape, generator=generator).tanh() for _ in range(2))
     center = 0.3 * torch.randn(shape[-1], generator=generator)
@@ -37,20 +41,52 @@ def test_cross_entropy_equals_a_loop(shape, tau_t, tau_s):
         for i in range(shape[0])
         for j in range(shape[1])
     ]
-    loss, entropy = cross_entropy(teacher, student, center, tau_t, tau_s)
+    loss, entropy, used, mean_logits = cross_entropy(
+        (teacher, identity), (student, identity), center, tau_t, tau_s
+    )
+    chosen = (teacher - center).argmax(-1).flatten().tolist()
+    assert [i for i in range(shape[-1]) if used[i]] == sorted(set(chosen))
+    torch.testing.assert_close(mean_logits, teacher.mean((0, 1)))
     assert loss.item() == pytest.approx(sum(x for x, _ in naive) / len(naive), rel=1e-5)
     assert entropy.item() == pytest.approx(sum(x for _, x in naive) / len(naive), rel=1e-4, abs=1e-6)
 
 
-def test_cross_entropy_moves_the_student_towards_the_teacher_only():
-    teacher = torch.randn(2, 3, 8, requires_grad=True)
-    student = torch.randn(2, 3, 8, requires_grad=True)
-    loss, _ = cross_entropy(teacher, student, torch.zeros(8), 0.5, 0.5)
-    loss.backward()
-    assert teacher.grad is None
-    # The gradient of softmax cross entropy: (p_student - p_teacher) / tau, a mean over 6 tokens.
-    expected = ((student / 0.5).softmax(-1) - (teacher / 0.5).softmax(-1)) / 0.5 / 6
-    torch.testing.assert_close(student.grad, expected.detach())
+def test_cross_entropy_moves_the_student_towards_the_teacher_only(chunk):
+    """Its gradients are those of whole logits by autograd; a factor of the loss scales them."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(2, 3, 5, generator=generator), torch.randn(8, 5, generator=generator)]
+    tensors += [torch.randn(2, 3, 5, generator=generator), torch.randn(8, 5, generator=generator)]
+    teacher, student = [x.double().requires_grad_() for x in tensors[:2]], [x.double() for x in tensors[2:]]
+    student = [x.requires_grad_() for x in student]
+    center = torch.linspace(-1, 1, 8).double()
+    (3 * cross_entropy(teacher, student, center, 0.4, 0.7).loss).backward()
+    assert all(tensor.grad is None for tensor in teacher)
+
+    t = ((teacher[0] @ teacher[1].T - center) / 0.4).softmax(-1).detach()
+    whole = -(t * (student[0] @ student[1].T / 0.7).log_softmax(-1)).sum(-1).mean()
+    expected = torch.autograd.grad(3 * whole, student)
+    torch.testing.assert_close([tensor.grad for tensor in student], list(expected))
+    # And by the formula: (p_student - p_teacher) / tau, a mean over 6 tokens.
+    p = (student[0] @ student[1].T / 0.7).softmax(-1)
+    torch.testing.assert_close(student[0].grad, (3 * (p - t) / 0.7 / 6 @ student[1]).detach())
+    with torch.no_grad():
+        assert cross_entropy(teacher, student, center, 0.4, 0.7).loss.item() == pytest.approx(whole.item())
+
+
+def test_cross_entropy_is_float32_under_autocast():
+    generator = torch.Generator().manual_seed(0)
+    tensors = [F.normalize(torch.randn(*shape, generator=generator), dim=-1) for shape in ((2, 9, 5), (8, 5))]
+    plain = cross_entropy(tensors, tensors, torch.zeros(8), 0.04, 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = cross_entropy(tensors, tensors, torch.zeros(8), 0.04, 0.1)
+    for a, b in zip(plain, cast, strict=True):
+        assert torch.equal(a, b) and b.dtype == torch.float32
+
+
+@pytest.fixture(params=[10**9, 20])
+def chunk(request, monkeypatch):
+    """All tokens at once, or two or three."""
+    monkeypatch.setattr(discrimination, "_CHUNK", {"cpu": request.param})
 
 
 def test_head_gives_cosines_to_prototypes():
@@ -92,7 +128,7 @@ def test_centers_equal_a_loop():
     for step in range(4):
         batches = [torch.randn(3, 2, 5, generator=generator) for _ in range(step % 2 + 1)]
         for batch in batches:
-            center.add(batch)
+            center.add(batch.mean((0, 1)))
         center.move(0.9)
         for k in range(5):
             values = [batch[i, j, k].item() for batch in batches for i in range(3) for j in range(2)]
@@ -102,7 +138,7 @@ def test_centers_equal_a_loop():
 
 def test_center_is_reduced_over_processes():
     center = Center(2)
-    center.add(torch.tensor([[[1.0, 3.0]]]))
+    center.add(torch.tensor([1.0, 3.0]))
     center.move(0.5, reduce=lambda mean: (mean + torch.tensor([3.0, 1.0])) / 2)  # the other process's mean
     torch.testing.assert_close(center.value, torch.tensor([1.0, 1.0]))
 

@@ -340,7 +340,12 @@ def test_teacher_and_centers_follow_the_schedule(tmp_path):
     objective, data = trainer.objective, batches_of(trainer)
     expected = {name: p.clone() for name, p in objective.teacher.named_parameters()}
     center, logits = torch.zeros(32), []
-    objective.teacher.head.register_forward_hook(lambda module, inputs, output: logits.append(output))
+    unit, head = torch.nn.functional.normalize, objective.teacher.head
+
+    def keep(module, inputs, features):
+        logits.append(unit(features, dim=-1) @ unit(head.prototypes, dim=-1).T)
+
+    head.mlp.register_forward_hook(keep)
     for step in range(4):
         trainer.train_step(step, data)
         beta = 0.999 - 0.003 * (1 + math.cos(math.pi * step / 4)) / 2

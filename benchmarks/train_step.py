@@ -1,0 +1,199 @@
+"""How fast is a training step? `python benchmarks/train_step.py [--preset SD-DiT-S/2] [--batch_size 32]`
+
+One whole step (views, teacher, losses, backward, AdamW, averages, centers) of SD-DiT beside diffusers' own
+DiT of the same encoder, all in turn, round by round:
+- DiT fp32: `DiTTransformer2DModel`, epsilon-loss, AdamW and EMA, as its authors train it;
+- DiT: the same in the precision of ours;
+- without L_D: SD-DiT without teacher and head;
+- plain: SD-DiT in float32, with the logits of all tokens at once;
+- SD-DiT.
+FLOPs are counted; MFU is their share of the rate that products of 4096 x 4096 matrices have in that
+precision. Memory is the peak of a process of its own, above what it has before the first step (on a GPU: of
+the allocator).
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiTTransformer2DModel
+from diffusers.training_utils import EMAModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from sddit_diffusers import PRESETS, EDMHeunScheduler, SDDiTObjective, SDDiTTransformer2DModel
+from sddit_diffusers import objective as objective_module
+from sddit_diffusers.discrimination import Agreement, cross_entropy
+
+CONTESTANTS = ("DiT fp32", "DiT", "without L_D", "plain", "SD-DiT")
+
+
+def dit_loss(network: dict, device: torch.device) -> tuple[torch.nn.Module, Callable]:
+    """diffusers' DiT of the encoder's size, and the loss of a batch: of the noise, at a random timestep."""
+    model = DiTTransformer2DModel(
+        num_attention_heads=network["num_attention_heads"],
+        attention_head_dim=network["attention_head_dim"],
+        num_layers=network["num_layers"],
+        in_channels=network["in_channels"],
+        sample_size=network["sample_size"],
+        num_embeds_ada_norm=1000,
+    ).to(device)
+    alphas = torch.linspace(1, 0.01, 1000, device=device)
+
+    def loss(x0: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        noise, t = torch.randn_like(x0), torch.randint(1000, (len(x0),), device=device)
+        alpha = alphas[t].view(-1, 1, 1, 1)
+        noised = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
+        return F.mse_loss(model(noised, t, labels, return_dict=False)[0].float(), noise)
+
+    return model, loss
+
+
+def build(
+    name: str, preset: str, batch_size: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[], None]:
+    """A contestant's step."""
+    network = PRESETS[preset]
+    shape = (batch_size, network["in_channels"], network["sample_size"], network["sample_size"])
+    x0, labels = torch.randn(shape, device=device), torch.randint(1000, (batch_size,), device=device)
+    objective = None
+    if name.startswith("DiT"):
+        model, loss = dit_loss(network, device)
+        averaged = trained = model
+    else:
+        averaged = SDDiTTransformer2DModel(**network)
+        weight = 0.0 if name == "without L_D" else 1.0
+        trained = objective = SDDiTObjective(
+            averaged, EDMHeunScheduler(), discriminative_weight=weight
+        ).to(device)  # fmt: skip
+
+        def loss(x0, labels):
+            return objective(x0, labels)["loss"]
+
+    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
+    ema = EMAModel(averaged.parameters(), decay=0.9999, foreach=True)
+    half = dtype != torch.float32 and name not in ("DiT fp32", "plain")
+
+    def step() -> None:
+        objective_module.cross_entropy = whole_cross_entropy if name == "plain" else cross_entropy
+        with torch.autocast(device.type, dtype, enabled=half):
+            value = loss(x0, labels)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(averaged.parameters())
+        if objective is not None:
+            objective.update_teacher(0.996)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def whole_cross_entropy(teacher, student, center, tau_t: float, tau_s: float) -> Agreement:
+    """L_D as it is written, by autograd, with the logits of all tokens."""
+    logits = F.linear(*teacher)
+    log_t = ((logits - center) / tau_t).log_softmax(-1)
+    log_s = (F.linear(*student) / tau_s).log_softmax(-1)
+    t = log_t.exp()
+    used = torch.zeros_like(center).index_fill_(0, log_t.argmax(-1).flatten(), 1)
+    loss, entropy = -(t * log_s).sum(-1).mean(), -(t * log_t).sum(-1).mean()
+    return Agreement(loss, entropy, used, logits.mean((0, 1)))
+
+
+def matmul_rate(dtype: torch.dtype, device) -> float:
+    """Multiplications and additions a second of the machine's matrix product, in this precision."""
+    a, b = (torch.randn(4096, 4096, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * 4096**3 / min(times)
+
+
+def flops_of(step: Callable[[], None]) -> int:
+    """Counted, with attention as the products that it is made of."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        step()
+    return counter.get_total_flops()
+
+
+def peak_memory(step: Callable[[], None], device) -> float:
+    """GiB of three steps above what was there."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        [step() for _ in range(3)]
+        return torch.cuda.max_memory_allocated() / 2**30
+    before = resident("VmRSS")
+    [step() for _ in range(3)]
+    return resident("VmHWM") - before
+
+
+def resident(name: str) -> float:
+    """GiB of this process, now (VmRSS) or at most (VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{name}:")[1].split()[0]) / 2**20
+
+
+def measured_apart(name: str, arguments: list[str]) -> float:
+    """The peak memory of a contestant in a process of its own."""
+    command = [sys.executable, __file__, *arguments, "--memory_of", name]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="SD-DiT-S/2", choices=[name for name in PRESETS if "/" in name])
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--memory_of", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, options.dtype)
+    arguments = options.preset, options.batch_size, dtype, device
+    if options.memory_of:
+        print(peak_memory(build(options.memory_of, *arguments), device))
+        return
+
+    rates = {kind: matmul_rate(kind, device) for kind in {torch.float32, dtype}}
+    steps = {name: build(name, *arguments) for name in CONTESTANTS}
+    flops = {name: flops_of(step) for name, step in steps.items()}
+    seconds = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    for _ in range(options.rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    del steps
+    given = ["--preset", options.preset, "--batch_size", str(options.batch_size), "--dtype", options.dtype]
+    products = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {kind}" for kind, rate in rates.items())
+    print(
+        f"{options.preset}, batch {options.batch_size}, {options.dtype}, {device.type}; products: {products}"
+    )
+    print(f"{'':<14}{'images/s':>10}{'s/step':>10}{'TFLOP':>10}{'MFU':>8}{'memory':>12}")
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    for name, value in median.items():
+        rate = rates[torch.float32 if name in ("DiT fp32", "plain") else dtype]
+        memory = measured_apart(name, given)
+        print(f"{name:<14}{options.batch_size / value:>10.2f}{value:>10.2f}{flops[name] / 1e12:>10.2f}"
+              f"{flops[name] / value / rate:>8.1%}{memory:>8.2f} GiB")  # fmt: skip
+    for name in CONTESTANTS[:-1]:
+        print(f"SD-DiT's images/s to those of {name}: {median[name] / median['SD-DiT']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
