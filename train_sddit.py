@@ -139,9 +139,10 @@ class Trainer:
                 scores = {}
                 if config.evaluation_steps and (done % config.evaluation_steps == 0 or last):
                     scores = self.evaluate()
-                    shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-                    progress.write(f"Step {done}: {shown}", file=sys.stderr) if main else None
                     metrics |= scores
+                    if main:
+                        shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+                        progress.write(f"Step {done}: {shown}", file=sys.stderr)
                 if done % config.logging_steps == 0 or last or scores:
                     self.accelerator.log(metrics, step=done)
                     if main:

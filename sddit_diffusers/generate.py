@@ -157,6 +157,8 @@ class Generation:
             raise ValueError(
                 f"scheduler_options is {config.scheduler_options!r}, no JSON: {error}."
             ) from None
+        if not isinstance(changes, dict):
+            raise ValueError(f"scheduler_options is {config.scheduler_options!r}; it must be a JSON object.")
         unknown = [name for name in changes if name not in pipe.scheduler.config]
         if unknown:
             allowed = ", ".join(name for name in pipe.scheduler.config if not name.startswith("_"))

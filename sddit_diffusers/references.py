@@ -24,6 +24,8 @@ from .launching import on_main_process
 from .pipeline_sddit import SDDiTPipeline
 from .scores import Gaussian, Manifold, frechet_distance, inception_score, kernel_distance, precision_recall
 
+_DIMENSIONS = {"fid": 2048, "sfid": 2023}  # of Inception's features
+
 
 @dataclass
 class Reference:
@@ -93,6 +95,10 @@ def open_reference(
         statistics = read_statistics(path)
         if extractor != "inception" and statistics:
             raise ValueError(f"{name} has statistics of Inception's features, not of {extractor}.")
+        for score_name, dim in _DIMENSIONS.items():
+            if score_name in statistics and len(statistics[score_name].mean) != dim:
+                found = len(statistics[score_name].mean)
+                raise ValueError(f"{name} has statistics of {found} features for {score_name}, not of {dim}.")
         if path.suffix == ".pkl" or (statistics and not has_images(path)):
             return None, statistics
     images = open_images(name, resolution, image_column, label_column, split)
@@ -156,6 +162,7 @@ class Judge:
             if 3 < len(images) <= 50_000 and num_samples > 3:
                 self.wanted += ["precision", "recall"]
         self.reference = Reference(features, statistics, device=accelerator.device)
+        on_main_process(lambda: bool(self.reference.gaussian("fid")), accelerator)  # fails now, if ever
 
     def __call__(self, pipe: SDDiTPipeline, batch_size: int, **arguments) -> dict[str, float]:
         """The scores, on the main process; their names end in the extractor's unless it is Inception.

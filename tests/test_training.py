@@ -147,6 +147,13 @@ def test_what_cannot_be_scored_stops_it_before_training(tmp_path, monkeypatch):
                   "--evaluation_extractor", "inception")  # fmt: skip
     with pytest.raises(SystemExit, match="statistics of Inception's features, not of pixels"):
         train(tmp_path / "run", *options, "--evaluation_reference", tmp_path / "stats.npz")
+    np.savez(tmp_path / "other.npz", mu=np.zeros(5), sigma=np.eye(5))
+    with pytest.raises(SystemExit, match="statistics of 5 features for fid, not of 2048"):
+        train(tmp_path / "run", *options, "--evaluation_reference", tmp_path / "other.npz",
+              "--evaluation_extractor", "inception")  # fmt: skip
+    np.savez(tmp_path / "one.npz", np.zeros((1, 8, 8, 3), np.uint8))
+    with pytest.raises(SystemExit, match="1 image has no covariance"):
+        train(tmp_path / "run", *options, "--evaluation_reference", tmp_path / "one.npz")
     with pytest.raises(SystemExit, match="trained on a reference that is a labelled dataset"):
         train(tmp_path / "run", *options, "--evaluation_extractor", "classifier", "--label_column", "")
 
