@@ -53,6 +53,7 @@ from sddit_diffusers.launching import check_machine, on_main_process
 from sddit_diffusers.objective import Draws
 from sddit_diffusers.references import Judge
 from sddit_diffusers.reporting import MetricsLog, draw_curves, read_metrics, sample_grid
+from sddit_diffusers.sharding import check_engine, gather_state, scatter_state, whole, whole_weights
 
 TRIAL_STEPS = 18  # of the sampler, while a run is not at its end
 
@@ -82,6 +83,7 @@ class Trainer:
             ],
         )
         check_machine(self.accelerator)
+        check_engine(self.accelerator)
         network = config.network()
         self.dataset = open_dataset(config, network)
         wanted = self.accelerator.is_main_process or config.evaluation_steps
@@ -197,7 +199,8 @@ class Trainer:
             if posterior is not None:
                 x0 = self.dataset.sample(x0, posterior[rows])
             with self.accelerator.accumulate(self.prepared):
-                losses = self.prepared(x0, labels, draws.rows(rows))
+                with self.accelerator.autocast():
+                    losses = self.prepared(x0, labels, draws.rows(rows))
                 self.accelerator.backward(losses["loss"])
             total = total + torch.stack([loss.detach().float() for loss in losses.values()])
         means = self.accelerator.reduce(total / self.config.gradient_accumulation_steps, "mean")
@@ -206,7 +209,7 @@ class Trainer:
 
         self.accelerator.unscale_gradients()
         trained = [parameter for parameter in self.objective.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
+        norm = whole(torch.nn.utils.get_total_norm([parameter.grad for parameter in trained]))
         metrics["grad_norm"] = norm.item()
         # fp16's loss scaler leaves out a step whose gradients overflow, and scales the next one less.
         skipped = self.accelerator.scaler is not None and not norm.isfinite()
@@ -271,47 +274,41 @@ class Trainer:
         if not wrong:
             return
         for name, parameter in self.objective.named_parameters():
-            if not parameter.isfinite().all():
+            if not whole(parameter).isfinite().all():
                 wrong.append(f"the weights {name}")
-            elif "grad_norm" in values and parameter.grad is not None and not parameter.grad.isfinite().all():
+            elif (
+                "grad_norm" in values
+                and parameter.grad is not None
+                and not whole(parameter.grad).isfinite().all()
+            ):
                 wrong.append(f"the gradient of {name}")
         shown = ", ".join(wrong[:12]) + (f" and {len(wrong) - 12} more" if len(wrong) > 12 else "")
         raise FloatingPointError(f"Step {step + 1}: not finite: {shown}. No weight was moved in this step.")
 
-    def pipeline(self) -> SDDiTPipeline:
-        """A pipeline around the student's weights as they are now."""
+    def averaged_pipeline(self) -> SDDiTPipeline:
+        """A pipeline with a copy of the averaged weights; all processes call it."""
+        trained = self.objective.transformer
+        transformer = SDDiTTransformer2DModel.from_config(trained.config)
+        transformer.load_state_dict(whole_weights(trained, self.ema.shadow_params))
         scheduler = EDMHeunScheduler.from_config(self.objective.scheduler.config)
-        return SDDiTPipeline(
-            self.objective.transformer, scheduler, vae=self.vae, id2label=self.dataset.id2label
+        pipe = SDDiTPipeline(
+            transformer.to(self.accelerator.device), scheduler, vae=self.vae, id2label=self.dataset.id2label
         )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
     def validate(self, name: str) -> None:
         """Draws a grid of samples with the averaged weights, in fewer steps than the last one."""
-
-        def draw() -> None:
-            with self.averaged_pipeline() as pipe:
-                self.draw_samples(pipe, name, num_inference_steps=TRIAL_STEPS)
-
-        on_main_process(draw, self.accelerator)
+        pipe = self.averaged_pipeline()
+        on_main_process(
+            lambda: self.draw_samples(pipe, name, num_inference_steps=TRIAL_STEPS), self.accelerator
+        )
 
     def evaluate(self) -> dict[str, float]:
         """The scores of the averaged weights, on all processes."""
-        with self.averaged_pipeline() as pipe:
-            scores = self.judge(pipe, self.config.train_batch_size, num_inference_steps=TRIAL_STEPS)
+        pipe = self.averaged_pipeline()
+        scores = self.judge(pipe, self.config.train_batch_size, num_inference_steps=TRIAL_STEPS)
         return broadcast_object_list([scores])[0]
-
-    @contextmanager
-    def averaged_pipeline(self) -> Iterator[SDDiTPipeline]:
-        """A pipeline with the averaged weights, which take the place of the trained ones meanwhile."""
-        parameters = list(self.objective.transformer.parameters())
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
-        try:
-            pipe = self.pipeline()
-            pipe.set_progress_bar_config(disable=True)
-            yield pipe
-        finally:
-            self.ema.restore(parameters)
 
     def draw_samples(self, pipe: SDDiTPipeline, name: str, **arguments) -> bool:
         """Saves a grid of samples, if one is wanted and can be decoded; returns whether."""
@@ -335,16 +332,12 @@ class Trainer:
             "settings": dataclasses.asdict(self.config),
         }
 
-        def write() -> None:
-            state = {
-                "objective": self.objective.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "ema": self.ema.state_dict(),
-                "scaler": None if scaler is None else scaler.state_dict(),
-            }
-            save_checkpoint(self.output_dir, step, state, about, self.config.checkpoints_total_limit)
-
-        on_main_process(write, self.accelerator)
+        state = gather_state(self.objective, self.optimizer.optimizer, self.ema)
+        state["scaler"] = None if scaler is None else scaler.state_dict()
+        on_main_process(
+            lambda: save_checkpoint(self.output_dir, step, state, about, self.config.checkpoints_total_limit),
+            self.accelerator,
+        )
 
     def identity(self) -> dict:
         """What a run must have in common with the one that it goes on with."""
@@ -379,10 +372,7 @@ class Trainer:
         if changed:
             self.accelerator.print(f"Changed since {folder.name}: {'; '.join(changed)}.")
         state = load_state(folder)
-        self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.ema.load_state_dict(state["ema"])
-        self.ema.to(self.accelerator.device)
+        scatter_state(state, self.objective, self.optimizer.optimizer, self.ema)
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.sampler.start_step = about["step"]
@@ -401,22 +391,21 @@ class Trainer:
 
     def finish(self) -> None:
         """Saves the pipeline with the averaged weights, and draws samples and curves."""
-        on_main_process(self.save_pipeline, self.accelerator)
+        pipe = self.averaged_pipeline()
+        on_main_process(lambda: self.save_pipeline(pipe), self.accelerator)
         self.accelerator.end_training()
 
-    def save_pipeline(self) -> None:
+    def save_pipeline(self, pipe: SDDiTPipeline) -> None:
         """The main process's part of `finish`.
 
         Raises:
             OSError: the disk is full.
         """
-        self.ema.copy_to(self.objective.transformer.parameters())
-        pipe = self.pipeline()
         try:
             pipe.save_pretrained(self.output_dir)
         except SafetensorError as error:  # what safetensors makes of a disk that is full
             raise OSError(f"The pipeline cannot be written to {self.output_dir}: {error}") from error
-        pipe.set_progress_bar_config(desc="samples.png", leave=False)
+        pipe.set_progress_bar_config(disable=False, desc="samples.png", leave=False)
         sampled = self.draw_samples(pipe, "samples.png")
         draw_curves(read_metrics(self.output_dir / "metrics.jsonl"), self.output_dir / "curves.png")
         label = self.dataset.num_classes - 3 if self.dataset.num_classes > 2 else None
@@ -467,7 +456,7 @@ class Trainer:
             raise ValueError("--evaluation_steps needs --evaluation_reference: images, or their statistics.")
         if self.vae is None and not pixels:
             raise ValueError("--evaluation_steps needs a VAE, which decodes the samples.")
-        size = self.objective.transformer.config.sample_size * self.pipeline().vae_scale_factor
+        size = self.objective.transformer.config.sample_size * self.averaged_pipeline().vae_scale_factor
         return Judge(
             config.evaluation_reference or config.dataset_name, config.evaluation_extractor, (size, size),
             config.evaluation_samples, config.image_column, config.label_column, self.accelerator,

@@ -57,6 +57,8 @@ class SDDiTObjective(nn.Module):
             channels going out than in.
     """
 
+    _no_split_modules = ["SDDiTBlock"]  # what FSDP shards and gathers as one
+
     def __init__(
         self,
         transformer: SDDiTTransformer2DModel,

@@ -52,12 +52,12 @@ def fresh_accelerate():
     torch.set_num_threads(threads)
 
 
-def launch(processes, *command):
+def launch(processes, *command, **environment):
     """A script, or -m and a module, in `processes` processes on the CPU, joined by gloo."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run(
         [sys.executable, *launcher, *map(str, command)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        env=os.environ | environment | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

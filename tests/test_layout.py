@@ -11,7 +11,7 @@ HUB_FILES = ["transformer_sddit", "scheduling_edm_heun", "pipeline_sddit"]
 # Later layers may import earlier ones.
 LAYERS = [
     set(HUB_FILES),
-    {"discrimination", "files", "launching", "scores"},
+    {"discrimination", "files", "launching", "scores", "sharding"},
     {"objective", "configuration", "data", "checkpointing", "reporting"},
     {"latents", "image_sets", "probe"},
     {"prepare_latents", "generate", "extractors"},

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
+from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import launch, write_latents
 from diffusers import AutoencoderKL
 from PIL import Image
@@ -174,19 +176,75 @@ def test_gradient_accumulation_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_two_processes_train_what_one_does(tmp_path, accumulation):
-    one = train(tmp_path / "one", "--max_train_steps", 20, "--train_batch_size", 32)
+    train(tmp_path / "one", "--max_train_steps", 20, "--train_batch_size", 32)
     options = [*SMALL, "--output_dir", tmp_path / "two", "--max_train_steps", 20]
     options += ["--train_batch_size", 16 // accumulation, "--gradient_accumulation_steps", accumulation]
     result = launch(2, SCRIPT, *options)
     assert result.returncode == 0, result.stderr
-    two = read_metrics(tmp_path / "two" / "metrics.jsonl")
-    for a, b in zip(one, two, strict=True):
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def assert_same_run(one, other):
+    """The losses and the pipelines of two folders are equal to rounding."""
+    for a, b in zip(*(read_metrics(folder / "metrics.jsonl") for folder in (one, other)), strict=True):
         names = set(a) - {"prototypes_used"}  # counted in each process
         assert {name: b[name] for name in names} == pytest.approx({name: a[name] for name in names}, rel=1e-5)
-    weights = [
-        SDDiTPipeline.from_pretrained(tmp_path / name).transformer.state_dict() for name in ("one", "two")
-    ]
+    weights = [SDDiTPipeline.from_pretrained(folder).transformer.state_dict() for folder in (one, other)]
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+
+
+SHARDED = """
+import sys
+sys.path.insert(0, {folder!r})
+import train_sddit
+
+save = train_sddit.Trainer.save
+
+def watched(trainer, step):
+    networks = trainer.objective.transformer, trainer.objective.teacher, trainer.objective.head
+    tensors = {{network._get_name(): list(network.parameters()) for network in networks}}
+    tensors["EMA"] = trainer.ema.shadow_params
+    tensors["Adam"] = [state["exp_avg"] for state in trainer.optimizer.state.values()]
+    for name, shards in tensors.items():
+        share = sum(shard.to_local().numel() for shard in shards) / sum(shard.numel() for shard in shards)
+        assert 0.45 < share < 0.55, (name, share)
+    save(trainer, step)
+    if step == 6:
+        assert "go on" in sys.argv[-1], "stopped after step 6"
+
+train_sddit.Trainer.save = watched
+train_sddit.main({options!r} + sys.argv[1:-1])
+"""
+
+
+def test_fsdp2_trains_in_shards_what_one_process_does(tmp_path):
+    """Losses, checkpoints and pipeline are those of one process; a stopped run goes on with or without it."""
+    options = [*SMALL, "--max_train_steps", "12", "--checkpointing_steps", "6"]
+    train(tmp_path / "one", *options, "--train_batch_size", 32)
+    script = tmp_path / "sharded.py"
+    halves = ["--train_batch_size", "8", "--gradient_accumulation_steps", "2"]
+    script.write_text(SHARDED.format(folder=str(SCRIPT.parent), options=options + halves))
+    environment = launch_environment("fsdp2")
+    for folder, *arguments in (("two", "go on"), ("parts", "stop"),
+                               ("parts", "--resume_from_checkpoint", "latest", "go on")):  # fmt: skip
+        result = launch(2, script, "--output_dir", tmp_path / folder, *arguments, **environment)
+        stopped = "stopped after step 6" in result.stderr
+        assert stopped if arguments == ["stop"] else result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    for name in ("metrics.jsonl", "transformer/diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
+
+    options += ["--train_batch_size", 32, "--resume_from_checkpoint", tmp_path / "parts/checkpoint-6"]
+    rest = train(tmp_path / "alone", *options)
+    both = read_metrics(tmp_path / "one/metrics.jsonl")[6:]
+    assert [row["loss"] for row in rest] == pytest.approx([row["loss"] for row in both], rel=1e-5)
+
+
+def launch_environment(config):
+    """What `accelerate launch --config_file configs/...` tells its processes."""
+    command = ["--config_file", str(SCRIPT.parent / "configs" / f"{config}.yaml"), str(SCRIPT)]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
+    return prepare_multi_gpu_env(arguments) | {"ACCELERATE_MIXED_PRECISION": "no"}
 
 
 def test_accelerate_launch_uses_all_cores(tmp_path):
@@ -497,7 +555,8 @@ def test_a_damaged_checkpoint_costs_its_steps_alone(tmp_path):
         resumed = train(tmp_path / "b", "--max_train_steps", 8, "--resume_from_checkpoint", "latest",
                         "--checkpointing_steps", 3)  # fmt: skip
     assert resumed == whole
-    assert load_state(tmp_path / "b" / "checkpoint-8")["optimizer"]["state"][0]["step"] == 8
+    states = load_state(tmp_path / "b" / "checkpoint-8")["optimizer"]["state"].values()
+    assert {state["step"].item() for state in states} == {8}
 
 
 def test_a_full_disk_stops_it_with_the_earlier_checkpoints(tmp_path, monkeypatch):
