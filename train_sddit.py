@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from sddit_diffusers import EDMHeunScheduler, SDDiTObjective, SDDiTPipeline, SDDiTTransformer2DModel
+from sddit_diffusers.attention_cpu import use_cpu_attention
 from sddit_diffusers.checkpointing import (
     choose_checkpoint,
     differences,
@@ -39,7 +40,7 @@ from sddit_diffusers.checkpointing import (
     read_about,
     save_checkpoint,
 )
-from sddit_diffusers.configuration import TrainingConfig, parse
+from sddit_diffusers.configuration import CHECKPOINTING, TrainingConfig, parse
 from sddit_diffusers.data import BatchSampler, ImageDataset, UnreadableImageError, generator_for
 from sddit_diffusers.discrimination import teacher_momentum, teacher_temperature
 from sddit_diffusers.latents import (
@@ -50,6 +51,7 @@ from sddit_diffusers.latents import (
     sha256_of_weights,
 )
 from sddit_diffusers.launching import check_machine, on_main_process
+from sddit_diffusers.memory import keep_products, memory_lines
 from sddit_diffusers.objective import Draws
 from sddit_diffusers.references import Judge
 from sddit_diffusers.reporting import MetricsLog, draw_curves, read_metrics, sample_grid
@@ -89,7 +91,11 @@ class Trainer:
         wanted = self.accelerator.is_main_process or config.evaluation_steps
         self.vae = self.open_vae() if wanted else None
         set_seed(config.seed)
-        self.objective = build_objective(config, network | {"num_classes": self.dataset.num_classes})
+        network |= {"num_classes": self.dataset.num_classes}
+        self.objective = build_objective(config, network, EDMHeunScheduler(), self.accelerator.device.type)
+        if config.compile:
+            self.objective.compile_blocks()
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         optimizer = torch.optim.AdamW(
             [parameter for parameter in self.objective.parameters() if parameter.requires_grad],
             lr=config.learning_rate,
@@ -486,14 +492,17 @@ def open_dataset(config: TrainingConfig, network: dict) -> ImageDataset | Latent
     return dataset
 
 
-def build_objective(config: TrainingConfig, network: dict) -> SDDiTObjective:
-    """The student and what trains it, with fresh weights."""
+def build_objective(
+    config: TrainingConfig, network: dict, scheduler: EDMHeunScheduler, device: str
+) -> SDDiTObjective:
+    """The student and what trains it on a kind of device, with fresh weights."""
     transformer = SDDiTTransformer2DModel(**network)
-    if config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    return SDDiTObjective(
+    if config.gradient_checkpointing != "none":
+        selective = config.gradient_checkpointing == "selective"
+        transformer.enable_gradient_checkpointing(keep_products if selective else None)
+    objective = SDDiTObjective(
         transformer,
-        EDMHeunScheduler(),
+        scheduler,
         mask_ratio=config.mask_ratio,
         discriminative_weight=config.discriminative_weight,
         teacher_sigma=config.teacher_noise(),
@@ -504,6 +513,9 @@ def build_objective(config: TrainingConfig, network: dict) -> SDDiTObjective:
         center_momentum=config.center_momentum,
         label_dropout=config.label_dropout,
     )
+    if device == "cpu":
+        use_cpu_attention(objective)
+    return objective
 
 
 def prepare_folder(folder: Path, config: TrainingConfig) -> None:
@@ -521,8 +533,30 @@ def prepare_folder(folder: Path, config: TrainingConfig) -> None:
         )
 
 
+def dry_run(config: TrainingConfig) -> None:
+    """Prints the memory that a step takes."""
+    accelerator = Accelerator(mixed_precision=config.mixed_precision or None)
+    device, dtype = accelerator.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}
+    network, scheduler = config.network(), EDMHeunScheduler()
+
+    def build(checkpointing: str) -> SDDiTObjective:
+        changed = dataclasses.replace(config, gradient_checkpointing=checkpointing)
+        return build_objective(changed, network, scheduler, device)
+
+    accelerator.print(
+        f"{config.preset}, {network['sample_size']} x {network['sample_size']}, "
+        f"mixed precision {accelerator.mixed_precision}, on one {device}"
+    )
+    if accelerator.is_main_process:
+        precision = dtype.get(accelerator.mixed_precision)
+        for line in memory_lines(build, config.train_batch_size, device, precision, CHECKPOINTING):
+            print(line, flush=True)
+
+
 def main(arguments: list[str] | None = None) -> None:
     config = parse(arguments)
+    if config.dry_run:
+        return dry_run(config)
     try:
         trainer = Trainer(config)
     except (ValueError, OSError) as error:

@@ -92,6 +92,8 @@ RECIPES = {
 }
 
 
+CHECKPOINTING = ("none", "selective", "full")
+
 # Networks that give the features of scores.
 EXTRACTORS = ("inception", "classifier", "pixels")
 
@@ -143,7 +145,11 @@ class TrainingConfig:
     adam_weight_decay: float = option(0.0, "of AdamW")
     max_grad_norm: float = option(0.0, "gradients are scaled down to this norm; 0: never")
     mixed_precision: str = option("", "'no', 'bf16' or 'fp16'; as accelerate is configured if not given")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    gradient_checkpointing: str = option(
+        "none", "save memory: backward computes again what is cheap ('selective') or all of a block ('full')"
+    )
+    compile: bool = option(False, "compile the blocks with torch.compile")
+    allow_tf32: bool = option(True, "let GPUs round the factors of float32 products to TF32, as DiT does")
     ema_decay: float = option(0.9999, "of the weights that sample")
 
     mask_ratio: float = option(0.2, "share of the patches hidden from the student's encoder")
@@ -174,6 +180,7 @@ class TrainingConfig:
     num_validation_images: int = option(100, "images of a grid, in rows of ten")
     checkpointing_steps: int = option(0, "save a checkpoint every so many steps; 0: none")
     checkpoints_total_limit: int = option(0, "checkpoints that are kept, the newest ones; 0: all")
+    dry_run: bool = option(False, "tell the memory that a step takes, and train nothing")
     resume_from_checkpoint: str = option(
         "", "a checkpoint folder, or 'latest', which begins where there is none"
     )
@@ -186,13 +193,18 @@ class TrainingConfig:
             raise ValueError(f"Unknown preset {self.preset!r}; there are {', '.join(PRESETS)}.")
         self.dataset_name = self.dataset_name or RECIPES[self.preset].get("dataset_name", "")
         self.output_dir = self.output_dir or f"sddit-{self.preset.replace('/', '-')}"
-        if not self.dataset_name:
+        if not self.dataset_name and not self.dry_run:
             raise ValueError(
                 f"The preset {self.preset} needs --dataset_name, a folder or a dataset on the Hub."
             )
         if self.mixed_precision not in ("", "no", "bf16", "fp16"):
             raise ValueError(
                 f"mixed_precision is {self.mixed_precision!r}; it must be 'no', 'bf16' or 'fp16'."
+            )
+        if self.gradient_checkpointing not in CHECKPOINTING:
+            raise ValueError(
+                f"gradient_checkpointing is {self.gradient_checkpointing!r}; it must be "
+                f"{', '.join(map(repr, CHECKPOINTING))}."
             )
         if self.evaluation_extractor not in EXTRACTORS:
             raise ValueError(

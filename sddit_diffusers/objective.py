@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .discrimination import Center, ProjectionHead, Teacher, cross_entropy
 from .scheduling_edm_heun import EDMHeunScheduler
-from .transformer_sddit import SDDiTTransformer2DModel
+from .transformer_sddit import SDDiTBlock, SDDiTTransformer2DModel
 
 
 class Draws(NamedTuple):
@@ -115,6 +115,12 @@ class SDDiTObjective(nn.Module):
             self.head = ProjectionHead(dim, num_prototypes, head_hidden_dim, head_bottleneck_dim)
             self.teacher = Teacher(transformer, self.head)
             self.center_cls, self.center_patch = Center(num_prototypes), Center(num_prototypes)
+
+    def compile_blocks(self) -> None:
+        """Compiles the blocks of student and teacher in place; shapes and names of the weights stay."""
+        for module in self.modules():
+            if isinstance(module, SDDiTBlock):
+                module.compile(dynamic=False)
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator | None = None, device=None) -> Draws:
         """Draws noise levels, noises, masks and dropped labels for images of `shape` `[b, c, h, w]`.

@@ -50,10 +50,13 @@ class SDDiTAttnProcessor:
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (query, key, value))
-        hidden_states = dispatch_attention_fn(
+        return attn.to_out[0](self.attend(query, key, value).flatten(2))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """All are `[b, tokens, heads, head_dim]`."""
+        return dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
-        )  # [b, tokens, heads, head_dim]
-        return attn.to_out[0](hidden_states.flatten(2))
+        )
 
 
 class SDDiTAttention(nn.Module, AttentionModuleMixin):

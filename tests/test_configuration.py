@@ -24,10 +24,10 @@ def test_a_setting_comes_from_default_preset_file_and_command_line_in_this_order
 
 
 def test_resolved_configuration_is_read_back(tmp_path):
-    config = parse(["--preset", "cifar10", "--transformer", '{"num_layers": 2}', "--gradient_checkpointing"])
+    config = parse(["--preset", "cifar10", "--transformer", '{"num_layers": 2}', "--compile"])
     config.save(tmp_path / "config.json")
     assert parse(["--config", str(tmp_path / "config.json")]) == config
-    assert config.gradient_checkpointing and config.network()["num_layers"] == 2
+    assert config.compile and config.network()["num_layers"] == 2
 
 
 def test_network_may_be_an_object_in_the_file(tmp_path):
@@ -52,6 +52,10 @@ def test_every_preset_is_a_network_and_a_recipe(preset):
         (["--ema_decay", "2"], "ema_decay is 2.0; it must be in 0..1"),
         (["--logging_steps", "0"], "logging_steps is 0; it must be at least 1"),
         (["--teacher_temperature_end", "nan"], "teacher_temperature_end is nan"),
+        (
+            ["--gradient_checkpointing", "some"],
+            "gradient_checkpointing is 'some'; it must be 'none', 'selective', 'full'",
+        ),
         (["--mixed_precision", "fp8"], "mixed_precision is 'fp8'; it must be 'no', 'bf16' or 'fp16'"),
         (["--teacher_sigma", "none"], "teacher_sigma is 'none'; it must be a number or 'student'"),
         (["--max_train_steps", "0"], "max_train_steps is 0; it must be at least 1"),
@@ -88,7 +92,7 @@ def test_a_file_that_holds_no_options_is_named(tmp_path, content, capsys):
     [
         ({"sead": 1}, "unknown option sead; nearest are seed"),
         ({"seed": "1"}, "seed is '1'; it must be of type int"),
-        ({"gradient_checkpointing": 1}, "gradient_checkpointing is 1; it must be of type bool"),
+        ({"compile": 1}, "compile is 1; it must be of type bool"),
     ],
 )
 def test_mistakes_in_a_file_name_it(tmp_path, options, message, capsys):

@@ -11,8 +11,8 @@ HUB_FILES = ["transformer_sddit", "scheduling_edm_heun", "pipeline_sddit"]
 # Later layers may import earlier ones.
 LAYERS = [
     set(HUB_FILES),
-    {"discrimination", "files", "launching", "scores", "sharding"},
-    {"objective", "configuration", "data", "checkpointing", "reporting"},
+    {"discrimination", "files", "launching", "scores", "sharding", "attention_cpu"},
+    {"objective", "configuration", "data", "checkpointing", "reporting", "memory"},
     {"latents", "image_sets", "probe"},
     {"prepare_latents", "generate", "extractors"},
     {"features", "plot"},
