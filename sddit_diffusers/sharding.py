@@ -11,7 +11,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import PartialState
-from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    compare_versions,
+)
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -50,6 +55,8 @@ def check_engine(accelerator: Accelerator) -> None:
         # Weights stay float32, as under DDP: autocast rounds for the products alone.
         state.fsdp_plugin.mixed_precision_policy = None
     elif state.distributed_type == DistributedType.DEEPSPEED:
+        if compare_versions("deepspeed", "<", "0.19.8"):  # 0.18 divides by the accumulation steps twice
+            raise ValueError("This DeepSpeed is too old; use 0.19.8 or later.")
         zero = state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         if zero["stage"] not in (1, 2):
             raise ValueError(

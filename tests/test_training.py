@@ -323,7 +323,10 @@ def launch_environment(config):
         _, environment = prepare_deepspeed_cmd_env(arguments)
     else:
         environment = prepare_multi_gpu_env(arguments)
-    return environment | {"ACCELERATE_MIXED_PRECISION": "no", "DS_ACCELERATOR": "cpu"}
+    # DeepSpeed compiles what its CPUs talk through; once is enough, so not into the folder of one session.
+    built = Path.home() / ".cache/torch_extensions/sddit-tests"
+    settings = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(built)}
+    return environment | settings | {"ACCELERATE_MIXED_PRECISION": "no"}
 
 
 def test_accelerate_launch_uses_all_cores(tmp_path):
