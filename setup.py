@@ -32,6 +32,7 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "deepspeed": ["deepspeed>=0.19.8"],  # the oldest whose gradients were seen right
         "test": ["pytest>=8.3.5", "peft>=0.18", "tensorboard", "ruff"],
     },
     entry_points={"console_scripts": ["sddit-train=train_sddit:main"]},

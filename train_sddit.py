@@ -55,7 +55,17 @@ from sddit_diffusers.memory import keep_products, memory_lines
 from sddit_diffusers.objective import Draws
 from sddit_diffusers.references import Judge
 from sddit_diffusers.reporting import MetricsLog, draw_curves, read_metrics, sample_grid
-from sddit_diffusers.sharding import check_engine, gather_state, scatter_state, whole, whole_weights
+from sddit_diffusers.sharding import (
+    check_engine,
+    gather_state,
+    gradient,
+    gradient_norm,
+    prepare,
+    scatter_state,
+    take_step,
+    whole,
+    whole_weights,
+)
 
 TRIAL_STEPS = 18  # of the sampler, while a run is not at its end
 
@@ -103,7 +113,10 @@ class Trainer:
             weight_decay=config.adam_weight_decay,
             fused=True,
         )
-        self.prepared, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
+        self.prepared, self.optimizer = prepare(
+            self.accelerator, self.objective, optimizer,
+            config.train_batch_size, config.gradient_accumulation_steps, config.max_grad_norm,
+        )  # fmt: skip
         self.ema = EMAModel(self.objective.transformer.parameters(), decay=config.ema_decay, foreach=True)
         self.sampler = BatchSampler(
             len(self.dataset), config.train_batch_size, config.gradient_accumulation_steps,
@@ -214,17 +227,13 @@ class Trainer:
         self.check_finite(step, metrics)
 
         self.accelerator.unscale_gradients()
-        trained = [parameter for parameter in self.objective.parameters() if parameter.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm([parameter.grad for parameter in trained]))
+        norm = gradient_norm(self.objective, self.optimizer)
         metrics["grad_norm"] = norm.item()
         # fp16's loss scaler leaves out a step whose gradients overflow, and scales the next one less.
         skipped = self.accelerator.scaler is not None and not norm.isfinite()
         if not skipped:
             self.check_finite(step, metrics)
-        if self.config.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(trained, self.config.max_grad_norm, norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        take_step(self.objective, self.optimizer, norm, self.config.max_grad_norm)
         if skipped:
             del metrics["grad_norm"]
         else:
@@ -282,12 +291,10 @@ class Trainer:
         for name, parameter in self.objective.named_parameters():
             if not whole(parameter).isfinite().all():
                 wrong.append(f"the weights {name}")
-            elif (
-                "grad_norm" in values
-                and parameter.grad is not None
-                and not whole(parameter.grad).isfinite().all()
-            ):
-                wrong.append(f"the gradient of {name}")
+            elif "grad_norm" in values:
+                of_loss = gradient(parameter)
+                if of_loss is not None and not of_loss.isfinite().all():
+                    wrong.append(f"the gradient of {name}")
         shown = ", ".join(wrong[:12]) + (f" and {len(wrong) - 12} more" if len(wrong) > 12 else "")
         raise FloatingPointError(f"Step {step + 1}: not finite: {shown}. No weight was moved in this step.")
 
@@ -338,7 +345,7 @@ class Trainer:
             "settings": dataclasses.asdict(self.config),
         }
 
-        state = gather_state(self.objective, self.optimizer.optimizer, self.ema)
+        state = gather_state(self.objective, self.optimizer, self.ema)
         state["scaler"] = None if scaler is None else scaler.state_dict()
         on_main_process(
             lambda: save_checkpoint(self.output_dir, step, state, about, self.config.checkpoints_total_limit),
@@ -378,7 +385,7 @@ class Trainer:
         if changed:
             self.accelerator.print(f"Changed since {folder.name}: {'; '.join(changed)}.")
         state = load_state(folder)
-        scatter_state(state, self.objective, self.optimizer.optimizer, self.ema)
+        scatter_state(state, self.objective, self.optimizer, self.ema)
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.sampler.start_step = about["step"]

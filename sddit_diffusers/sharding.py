@@ -1,4 +1,5 @@
-"""Training over several processes: what it takes that the model is whole on each, or in shards (FSDP2).
+"""Training over several processes: what it takes that the model is whole on each, or in shards (FSDP2), or
+that gradients and optimizer alone are in shards (DeepSpeed's ZeRO).
 
 Whole tensors are what checkpoints and pipelines are made of, whatever the engine, so a run may go on with
 another one.
@@ -8,35 +9,128 @@ import os
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    compare_versions,
+)
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-_ENGINES = "one process, DDP or FSDP version 2"
+_ENGINES = "one process, DDP, FSDP version 2 or DeepSpeed's ZeRO stages 1 and 2"
+_MOMENTS = "exp_avg", "exp_avg_sq"  # of Adam
 
 
 def check_engine(accelerator: Accelerator) -> None:
-    """Makes sure that the engine is one that training knows, and lets FSDP2 run on CPUs.
+    """Makes sure that the engine is one that training knows, and lets FSDP2 and DeepSpeed run on CPUs.
 
     Raises:
         ValueError: another engine.
     """
     state = accelerator.state
-    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if wanted and state.distributed_type == DistributedType.MULTI_CPU:
-        # accelerate shards on accelerators only, though torch does so on CPUs too.
-        state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate shards on accelerators only, though torch and DeepSpeed do so on CPUs too.
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            state.distributed_type = DistributedType.FSDP
+        elif os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+            state.deepspeed_plugins = DeepSpeedPlugin()
+            state.deepspeed_plugins.set_mixed_precision(state.mixed_precision)
+            state.deepspeed_plugins.select(_from_accelerator_state=True)
+            state.distributed_type = DistributedType.DEEPSPEED
+        PartialState._shared_state["distributed_type"] = state.distributed_type
     if state.distributed_type == DistributedType.FSDP:
         if state.fsdp_plugin.fsdp_version != 2:
             raise ValueError("This accelerate configuration asks for FSDP version 1; use version 2.")
         # Weights stay float32, as under DDP: autocast rounds for the products alone.
         state.fsdp_plugin.mixed_precision_policy = None
-    elif state.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    elif state.distributed_type == DistributedType.DEEPSPEED:
+        if compare_versions("deepspeed", "<", "0.19.8"):  # 0.18 divides by the accumulation steps twice
+            raise ValueError("This DeepSpeed is too old; use 0.19.8 or later.")
+        zero = state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        if zero["stage"] not in (1, 2):
+            raise ValueError(
+                f"The ZeRO stage is {zero['stage']}; it must be 1 or 2. FSDP2 shards weights too."
+            )
+        offload = (zero.get("offload_optimizer") or {}).get("device") or "none"
+        if offload != "none":
+            raise ValueError(f"DeepSpeed's offload_optimizer is {offload!r}; it must be 'none'.")
+        if accelerator.mixed_precision not in ("no", "bf16"):
+            raise ValueError(
+                f"mixed_precision is {accelerator.mixed_precision!r}; under DeepSpeed it is 'bf16' or 'no'."
+            )
+    elif state.distributed_type == DistributedType.MEGATRON_LM:
         raise ValueError(f"The engine is {state.distributed_type.value}; training runs on {_ENGINES}.")
+
+
+class ZeroOptimizer:
+    """What a DeepSpeed engine does after a forward, one part at a time.
+
+    accelerate's own wrapper steps within the last backward, before anyone has looked at losses and gradients.
+    """
+
+    def __init__(self, engine):
+        self.engine, self.zero = engine, engine.optimizer
+        self.optimizer = self.zero.optimizer  # torch's, of this process's part of all parameters, end to end
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.optimizer.param_groups
+
+    def backward(self, loss: Tensor, sync_gradients: bool = True) -> None:
+        """What `accelerator.backward` calls."""
+        self.engine.set_gradient_accumulation_boundary(sync_gradients)
+        self.engine.backward(loss)
+
+    def gradient_norm(self) -> Tensor:
+        """Of the averaged gradients, of which each process has its part."""
+        parts = [part for group in self.zero.averaged_gradients.values() for part in group]
+        square = torch.nn.utils.get_total_norm(parts) ** 2
+        torch.distributed.all_reduce(square)
+        return square.sqrt()
+
+    def step(self) -> None:
+        self.engine.step()
+
+    def zero_grad(self) -> None:
+        """The step has done it."""
+
+
+def prepare(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch_size: int,
+    accumulation_steps: int,
+    max_grad_norm: float,
+) -> tuple[nn.Module, AcceleratedOptimizer | ZeroOptimizer]:
+    """Model and optimizer as the engine has them; `batch_size` is that of a micro-batch of one process."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return accelerator.prepare(model, optimizer)
+    config = accelerator.deepspeed_plugin.deepspeed_config
+    rounded = accelerator.mixed_precision == "bf16"
+    config.pop("train_batch_size", None)  # follows from the others
+    config["train_micro_batch_size_per_gpu"] = batch_size
+    # accelerate launch tells another number, if it was not asked for this one.
+    config["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps = accumulation_steps
+    config["gradient_clipping"] = max_grad_norm
+    # Weights and gradients stay float32, as under DDP: autocast rounds for the products alone.
+    config["bf16"] = {"enabled": False}
+    config["torch_autocast"] = {"enabled": rounded, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    engine, _ = accelerator.prepare(model, optimizer)
+    config["bf16"] = {"enabled": rounded}  # where accelerate looks up the precision
+    accelerator.deepspeed_engine_wrapped = optimizer = ZeroOptimizer(engine)
+    return engine, optimizer
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -49,23 +143,61 @@ def whole_weights(model: nn.Module, tensors: list[Tensor]) -> dict[str, Tensor]:
     return {name: whole(tensor) for (name, _), tensor in zip(model.named_parameters(), tensors, strict=True)}
 
 
-def gather_state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel) -> dict[str, dict]:
+def gradient(parameter: Tensor) -> Tensor | None:
+    """The whole gradient of a parameter, if it has one; all processes call it."""
+    if hasattr(parameter, "_hp_mapping"):  # under ZeRO
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(parameter)
+    return None if parameter.grad is None else whole(parameter.grad)
+
+
+def gradient_norm(model: nn.Module, optimizer: AcceleratedOptimizer | ZeroOptimizer) -> Tensor:
+    """The norm of all gradients together; all processes call it."""
+    if isinstance(optimizer, ZeroOptimizer):
+        return optimizer.gradient_norm()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return whole(torch.nn.utils.get_total_norm(gradients))
+
+
+def take_step(
+    model: nn.Module, optimizer: AcceleratedOptimizer | ZeroOptimizer, norm: Tensor, max_norm: float
+) -> None:
+    """An optimizer step with gradients of `norm`, clipped to `max_norm` if that is not 0, and then gone."""
+    if max_norm and not isinstance(optimizer, ZeroOptimizer):  # which clips in its step
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def gather_state(
+    model: nn.Module, optimizer: AcceleratedOptimizer | ZeroOptimizer, ema: EMAModel
+) -> dict[str, dict]:
     """The whole state on the main process's CPU, in part on the others; all processes call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights, moments = get_state_dict(model, optimizer, options=options)
+    if isinstance(optimizer, ZeroOptimizer):
+        weights = get_model_state_dict(model, options=options)
+        moments = _gather_moments(model, optimizer)
+    else:
+        weights, moments = get_state_dict(model, optimizer.optimizer, options=options)
     averages = ema.state_dict()
     averages["shadow_params"] = [whole(tensor).cpu() for tensor in averages["shadow_params"]]
     return {"objective": weights, "optimizer": moments, "ema": averages}
 
 
 def scatter_state(
-    state: dict[str, dict], model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel
+    state: dict[str, dict], model: nn.Module, optimizer: AcceleratedOptimizer | ZeroOptimizer, ema: EMAModel
 ) -> None:
     """Loads what [`gather_state`] gave, which each process has read."""
-    set_state_dict(
-        model, optimizer, model_state_dict=state["objective"], optim_state_dict=state["optimizer"],
-        options=StateDictOptions(full_state_dict=True),
-    )  # fmt: skip
+    if isinstance(optimizer, ZeroOptimizer):
+        model.load_state_dict(state["objective"])
+        _scatter_moments(state["optimizer"], model, optimizer)
+    else:
+        set_state_dict(
+            model, optimizer.optimizer,
+            model_state_dict=state["objective"], optim_state_dict=state["optimizer"],
+            options=StateDictOptions(full_state_dict=True),
+        )  # fmt: skip
     averages = dict(state["ema"])
     for shadow, saved in zip(ema.shadow_params, averages.pop("shadow_params"), strict=True):
         saved = saved.to(shadow.device)
@@ -73,3 +205,37 @@ def scatter_state(
             saved = distribute_tensor(saved, shadow.device_mesh, shadow.placements)
         shadow.copy_(saved)
     ema.load_state_dict(averages)
+
+
+def _gather_moments(model: nn.Module, optimizer: ZeroOptimizer) -> dict[str, dict | list]:
+    """The optimizer's state dict as torch's `get_state_dict` gives it."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    main, state = PartialState().is_main_process, {}
+    step = next(iter(optimizer.optimizer.state.values()))["step"].cpu()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in trained.items():
+        moments = {key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS}
+        if main:
+            state[name] = {"step": step.clone()} | {key: moment.cpu() for key, moment in moments.items()}
+    groups = [group | {"params": list(trained)} for group in optimizer.param_groups]
+    return {"state": state, "param_groups": groups}
+
+
+def _scatter_moments(saved: dict[str, dict | list], model: nn.Module, optimizer: ZeroOptimizer) -> None:
+    """Loads what [`_gather_moments`] or `get_state_dict` gave, and takes the weights over from the model."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    (group,), (settings,) = optimizer.param_groups, saved["param_groups"]
+    group |= {name: value for name, value in settings.items() if name != "params"}
+    (part,), step = group["params"], next(iter(saved["state"].values()))["step"]
+    # What Adam's first step would make, for the moments to be written into.
+    moments = {key: torch.zeros_like(part) for key in _MOMENTS}
+    optimizer.optimizer.state[part] = {"step": step.clone().to(part.device)} | moments
+    optimizer.zero._lazy_init_hp_params_optimizer_state()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            safe_set_full_fp32_param(parameter, parameter.data)
+            for key in _MOMENTS:
+                moment = saved["state"][name][key].to(parameter.device)
+                safe_set_full_optimizer_state(parameter, moment, key)

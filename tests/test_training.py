@@ -15,7 +15,8 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils import is_deepspeed_available
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from conftest import launch, write_latents
 from diffusers import AutoencoderKL
 from PIL import Image
@@ -197,16 +198,22 @@ SHARDED = """
 import sys
 sys.path.insert(0, {folder!r})
 import train_sddit
+from torch.distributed.tensor import DTensor
 
 save = train_sddit.Trainer.save
 
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
 def watched(trainer, step):
-    networks = trainer.objective.transformer, trainer.objective.teacher, trainer.objective.head
-    tensors = {{network._get_name(): list(network.parameters()) for network in networks}}
-    tensors["EMA"] = trainer.ema.shadow_params
-    tensors["Adam"] = [state["exp_avg"] for state in trainer.optimizer.state.values()]
-    for name, shards in tensors.items():
-        share = sum(shard.to_local().numel() for shard in shards) / sum(shard.numel() for shard in shards)
+    moments = [state["exp_avg"] for state in trainer.optimizer.optimizer.state.values()]
+    tensors = {{"Adam": (moments, [p for p in trainer.objective.parameters() if p.requires_grad])}}
+    if {weights_too}:
+        networks = trainer.objective.transformer, trainer.objective.teacher, trainer.objective.head
+        tensors |= {{network._get_name(): [list(network.parameters())] * 2 for network in networks}}
+        tensors["EMA"] = [trainer.ema.shadow_params] * 2
+    for name, (shards, whole) in tensors.items():
+        share = sum(local(shard).numel() for shard in shards) / sum(tensor.numel() for tensor in whole)
         assert 0.45 < share < 0.55, (name, share)
     save(trainer, step)
     if step == 6:
@@ -215,16 +222,20 @@ def watched(trainer, step):
 train_sddit.Trainer.save = watched
 train_sddit.main({options!r} + sys.argv[1:-1])
 """
+needs_deepspeed = pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed")
 
 
-def test_fsdp2_trains_in_shards_what_one_process_does(tmp_path):
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("deepspeed", marks=needs_deepspeed)])
+def test_trains_in_shards_what_one_process_does(tmp_path, engine):
     """Losses, checkpoints and pipeline are those of one process; a stopped run goes on with or without it."""
-    options = [*SMALL, "--max_train_steps", "12", "--checkpointing_steps", "6"]
+    options = [*SMALL, "--max_train_steps", "12", "--checkpointing_steps", "6", "--max_grad_norm", "0.5"]
     train(tmp_path / "one", *options, "--train_batch_size", 32)
     script = tmp_path / "sharded.py"
     halves = ["--train_batch_size", "8", "--gradient_accumulation_steps", "2"]
-    script.write_text(SHARDED.format(folder=str(SCRIPT.parent), options=options + halves))
-    environment = launch_environment("fsdp2")
+    script.write_text(
+        SHARDED.format(folder=str(SCRIPT.parent), options=options + halves, weights_too=engine == "fsdp2")
+    )
+    environment = launch_environment(engine)
     for folder, *arguments in (("two", "go on"), ("parts", "stop"),
                                ("parts", "--resume_from_checkpoint", "latest", "go on")):  # fmt: skip
         result = launch(2, script, "--output_dir", tmp_path / folder, *arguments, **environment)
@@ -234,17 +245,88 @@ def test_fsdp2_trains_in_shards_what_one_process_does(tmp_path):
     for name in ("metrics.jsonl", "transformer/diffusion_pytorch_model.safetensors"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
 
+    one, parts = (load_state(tmp_path / folder / "checkpoint-6")["optimizer"] for folder in ("one", "parts"))
+    assert parts["param_groups"] == one["param_groups"]
+    torch.testing.assert_close(parts["state"], one["state"], rtol=1e-3, atol=1e-4)
     options += ["--train_batch_size", 32, "--resume_from_checkpoint", tmp_path / "parts/checkpoint-6"]
     rest = train(tmp_path / "alone", *options)
     both = read_metrics(tmp_path / "one/metrics.jsonl")[6:]
     assert [row["loss"] for row in rest] == pytest.approx([row["loss"] for row in both], rel=1e-5)
 
 
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"ZERO_STAGE": "3"}, "The ZeRO stage is 3; it must be 1 or 2"),
+        ({"OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "DeepSpeed's offload_optimizer is 'cpu'; it must be 'none'"),
+    ],
+)
+def test_deepspeed_is_refused_what_is_not_known_to_work(tmp_path, setting, message):
+    environment = launch_environment("deepspeed")
+    environment |= {f"ACCELERATE_DEEPSPEED_{name}": value for name, value in setting.items()}
+    result = launch(1, SCRIPT, *SMALL, "--output_dir", tmp_path, **environment)
+    assert result.returncode != 0 and f"train_sddit.py: error: {message}" in result.stderr
+
+
+STEPS_THAT_FAIL = """
+import sys
+sys.path.insert(0, {folder!r})
+import torch
+import train_sddit
+
+trainer = train_sddit.Trainer(train_sddit.parse(sys.argv[1:]))
+data = trainer.dataset.batches(trainer.sampler)
+weight = trainer.objective.transformer.decoder.proj_in.weight
+rank = trainer.accelerator.process_index
+trainer.train_step(0, data)
+before = {{name: tensor.clone() for name, tensor in trainer.objective.named_parameters()}}
+
+def fails(step, data):
+    try:
+        trainer.train_step(step, data)
+    except FloatingPointError as error:
+        print(f"process {{rank}}: {{error}}", file=sys.stderr, flush=True)
+    for name, parameter in trainer.objective.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+hook = weight.register_hook(lambda gradient: gradient * (float("inf") if rank == 1 else 1))
+fails(1, data)
+images, labels = next(data)
+fails(2, iter([(images * float("nan"), labels)]))
+"""
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [1, 2])
+def test_no_weight_moves_under_deepspeed_either(tmp_path, stage):
+    script = tmp_path / "fails.py"
+    script.write_text(STEPS_THAT_FAIL.format(folder=str(SCRIPT.parent)))
+    environment = launch_environment("deepspeed") | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+    result = launch(2, script, *SMALL, "--output_dir", tmp_path / "run", **environment)
+    assert result.returncode == 0, result.stderr
+    for process in (0, 1):
+        said = rf"process {process}: Step 2: not finite: grad_norm \((inf|nan)\), the gradient of "
+        assert re.search(said + r"transformer.decoder.proj_in.weight\. No weight", result.stderr), (
+            result.stderr
+        )
+        assert f"process {process}: Step 3: not finite: loss (nan), loss_gen" in result.stderr, result.stderr
+
+
 def launch_environment(config):
     """What `accelerate launch --config_file configs/...` tells its processes."""
     command = ["--config_file", str(SCRIPT.parent / "configs" / f"{config}.yaml"), str(SCRIPT)]
-    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
-    return prepare_multi_gpu_env(arguments) | {"ACCELERATE_MIXED_PRECISION": "no"}
+    arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        arguments.main_process_port = 0  # any: `launch` has its own
+        _, environment = prepare_deepspeed_cmd_env(arguments)
+    else:
+        environment = prepare_multi_gpu_env(arguments)
+    # DeepSpeed compiles what its CPUs talk through; once is enough, so not into the folder of one session.
+    built = Path.home() / ".cache/torch_extensions/sddit-tests"
+    settings = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(built)}
+    return environment | settings | {"ACCELERATE_MIXED_PRECISION": "no"}
 
 
 def test_accelerate_launch_uses_all_cores(tmp_path):
