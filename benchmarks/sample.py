@@ -10,24 +10,20 @@ encoder with as many DDIM steps, all in turn, round by round:
 Weights are random, and nothing is decoded. Rows are what the network is given for an image: two at an
 evaluation with guidance, one at another. FLOPs are counted; MFU is their share of the rate that products of
 4096 x 4096 matrices have in that precision. Memory is the peak of a process of its own, above what it has
-before the first image (on a GPU: of the allocator).
+before the first image.
 """
 
 import argparse
-import json
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
 from diffusers import DDIMScheduler, DiTPipeline
 from diffusers.utils import logging
-from train_step import dit_loss, flops_of, matmul_rate, peak_memory
+from train_step import dit_loss, flops_of, in_turn, matmul_rate, peak_memory, printed_apart
 
 from sddit_diffusers import PRESETS, EDMHeunScheduler, SDDiTPipeline, SDDiTTransformer2DModel
+from sddit_diffusers.launching import keep_freed_memory
 
 CONTESTANTS = ("DiTPipeline fp32", "DiTPipeline", "SDDiTPipeline", "interval", "conditional")
 GUIDANCE_SCALE, GUIDANCE_INTERVAL = 1.5, (0.28, 2.9)
@@ -98,23 +94,6 @@ def flops_of_row(transformer: torch.nn.Module) -> int:
     return flops_of(lambda: transformer(sample, number, number))
 
 
-def in_turn(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each step, all in turn, round by round."""
-    seconds = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def printed_apart(program: str, *more: str) -> float:
-    """The number that a program prints in a process of its own, with this one's options and `more`."""
-    command = [sys.executable, program, *sys.argv[1:], *more]
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="SD-DiT-S/2", choices=[name for name in PRESETS if "/" in name])
@@ -132,6 +111,7 @@ def main() -> None:
         print(peak_memory(build(options.memory_of, options.preset, batch_size, 3, dtype, device)[0], device))
         return
 
+    keep_freed_memory()
     rates = {kind: matmul_rate(kind, device) for kind in {torch.float32, dtype}}
     built = {name: build(name, options.preset, batch_size, steps, dtype, device) for name in CONTESTANTS}
     flops = {name: flops_of_row(transformer) for name, (_, transformer) in built.items()}

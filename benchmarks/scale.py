@@ -25,11 +25,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.training_utils import EMAModel
-from sample import in_turn, printed_apart
-from train_step import build, peak_memory
+from train_step import build, in_turn, peak_memory, printed_apart
 
 from sddit_diffusers import PRESETS, EDMHeunScheduler, SDDiTObjective, SDDiTTransformer2DModel
-from sddit_diffusers.launching import check_machine
+from sddit_diffusers.launching import check_machine, keep_freed_memory
 from sddit_diffusers.sharding import check_engine
 
 # What `accelerate launch` makes of configs/ddp.yaml and configs/fsdp2.yaml.
@@ -186,6 +185,7 @@ def main() -> None:
         what, size = options.memory_of
         print(peak_memory(step_of(options, what, int(size), device), device))
         return
+    keep_freed_memory()
 
     lines = []
     print(f"{options.preset}, {options.dtype}, {device.type}")

@@ -6,14 +6,16 @@ DiT of the same encoder, all in turn, round by round:
 - DiT: the same in the precision of ours;
 - without L_D: SD-DiT without teacher and head;
 - plain: SD-DiT in float32, with the logits of all tokens at once;
-- SD-DiT.
+- selective: SD-DiT whose backward pass computes again what is cheap (`--gradient_checkpointing selective`);
+- SD-DiT, as it trains by default (with `--compile` compiled, as is DiT).
 FLOPs are counted; MFU is their share of the rate that products of 4096 x 4096 matrices have in that
-precision. Memory is the peak of a process of its own, above what it has before the first step (on a GPU: of
-the allocator).
+precision. Memory is the peak of a process of its own, above what it has before the first step; as a GPU's
+allocator would count it, that is without what is lost between blocks.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -26,13 +28,16 @@ import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 from diffusers.training_utils import EMAModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from sddit_diffusers import PRESETS, EDMHeunScheduler, SDDiTObjective, SDDiTTransformer2DModel
 from sddit_diffusers import objective as objective_module
+from sddit_diffusers.attention_cpu import use_cpu_attention
 from sddit_diffusers.discrimination import Agreement, cross_entropy
+from sddit_diffusers.launching import keep_freed_memory
+from sddit_diffusers.memory import keep_products
 
-CONTESTANTS = ("DiT fp32", "DiT", "without L_D", "plain", "SD-DiT")
+CONTESTANTS = ("DiT fp32", "DiT", "without L_D", "plain", "selective", "SD-DiT")
 
 
 def dit_loss(network: dict, device: torch.device) -> tuple[torch.nn.Module, Callable]:
@@ -57,7 +62,12 @@ def dit_loss(network: dict, device: torch.device) -> tuple[torch.nn.Module, Call
 
 
 def build(
-    name: str, preset: str, batch_size: int, dtype: torch.dtype, device: torch.device
+    name: str,
+    preset: str,
+    batch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    compiled: bool = False,
 ) -> Callable[[], None]:
     """A contestant's step."""
     network = PRESETS[preset]
@@ -67,12 +77,20 @@ def build(
     if name.startswith("DiT"):
         model, loss = dit_loss(network, device)
         averaged = trained = model
+        if compiled and name == "DiT":
+            model.compile_repeated_blocks(dynamic=False)
     else:
         averaged = SDDiTTransformer2DModel(**network)
         weight = 0.0 if name == "without L_D" else 1.0
         trained = objective = SDDiTObjective(
             averaged, EDMHeunScheduler(), discriminative_weight=weight
         ).to(device)  # fmt: skip
+        if name == "selective":
+            averaged.enable_gradient_checkpointing(keep_products)
+        if device.type == "cpu" and name != "plain":
+            use_cpu_attention(objective)
+        if compiled and name != "plain":
+            objective.compile_blocks()
 
         def loss(x0, labels):
             return objective(x0, labels)["loss"]
@@ -122,6 +140,19 @@ def matmul_rate(dtype: torch.dtype, device) -> float:
     return 2 * 4096**3 / min(times)
 
 
+@register_flop_formula(torch.ops.sddit.attention)
+def attention_flops(query: tuple, *others, **outputs) -> int:
+    """Two products of n x n x d in each of g heads."""
+    g, n, d = query
+    return 2 * g * 2 * n * n * d
+
+
+@register_flop_formula(torch.ops.sddit.attention_backward)
+def attention_backward_flops(grad: tuple, *others, **outputs) -> int:
+    """Two products for each one of forward; what is computed again is not counted."""
+    return 2 * attention_flops(grad)
+
+
 def flops_of(step: Callable[[], None]) -> int:
     """Counted, with attention as the products that it is made of."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -146,10 +177,23 @@ def resident(name: str) -> float:
     return int(status.split(f"{name}:")[1].split()[0]) / 2**20
 
 
-def measured_apart(name: str, arguments: list[str]) -> float:
-    """The peak memory of a contestant in a process of its own."""
-    command = [sys.executable, __file__, *arguments, "--memory_of", name]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+def in_turn(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Median seconds of each step, all in turn, round by round."""
+    seconds = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def printed_apart(program: str, *more: str) -> float:
+    """The number that a program prints in a process of its own, with this one's options and `more`."""
+    command = [sys.executable, program, *sys.argv[1:], *more]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc gives each tensor back at once
+    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(result.stdout)
 
 
 def main() -> None:
@@ -158,37 +202,33 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--memory_of", choices=CONTESTANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, options.dtype)
-    arguments = options.preset, options.batch_size, dtype, device
+    arguments = options.preset, options.batch_size, dtype, device, options.compile
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if options.memory_of:
         print(peak_memory(build(options.memory_of, *arguments), device))
         return
 
+    keep_freed_memory()
     rates = {kind: matmul_rate(kind, device) for kind in {torch.float32, dtype}}
     steps = {name: build(name, *arguments) for name in CONTESTANTS}
     flops = {name: flops_of(step) for name, step in steps.items()}
-    seconds = {name: [] for name in steps}
     for step in steps.values():
         step()
-    for _ in range(options.rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
+    median = in_turn(steps, options.rounds)
     del steps
-    given = ["--preset", options.preset, "--batch_size", str(options.batch_size), "--dtype", options.dtype]
     products = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {kind}" for kind, rate in rates.items())
     print(
         f"{options.preset}, batch {options.batch_size}, {options.dtype}, {device.type}; products: {products}"
     )
     print(f"{'':<14}{'images/s':>10}{'s/step':>10}{'TFLOP':>10}{'MFU':>8}{'memory':>12}")
-    median = {name: statistics.median(values) for name, values in seconds.items()}
     for name, value in median.items():
         rate = rates[torch.float32 if name in ("DiT fp32", "plain") else dtype]
-        memory = measured_apart(name, given)
+        memory = printed_apart(__file__, "--memory_of", name)
         print(f"{name:<14}{options.batch_size / value:>10.2f}{value:>10.2f}{flops[name] / 1e12:>10.2f}"
               f"{flops[name] / value / rate:>8.1%}{memory:>8.2f} GiB")  # fmt: skip
     for name in CONTESTANTS[:-1]:

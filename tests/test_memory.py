@@ -77,7 +77,7 @@ def test_activations_grow_by_the_image_and_shrink_by_checkpointing():
     none, selective, full = ([step_memory(kind, b).activations for b in (256, 512, 768)] for kind in kinds)
     for one, two, three in (none, selective, full):
         assert three - two == pytest.approx(two - one, rel=0.02)
-    assert full[2] < 0.7 * selective[2] and selective[2] < 0.7 * none[2]
+    assert full[2] < 0.65 * selective[2] and selective[2] < 0.8 * none[2]
 
 
 def test_what_is_alive_is_counted_once_and_until_it_is_gone():

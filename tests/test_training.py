@@ -27,6 +27,7 @@ from sddit_diffusers import SDDiTPipeline, checkpointing, evaluate, generate
 from sddit_diffusers.checkpointing import load_state
 from sddit_diffusers.data import ImageDataset, generator_for
 from sddit_diffusers.reporting import read_metrics
+from sddit_diffusers.transformer_sddit import SDDiTBlock
 
 SCRIPT = Path(train_sddit.__file__)
 NETWORK = dict(num_layers=2, num_attention_heads=2, attention_head_dim=8, num_decoder_layers=1,
@@ -327,6 +328,22 @@ def launch_environment(config):
     built = Path.home() / ".cache/torch_extensions/sddit-tests"
     settings = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(built)}
     return environment | settings | {"ACCELERATE_MIXED_PRECISION": "no"}
+
+
+def test_compiled_blocks_train_alike(tmp_path, monkeypatch):
+    compiled = []
+
+    def compile(block, **options):
+        compiled.append(block)
+        torch.nn.Module.compile(block, backend="aot_eager", **options)  # traced, without a C++ compiler
+
+    monkeypatch.setattr(SDDiTBlock, "compile", compile)
+    plain = train(tmp_path / "a", "--max_train_steps", 4, "--gradient_checkpointing", "selective")
+    traced = train(tmp_path / "b", "--max_train_steps", 4, "--compile")
+    assert len(compiled) == 2 + 1 + 2  # student, its decoder, teacher
+    for a, b in zip(plain, traced, strict=True):
+        assert b == pytest.approx(a, rel=1e-5)
+    SDDiTPipeline.from_pretrained(tmp_path / "b")
 
 
 def test_accelerate_launch_uses_all_cores(tmp_path):
