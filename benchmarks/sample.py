@@ -111,6 +111,7 @@ def main() -> None:
         print(peak_memory(build(options.memory_of, options.preset, batch_size, 3, dtype, device)[0], device))
         return
 
+    memory = {name: printed_apart(__file__, "--memory_of", name) for name in CONTESTANTS}
     keep_freed_memory()
     rates = {kind: matmul_rate(kind, device) for kind in {torch.float32, dtype}}
     built = {name: build(name, options.preset, batch_size, steps, dtype, device) for name in CONTESTANTS}
@@ -127,9 +128,8 @@ def main() -> None:
     print(f"{'':<18}{'images/s':>10}{'s/image':>10}{'rows':>8}{'TFLOP':>10}{'MFU':>8}{'memory':>12}")
     for name, value in median.items():
         work, seconds = flops[name] * rows[name], value / batch_size
-        memory = printed_apart(__file__, "--memory_of", name)
         print(f"{name:<18}{1 / seconds:>10.3f}{seconds:>10.3f}{rows[name]:>8.0f}{work / 1e12:>10.3f}"
-              f"{work / seconds / rates[precision(name, dtype)]:>8.1%}{memory:>8.2f} GiB")  # fmt: skip
+              f"{work / seconds / rates[precision(name, dtype)]:>8.1%}{memory[name]:>8.2f} GiB")  # fmt: skip
     for name, other in (("DiTPipeline fp32", ""), ("DiTPipeline", f" in {options.dtype}")):
         ratio = median[name] / median["SDDiTPipeline"]
         print(f"SDDiTPipeline's images/s to those of {name}{other}: {ratio:.2f}")

@@ -56,6 +56,7 @@ def step_of(options: argparse.Namespace, what: str, size: int, device: torch.dev
 def times_of(options: argparse.Namespace, what: str, sizes: list[int], device: torch.device) -> list[float]:
     """Median seconds of a step of each size, all in turn."""
     steps = {size: step_of(options, what, size, device) for size in sizes}
+    keep_freed_memory()
     for step in steps.values():
         step()
     return list(in_turn(steps, options.rounds).values())
@@ -64,6 +65,8 @@ def times_of(options: argparse.Namespace, what: str, sizes: list[int], device: t
 def measure_sizes(options: argparse.Namespace, what: str, device: torch.device) -> str:
     """Prints the table of batches or of tokens; returns its last line."""
     given = options.batch_sizes if what == "batch" else options.sizes
+    # Before this process keeps what it frees.
+    memory = [printed_apart(__file__, "--memory_of", what, str(size)) for size in given]
     seconds = times_of(options, what, given, device)
     torch.cuda.empty_cache()
     sizes, images = given, given
@@ -73,8 +76,7 @@ def measure_sizes(options: argparse.Namespace, what: str, device: torch.device) 
     print(f"{what:<14}{'images/s':>10}{'s/step':>10}{'exponent':>10}{'memory':>12}")
     for i, (size, value) in enumerate(zip(sizes, seconds, strict=True)):
         slope = f"{exponent(sizes[i - 1 : i + 1], seconds[i - 1 : i + 1]):.2f}" if i else ""
-        memory = printed_apart(__file__, "--memory_of", what, str(given[i]))
-        print(f"{size:<14}{images[i] / value:>10.2f}{value:>10.2f}{slope:>10}{memory:>8.2f} GiB")
+        print(f"{size:<14}{images[i] / value:>10.2f}{value:>10.2f}{slope:>10}{memory[i]:>8.2f} GiB")
     return f"time grows with {what} to the power of {exponent(sizes, seconds):.2f}"
 
 
@@ -185,7 +187,6 @@ def main() -> None:
         what, size = options.memory_of
         print(peak_memory(step_of(options, what, int(size), device), device))
         return
-    keep_freed_memory()
 
     lines = []
     print(f"{options.preset}, {options.dtype}, {device.type}")

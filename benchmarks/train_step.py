@@ -213,6 +213,8 @@ def main() -> None:
         print(peak_memory(build(options.memory_of, *arguments), device))
         return
 
+    # Apart and first: this process keeps what it frees.
+    memory = {name: printed_apart(__file__, "--memory_of", name) for name in CONTESTANTS}
     keep_freed_memory()
     rates = {kind: matmul_rate(kind, device) for kind in {torch.float32, dtype}}
     steps = {name: build(name, *arguments) for name in CONTESTANTS}
@@ -228,9 +230,8 @@ def main() -> None:
     print(f"{'':<14}{'images/s':>10}{'s/step':>10}{'TFLOP':>10}{'MFU':>8}{'memory':>12}")
     for name, value in median.items():
         rate = rates[torch.float32 if name in ("DiT fp32", "plain") else dtype]
-        memory = printed_apart(__file__, "--memory_of", name)
         print(f"{name:<14}{options.batch_size / value:>10.2f}{value:>10.2f}{flops[name] / 1e12:>10.2f}"
-              f"{flops[name] / value / rate:>8.1%}{memory:>8.2f} GiB")  # fmt: skip
+              f"{flops[name] / value / rate:>8.1%}{memory[name]:>8.2f} GiB")  # fmt: skip
     for name in CONTESTANTS[:-1]:
         print(f"SD-DiT's images/s to those of {name}: {median[name] / median['SD-DiT']:.2f}")
 
