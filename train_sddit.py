@@ -55,17 +55,7 @@ from sddit_diffusers.memory import keep_products, memory_lines
 from sddit_diffusers.objective import Draws
 from sddit_diffusers.references import Judge
 from sddit_diffusers.reporting import MetricsLog, draw_curves, read_metrics, sample_grid
-from sddit_diffusers.sharding import (
-    check_engine,
-    gather_state,
-    gradient,
-    gradient_norm,
-    prepare,
-    scatter_state,
-    take_step,
-    whole,
-    whole_weights,
-)
+from sddit_diffusers.sharding import check_engine, prepare, whole, whole_weights
 
 TRIAL_STEPS = 18  # of the sampler, while a run is not at its end
 
@@ -113,7 +103,7 @@ class Trainer:
             weight_decay=config.adam_weight_decay,
             fused=True,
         )
-        self.prepared, self.optimizer = prepare(
+        self.engine = prepare(
             self.accelerator, self.objective, optimizer,
             config.train_batch_size, config.gradient_accumulation_steps, config.max_grad_norm,
         )  # fmt: skip
@@ -217,9 +207,9 @@ class Trainer:
             rows = self.sampler.rows(micro)
             if posterior is not None:
                 x0 = self.dataset.sample(x0, posterior[rows])
-            with self.accelerator.accumulate(self.prepared):
+            with self.accelerator.accumulate(self.engine.prepared):
                 with self.accelerator.autocast():
-                    losses = self.prepared(x0, labels, draws.rows(rows))
+                    losses = self.engine.prepared(x0, labels, draws.rows(rows))
                 self.accelerator.backward(losses["loss"])
             total = total + torch.stack([loss.detach().float() for loss in losses.values()])
         means = self.accelerator.reduce(total / self.config.gradient_accumulation_steps, "mean")
@@ -227,13 +217,13 @@ class Trainer:
         self.check_finite(step, metrics)
 
         self.accelerator.unscale_gradients()
-        norm = gradient_norm(self.objective, self.optimizer)
+        norm = self.engine.gradient_norm()
         metrics["grad_norm"] = norm.item()
         # fp16's loss scaler leaves out a step whose gradients overflow, and scales the next one less.
         skipped = self.accelerator.scaler is not None and not norm.isfinite()
         if not skipped:
             self.check_finite(step, metrics)
-        take_step(self.objective, self.optimizer, norm, self.config.max_grad_norm)
+        self.engine.step(norm, self.config.max_grad_norm)
         if skipped:
             del metrics["grad_norm"]
         else:
@@ -248,7 +238,7 @@ class Trainer:
         """Sets learning rate and teacher temperature to those of a step; returns them and the momentum."""
         config = self.config
         learning_rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
-        for group in self.optimizer.param_groups:
+        for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         warmup_steps = config.teacher_temperature_warmup_epochs * self.sampler.steps_per_epoch
         temperature = teacher_temperature(
@@ -292,7 +282,7 @@ class Trainer:
             if not whole(parameter).isfinite().all():
                 wrong.append(f"the weights {name}")
             elif "grad_norm" in values:
-                of_loss = gradient(parameter)
+                of_loss = self.engine.gradient(parameter)
                 if of_loss is not None and not of_loss.isfinite().all():
                     wrong.append(f"the gradient of {name}")
         shown = ", ".join(wrong[:12]) + (f" and {len(wrong) - 12} more" if len(wrong) > 12 else "")
@@ -345,7 +335,7 @@ class Trainer:
             "settings": dataclasses.asdict(self.config),
         }
 
-        state = gather_state(self.objective, self.optimizer, self.ema)
+        state = self.engine.gather(self.ema)
         state["scaler"] = None if scaler is None else scaler.state_dict()
         on_main_process(
             lambda: save_checkpoint(self.output_dir, step, state, about, self.config.checkpoints_total_limit),
@@ -385,7 +375,7 @@ class Trainer:
         if changed:
             self.accelerator.print(f"Changed since {folder.name}: {'; '.join(changed)}.")
         state = load_state(folder)
-        scatter_state(state, self.objective, self.optimizer, self.ema)
+        self.engine.scatter(state, self.ema)
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.sampler.start_step = about["step"]

@@ -20,28 +20,21 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.training_utils import EMAModel
 from train_step import build, in_turn, peak_memory, printed_apart
 
 from sddit_diffusers import PRESETS, EDMHeunScheduler, SDDiTObjective, SDDiTTransformer2DModel
+from sddit_diffusers.attention_cpu import use_cpu_attention
 from sddit_diffusers.launching import check_machine, keep_freed_memory
 from sddit_diffusers.sharding import check_engine
 
-# What `accelerate launch` makes of configs/ddp.yaml and configs/fsdp2.yaml.
-ENGINES = {
-    "none": {},
-    "ddp": {},
-    "fsdp2": {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_RESHARD_AFTER_FORWARD": "true",
-    },
-}
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def step_of(options: argparse.Namespace, what: str, size: int, device: torch.device) -> Callable[[], None]:
@@ -106,7 +99,7 @@ def measure_processes(options: argparse.Namespace, device: torch.device) -> list
 
 def launch(options: argparse.Namespace, engine: str, number: int, device: torch.device) -> dict:
     """What the workers of one engine measured."""
-    environment = os.environ | ENGINES[engine]
+    environment = os.environ | settings_of(engine)
     if device.type == "cpu":
         threads = max(1, torch.get_num_threads() // number)
         environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(threads)}
@@ -116,6 +109,15 @@ def launch(options: argparse.Namespace, engine: str, number: int, device: torch.
     command = [sys.executable, *launcher, __file__, *sys.argv[1:], "--worker"]
     printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(printed.splitlines()[-1])
+
+
+def settings_of(engine: str) -> dict[str, str]:
+    """What `accelerate launch` tells its processes about the engine, from its configuration file."""
+    if engine == "none":
+        return {}
+    settings = yaml.safe_load((CONFIGS / f"{engine}.yaml").read_text()).get("fsdp_config", {})
+    sharded = {"ACCELERATE_USE_FSDP": "true"} if settings else {}
+    return sharded | {name.upper(): str(value).lower() for name, value in settings.items()}
 
 
 def work(options: argparse.Namespace) -> None:
@@ -142,6 +144,8 @@ def worker_step(accelerator: Accelerator, preset: str, batch_size: int) -> Calla
     shape = (batch_size, network["in_channels"], network["sample_size"], network["sample_size"])
     x0, labels = torch.randn(shape, device=device), torch.randint(1000, (batch_size,), device=device)
     objective = SDDiTObjective(SDDiTTransformer2DModel(**network), EDMHeunScheduler())
+    if device.type == "cpu":
+        use_cpu_attention(objective)
     parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
     prepared, optimizer = accelerator.prepare(objective, optimizer)

@@ -9,7 +9,6 @@ import os
 
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import PartialState
 from accelerate.utils import (
     DeepSpeedPlugin,
@@ -73,37 +72,152 @@ def check_engine(accelerator: Accelerator) -> None:
         raise ValueError(f"The engine is {state.distributed_type.value}; training runs on {_ENGINES}.")
 
 
-class ZeroOptimizer:
-    """What a DeepSpeed engine does after a forward, one part at a time.
+class Engine:
+    """A model and its optimizer, whole on each process, or both in shards (FSDP2).
 
-    accelerate's own wrapper steps within the last backward, before anyone has looked at losses and gradients.
+    Whole tensors are what it gives; all processes call its methods.
+
+    Attributes:
+        model: what was given, whose weights may be shards now.
+        prepared: what is called in its place.
+        optimizer: has the `param_groups`.
     """
 
-    def __init__(self, engine):
-        self.engine, self.zero = engine, engine.optimizer
-        self.optimizer = self.zero.optimizer  # torch's, of this process's part of all parameters, end to end
+    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.model = model
+        self.prepared, self.optimizer = accelerator.prepare(model, optimizer)
 
-    @property
-    def param_groups(self) -> list[dict]:
-        return self.optimizer.param_groups
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """The gradient of a parameter, if it has one."""
+        return None if parameter.grad is None else whole(parameter.grad)
+
+    def gradient_norm(self) -> Tensor:
+        """The norm of all gradients together."""
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return whole(torch.nn.utils.get_total_norm(gradients))
+
+    def step(self, norm: Tensor, max_norm: float) -> None:
+        """An optimizer step with gradients of `norm`, clipped to `max_norm` unless that is 0; they go."""
+        if max_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def gather(self, ema: EMAModel) -> dict[str, dict]:
+        """The whole state on the main process's CPU, in part on the others."""
+        weights, moments = self._gather(StateDictOptions(full_state_dict=True, cpu_offload=True))
+        averages = ema.state_dict()
+        averages["shadow_params"] = [whole(tensor).cpu() for tensor in averages["shadow_params"]]
+        return {"objective": weights, "optimizer": moments, "ema": averages}
+
+    def scatter(self, state: dict[str, dict], ema: EMAModel) -> None:
+        """Loads what [`gather`] gave with any engine, which each process has read."""
+        self._scatter(state["objective"], state["optimizer"])
+        averages = dict(state["ema"])
+        for shadow, saved in zip(ema.shadow_params, averages.pop("shadow_params"), strict=True):
+            saved = saved.to(shadow.device)
+            if isinstance(shadow, DTensor):
+                saved = distribute_tensor(saved, shadow.device_mesh, shadow.placements)
+            shadow.copy_(saved)
+        ema.load_state_dict(averages)
+
+    def _gather(self, options: StateDictOptions) -> tuple[dict, dict]:
+        return get_state_dict(self.model, self.optimizer.optimizer, options=options)
+
+    def _scatter(self, weights: dict, moments: dict) -> None:
+        set_state_dict(
+            self.model, self.optimizer.optimizer, model_state_dict=weights, optim_state_dict=moments,
+            options=StateDictOptions(full_state_dict=True),
+        )  # fmt: skip
+
+
+class ZeroEngine(Engine):
+    """A model that is whole on each process, with gradients and optimizer in shards (DeepSpeed's ZeRO).
+
+    What DeepSpeed does after a forward, one part at a time: accelerate's own wrapper steps within the last
+    backward, before anyone has looked at losses and gradients.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batch_size: int,
+        accumulation_steps: int,
+        max_grad_norm: float,
+    ):
+        config = accelerator.deepspeed_plugin.deepspeed_config
+        rounded = accelerator.mixed_precision == "bf16"
+        config.pop("train_batch_size", None)  # follows from the others
+        config["train_micro_batch_size_per_gpu"] = batch_size
+        # accelerate launch tells another number, if it was not asked for this one.
+        config["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps = accumulation_steps
+        config["gradient_clipping"] = max_grad_norm
+        # Weights and gradients stay float32, as under DDP: autocast rounds for the products alone.
+        config["bf16"] = {"enabled": False}
+        config["torch_autocast"] = {
+            "enabled": rounded, "dtype": "bfloat16", "lower_precision_safe_modules": []
+        }  # fmt: skip
+        super().__init__(accelerator, model, optimizer)
+        config["bf16"] = {"enabled": rounded}  # where accelerate looks up the precision
+        accelerator.deepspeed_engine_wrapped = self
+        self.zero = self.prepared.optimizer
+        self.optimizer = self.zero.optimizer  # torch's, of this process's part of all parameters, end to end
 
     def backward(self, loss: Tensor, sync_gradients: bool = True) -> None:
         """What `accelerator.backward` calls."""
-        self.engine.set_gradient_accumulation_boundary(sync_gradients)
-        self.engine.backward(loss)
+        self.prepared.set_gradient_accumulation_boundary(sync_gradients)
+        self.prepared.backward(loss)
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(parameter) if hasattr(parameter, "_hp_mapping") else None  # a trained one
 
     def gradient_norm(self) -> Tensor:
-        """Of the averaged gradients, of which each process has its part."""
         parts = [part for group in self.zero.averaged_gradients.values() for part in group]
         square = torch.nn.utils.get_total_norm(parts) ** 2
         torch.distributed.all_reduce(square)
         return square.sqrt()
 
-    def step(self) -> None:
-        self.engine.step()
+    def step(self, norm: Tensor, max_norm: float) -> None:
+        self.prepared.step()  # DeepSpeed clips
 
-    def zero_grad(self) -> None:
-        """The step has done it."""
+    def _gather(self, options: StateDictOptions) -> tuple[dict, dict]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        main, state = PartialState().is_main_process, {}
+        step = next(iter(self.optimizer.state.values()))["step"].cpu()
+        for name, parameter in self._trained().items():
+            moments = {key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS}
+            if main:
+                state[name] = {"step": step.clone()} | {key: moment.cpu() for key, moment in moments.items()}
+        groups = [group | {"params": list(self._trained())} for group in self.optimizer.param_groups]
+        weights = get_model_state_dict(self.model, options=options)
+        return weights, {"state": state, "param_groups": groups}  # as torch's `get_state_dict` gives them
+
+    def _scatter(self, weights: dict, moments: dict) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        self.model.load_state_dict(weights)
+        (group,), (settings,) = self.optimizer.param_groups, moments["param_groups"]
+        group |= {name: value for name, value in settings.items() if name != "params"}
+        (part,), step = group["params"], next(iter(moments["state"].values()))["step"]
+        # What Adam's first step would make, for the moments to be written into.
+        zeros = {key: torch.zeros_like(part) for key in _MOMENTS}
+        self.optimizer.state[part] = {"step": step.clone().to(part.device)} | zeros
+        self.zero._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self._trained().items():
+            safe_set_full_fp32_param(parameter, parameter.data)
+            for key in _MOMENTS:
+                moment = moments["state"][name][key].to(parameter.device)
+                safe_set_full_optimizer_state(parameter, moment, key)
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {
+            name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad
+        }
 
 
 def prepare(
@@ -113,24 +227,11 @@ def prepare(
     batch_size: int,
     accumulation_steps: int,
     max_grad_norm: float,
-) -> tuple[nn.Module, AcceleratedOptimizer | ZeroOptimizer]:
-    """Model and optimizer as the engine has them; `batch_size` is that of a micro-batch of one process."""
+) -> Engine:
+    """The engine that accelerate was asked for; `batch_size` is that of a micro-batch of one process."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        return accelerator.prepare(model, optimizer)
-    config = accelerator.deepspeed_plugin.deepspeed_config
-    rounded = accelerator.mixed_precision == "bf16"
-    config.pop("train_batch_size", None)  # follows from the others
-    config["train_micro_batch_size_per_gpu"] = batch_size
-    # accelerate launch tells another number, if it was not asked for this one.
-    config["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps = accumulation_steps
-    config["gradient_clipping"] = max_grad_norm
-    # Weights and gradients stay float32, as under DDP: autocast rounds for the products alone.
-    config["bf16"] = {"enabled": False}
-    config["torch_autocast"] = {"enabled": rounded, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    engine, _ = accelerator.prepare(model, optimizer)
-    config["bf16"] = {"enabled": rounded}  # where accelerate looks up the precision
-    accelerator.deepspeed_engine_wrapped = optimizer = ZeroOptimizer(engine)
-    return engine, optimizer
+        return Engine(accelerator, model, optimizer)
+    return ZeroEngine(accelerator, model, optimizer, batch_size, accumulation_steps, max_grad_norm)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -141,101 +242,3 @@ def whole(tensor: Tensor) -> Tensor:
 def whole_weights(model: nn.Module, tensors: list[Tensor]) -> dict[str, Tensor]:
     """A state dict of `tensors`, which stand for the parameters of `model` in their order."""
     return {name: whole(tensor) for (name, _), tensor in zip(model.named_parameters(), tensors, strict=True)}
-
-
-def gradient(parameter: Tensor) -> Tensor | None:
-    """The whole gradient of a parameter, if it has one; all processes call it."""
-    if hasattr(parameter, "_hp_mapping"):  # under ZeRO
-        from deepspeed.utils import safe_get_full_grad
-
-        return safe_get_full_grad(parameter)
-    return None if parameter.grad is None else whole(parameter.grad)
-
-
-def gradient_norm(model: nn.Module, optimizer: AcceleratedOptimizer | ZeroOptimizer) -> Tensor:
-    """The norm of all gradients together; all processes call it."""
-    if isinstance(optimizer, ZeroOptimizer):
-        return optimizer.gradient_norm()
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return whole(torch.nn.utils.get_total_norm(gradients))
-
-
-def take_step(
-    model: nn.Module, optimizer: AcceleratedOptimizer | ZeroOptimizer, norm: Tensor, max_norm: float
-) -> None:
-    """An optimizer step with gradients of `norm`, clipped to `max_norm` if that is not 0, and then gone."""
-    if max_norm and not isinstance(optimizer, ZeroOptimizer):  # which clips in its step
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def gather_state(
-    model: nn.Module, optimizer: AcceleratedOptimizer | ZeroOptimizer, ema: EMAModel
-) -> dict[str, dict]:
-    """The whole state on the main process's CPU, in part on the others; all processes call it."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    if isinstance(optimizer, ZeroOptimizer):
-        weights = get_model_state_dict(model, options=options)
-        moments = _gather_moments(model, optimizer)
-    else:
-        weights, moments = get_state_dict(model, optimizer.optimizer, options=options)
-    averages = ema.state_dict()
-    averages["shadow_params"] = [whole(tensor).cpu() for tensor in averages["shadow_params"]]
-    return {"objective": weights, "optimizer": moments, "ema": averages}
-
-
-def scatter_state(
-    state: dict[str, dict], model: nn.Module, optimizer: AcceleratedOptimizer | ZeroOptimizer, ema: EMAModel
-) -> None:
-    """Loads what [`gather_state`] gave, which each process has read."""
-    if isinstance(optimizer, ZeroOptimizer):
-        model.load_state_dict(state["objective"])
-        _scatter_moments(state["optimizer"], model, optimizer)
-    else:
-        set_state_dict(
-            model, optimizer.optimizer,
-            model_state_dict=state["objective"], optim_state_dict=state["optimizer"],
-            options=StateDictOptions(full_state_dict=True),
-        )  # fmt: skip
-    averages = dict(state["ema"])
-    for shadow, saved in zip(ema.shadow_params, averages.pop("shadow_params"), strict=True):
-        saved = saved.to(shadow.device)
-        if isinstance(shadow, DTensor):
-            saved = distribute_tensor(saved, shadow.device_mesh, shadow.placements)
-        shadow.copy_(saved)
-    ema.load_state_dict(averages)
-
-
-def _gather_moments(model: nn.Module, optimizer: ZeroOptimizer) -> dict[str, dict | list]:
-    """The optimizer's state dict as torch's `get_state_dict` gives it."""
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    main, state = PartialState().is_main_process, {}
-    step = next(iter(optimizer.optimizer.state.values()))["step"].cpu()
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for name, parameter in trained.items():
-        moments = {key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS}
-        if main:
-            state[name] = {"step": step.clone()} | {key: moment.cpu() for key, moment in moments.items()}
-    groups = [group | {"params": list(trained)} for group in optimizer.param_groups]
-    return {"state": state, "param_groups": groups}
-
-
-def _scatter_moments(saved: dict[str, dict | list], model: nn.Module, optimizer: ZeroOptimizer) -> None:
-    """Loads what [`_gather_moments`] or `get_state_dict` gave, and takes the weights over from the model."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-    (group,), (settings,) = optimizer.param_groups, saved["param_groups"]
-    group |= {name: value for name, value in settings.items() if name != "params"}
-    (part,), step = group["params"], next(iter(saved["state"].values()))["step"]
-    # What Adam's first step would make, for the moments to be written into.
-    moments = {key: torch.zeros_like(part) for key in _MOMENTS}
-    optimizer.optimizer.state[part] = {"step": step.clone().to(part.device)} | moments
-    optimizer.zero._lazy_init_hp_params_optimizer_state()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            safe_set_full_fp32_param(parameter, parameter.data)
-            for key in _MOMENTS:
-                moment = saved["state"][name][key].to(parameter.device)
-                safe_set_full_optimizer_state(parameter, moment, key)
