@@ -203,6 +203,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS[:-1], default=CONTESTANTS[:-1],
+                        help="beside SD-DiT; all are in memory at once")  # fmt: skip
     parser.add_argument("--memory_of", choices=CONTESTANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -213,11 +215,12 @@ def main() -> None:
         print(peak_memory(build(options.memory_of, *arguments), device))
         return
 
+    contestants = [*options.contestants, "SD-DiT"]
     # Apart and first: this process keeps what it frees.
-    memory = {name: printed_apart(__file__, "--memory_of", name) for name in CONTESTANTS}
+    memory = {name: printed_apart(__file__, "--memory_of", name) for name in contestants}
     keep_freed_memory()
     rates = {kind: matmul_rate(kind, device) for kind in {torch.float32, dtype}}
-    steps = {name: build(name, *arguments) for name in CONTESTANTS}
+    steps = {name: build(name, *arguments) for name in contestants}
     flops = {name: flops_of(step) for name, step in steps.items()}
     for step in steps.values():
         step()
@@ -232,7 +235,7 @@ def main() -> None:
         rate = rates[torch.float32 if name in ("DiT fp32", "plain") else dtype]
         print(f"{name:<14}{options.batch_size / value:>10.2f}{value:>10.2f}{flops[name] / 1e12:>10.2f}"
               f"{flops[name] / value / rate:>8.1%}{memory[name]:>8.2f} GiB")  # fmt: skip
-    for name in CONTESTANTS[:-1]:
+    for name in options.contestants:
         print(f"SD-DiT's images/s to those of {name}: {median[name] / median['SD-DiT']:.2f}")
 
 
