@@ -207,7 +207,7 @@ def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 def watched(trainer, step):
-    moments = [state["exp_avg"] for state in trainer.optimizer.optimizer.state.values()]
+    moments = [state["exp_avg"] for state in trainer.engine.optimizer.state.values()]
     tensors = {{"Adam": (moments, [p for p in trainer.objective.parameters() if p.requires_grad])}}
     if {weights_too}:
         networks = trainer.objective.transformer, trainer.objective.teacher, trainer.objective.head
@@ -471,7 +471,7 @@ def test_float16_leaves_out_steps_whose_gradients_overflow(tmp_path):
     trainer = make_trainer(tmp_path)
     # accelerate scales losses on GPUs only.
     scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
-    trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
+    trainer.engine.optimizer = AcceleratedOptimizer(trainer.engine.optimizer.optimizer, scaler=scaler)
     before = [parameter.clone() for parameter in trainer.objective.parameters()]
     data = batches_of(trainer)
     trainer.train_step(0, data)
@@ -485,14 +485,14 @@ def test_float16_leaves_out_steps_whose_gradients_overflow(tmp_path):
 
 def test_gradient_norm_is_bounded(tmp_path):
     trainer = make_trainer(tmp_path, "--max_grad_norm", 0.01)
-    norms, step = [], trainer.optimizer.optimizer.step
+    norms, step = [], trainer.engine.optimizer.optimizer.step
 
     def watched(*arguments, **keywords):
         gradients = [p.grad.flatten() for p in trainer.objective.parameters() if p.grad is not None]
         norms.append(torch.cat(gradients).norm().item())
         return step(*arguments, **keywords)
 
-    trainer.optimizer.optimizer.step = watched
+    trainer.engine.optimizer.optimizer.step = watched
     metrics = trainer.train_step(0, batches_of(trainer))
     assert metrics["grad_norm"] > 0.1  # before
     assert norms == pytest.approx([0.01], rel=1e-3)
@@ -697,7 +697,7 @@ def latents(tmp_path_factory):
 def test_latents_are_drawn_anew_each_step(tmp_path, latents):
     options = ["--transformer", LATENTS, "--dataset_name", latents, "--vae", "none"]
     trainer, seen = make_trainer(tmp_path, *options), []
-    trainer.prepared.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    trainer.engine.prepared.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     moments, labels = next(batches_of(trainer))
     for step in (0, 1):
         trainer.train_step(step, iter([(moments, labels)]))
