@@ -1,5 +1,7 @@
 """Trains SD-DiT: `accelerate launch train_sddit.py [--preset NAME] [--dataset_name NAME] [options]`.
 
+`--method dit`, `maskdit` and `mdt` train what it is compared with instead.
+
 Without options it trains on handwritten digits and leaves a pipeline, pictures and curves in `sddit-digits/`.
 Everything random in a step, and every schedule, follows from the seed and the number of the step alone.
 """
@@ -30,8 +32,7 @@ from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from sddit_diffusers import EDMHeunScheduler, SDDiTObjective, SDDiTPipeline, SDDiTTransformer2DModel
-from sddit_diffusers.attention_cpu import use_cpu_attention
+from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline
 from sddit_diffusers.checkpointing import (
     choose_checkpoint,
     differences,
@@ -42,6 +43,7 @@ from sddit_diffusers.checkpointing import (
 )
 from sddit_diffusers.configuration import CHECKPOINTING, TrainingConfig, parse
 from sddit_diffusers.data import BatchSampler, ImageDataset, UnreadableImageError, generator_for
+from sddit_diffusers.denoising import DenoisingObjective, Draws, mask_ratio_at
 from sddit_diffusers.discrimination import teacher_momentum, teacher_temperature
 from sddit_diffusers.latents import (
     LatentDataset,
@@ -51,8 +53,8 @@ from sddit_diffusers.latents import (
     sha256_of_weights,
 )
 from sddit_diffusers.launching import check_machine, on_main_process
-from sddit_diffusers.memory import keep_products, memory_lines
-from sddit_diffusers.objective import Draws
+from sddit_diffusers.memory import memory_lines
+from sddit_diffusers.methods import build_objective
 from sddit_diffusers.references import Judge
 from sddit_diffusers.reporting import MetricsLog, draw_curves, read_metrics, sample_grid
 from sddit_diffusers.sharding import check_engine, prepare, whole, whole_weights
@@ -228,18 +230,22 @@ class Trainer:
             del metrics["grad_norm"]
         else:
             self.ema.step(self.objective.transformer.parameters())
-        momentum = 1.0 if skipped else schedule["teacher_momentum"]
+        momentum = 1.0 if skipped else schedule.get("teacher_momentum", 0.0)
         self.objective.update_teacher(momentum, lambda tensor: self.accelerator.reduce(tensor, "mean"))
-        if self.objective.teacher is None:
-            schedule = {"learning_rate": schedule["learning_rate"]}
         return metrics | schedule
 
     def follow_schedules(self, step: int) -> dict[str, float]:
-        """Sets learning rate and teacher temperature to those of a step; returns them and the momentum."""
+        """Sets what changes from step to step; returns it, and the teacher's momentum."""
         config = self.config
         learning_rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        schedule = {"learning_rate": learning_rate}
+        if config.mask_ratio_schedule != "constant":
+            schedule["mask_ratio"] = mask_ratio_at(step, config.max_train_steps, config.mask_ratio)
+            self.objective.mask_ratio = schedule["mask_ratio"]
+        if self.objective.teacher is None:
+            return schedule
         warmup_steps = config.teacher_temperature_warmup_epochs * self.sampler.steps_per_epoch
         temperature = teacher_temperature(
             step, warmup_steps, config.teacher_temperature_start, config.teacher_temperature_end
@@ -248,11 +254,7 @@ class Trainer:
         momentum = teacher_momentum(
             step, config.max_train_steps, config.teacher_momentum_start, config.teacher_momentum_end
         )
-        return {
-            "learning_rate": learning_rate,
-            "teacher_momentum": momentum,
-            "teacher_temperature": temperature,
-        }
+        return schedule | {"teacher_momentum": momentum, "teacher_temperature": temperature}
 
     def draw(self, step: int) -> Draws:
         """The draws of a step's whole global batch, of which each process uses its rows."""
@@ -291,7 +293,7 @@ class Trainer:
     def averaged_pipeline(self) -> SDDiTPipeline:
         """A pipeline with a copy of the averaged weights; all processes call it."""
         trained = self.objective.transformer
-        transformer = SDDiTTransformer2DModel.from_config(trained.config)
+        transformer = type(trained).from_config(trained.config)
         transformer.load_state_dict(whole_weights(trained, self.ema.shadow_params))
         scheduler = EDMHeunScheduler.from_config(self.objective.scheduler.config)
         pipe = SDDiTPipeline(
@@ -349,6 +351,7 @@ class Trainer:
         model = {name: value for name, value in transformer.items() if not name.startswith("_")}
         model |= {name: getattr(config, name) if self.objective.teacher else None for name in head}
         identity = {
+            "method": config.method,
             "seed": config.seed,
             "dataset": self.dataset.identity(),
             "global batch": self.sampler.global_batch,
@@ -384,7 +387,7 @@ class Trainer:
         """Says what is about to be trained."""
         count = sum(parameter.numel() for parameter in self.objective.parameters() if parameter.requires_grad)
         self.accelerator.print(
-            f"SD-DiT {self.config.preset}: {count / 1e6:.1f}M trained parameters, "
+            f"{self.config.method} {self.config.preset}: {count / 1e6:.1f}M trained parameters, "
             f"{len(self.dataset)} {'pictures' if isinstance(self.dataset, ImageDataset) else 'latents'} "
             f"of {self.dataset.num_classes} classes, "
             f"global batch {self.sampler.global_batch}, "
@@ -396,7 +399,8 @@ class Trainer:
         """Saves the pipeline with the averaged weights, and draws samples and curves."""
         pipe = self.averaged_pipeline()
         on_main_process(lambda: self.save_pipeline(pipe), self.accelerator)
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def save_pipeline(self, pipe: SDDiTPipeline) -> None:
         """The main process's part of `finish`.
@@ -489,32 +493,6 @@ def open_dataset(config: TrainingConfig, network: dict) -> ImageDataset | Latent
     return dataset
 
 
-def build_objective(
-    config: TrainingConfig, network: dict, scheduler: EDMHeunScheduler, device: str
-) -> SDDiTObjective:
-    """The student and what trains it on a kind of device, with fresh weights."""
-    transformer = SDDiTTransformer2DModel(**network)
-    if config.gradient_checkpointing != "none":
-        selective = config.gradient_checkpointing == "selective"
-        transformer.enable_gradient_checkpointing(keep_products if selective else None)
-    objective = SDDiTObjective(
-        transformer,
-        scheduler,
-        mask_ratio=config.mask_ratio,
-        discriminative_weight=config.discriminative_weight,
-        teacher_sigma=config.teacher_noise(),
-        num_prototypes=config.num_prototypes,
-        head_hidden_dim=config.head_hidden_dim,
-        head_bottleneck_dim=config.head_bottleneck_dim,
-        student_temperature=config.student_temperature,
-        center_momentum=config.center_momentum,
-        label_dropout=config.label_dropout,
-    )
-    if device == "cpu":
-        use_cpu_attention(objective)
-    return objective
-
-
 def prepare_folder(folder: Path, config: TrainingConfig) -> None:
     """Makes sure, before anything is trained, that results can be written and no checkpoint is lost."""
     try:
@@ -536,7 +514,7 @@ def dry_run(config: TrainingConfig) -> None:
     device, dtype = accelerator.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}
     network, scheduler = config.network(), EDMHeunScheduler()
 
-    def build(checkpointing: str) -> SDDiTObjective:
+    def build(checkpointing: str) -> DenoisingObjective:
         changed = dataclasses.replace(config, gradient_checkpointing=checkpointing)
         return build_objective(changed, network, scheduler, device)
 
@@ -560,6 +538,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"train_sddit.py: error: {error}")
     try:
         trainer.run()
+        trainer.accelerator.state.destroy_process_group()
     except (FloatingPointError, UnreadableImageError, UnreadableShardError, OSError) as error:
         sys.exit(f"train_sddit.py: error: {error}")
 

@@ -4,7 +4,21 @@ from .configuration import PRESETS
 from .objective import SDDiTObjective
 from .pipeline_sddit import SDDiTPipeline
 from .scheduling_edm_heun import EDMHeunScheduler
+from .transformer_baselines import (
+    MaskDiTTransformer2DModel,
+    MDTTransformer2DModel,
+    PlainDiTTransformer2DModel,
+)
 from .transformer_sddit import SDDiTTransformer2DModel
 
 __version__ = "0.1.0"
-__all__ = ["PRESETS", "EDMHeunScheduler", "SDDiTObjective", "SDDiTPipeline", "SDDiTTransformer2DModel"]
+__all__ = [
+    "PRESETS",
+    "EDMHeunScheduler",
+    "MDTTransformer2DModel",
+    "MaskDiTTransformer2DModel",
+    "PlainDiTTransformer2DModel",
+    "SDDiTObjective",
+    "SDDiTPipeline",
+    "SDDiTTransformer2DModel",
+]

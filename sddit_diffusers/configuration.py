@@ -1,7 +1,7 @@
 """What is trained and how: the networks by name, the settings of Table A1, and how a run is configured.
 
 A setting comes from, in rising order: Table A1 (the defaults of [`TrainingConfig`]), the preset's recipe, the
-JSON file of `--config`, the command line.
+method's, the JSON file of `--config`, the command line.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ def _network(size, patch, channels, layers, heads, head_dim, decoder, classes):
     )  # fmt: skip
 
 
-# Arguments of SDDiTTransformer2DModel by name.
+# Arguments of SDDiTTransformer2DModel by name; other methods take those that they have.
 # fmt: off
 PRESETS = {
     #                        size patch ch.  layers heads dim  decoder      classes
@@ -91,7 +91,15 @@ RECIPES = {
     ),
 }
 
+# What a method changes in TrainingConfig.
+METHODS = {
+    "sddit": {},
+    "dit": dict(mask_ratio=0.0),
+    "maskdit": dict(mask_ratio=0.5),
+    "mdt": dict(mask_ratio=0.3),
+}
 
+SCHEDULES = ("constant", "cosine")
 CHECKPOINTING = ("none", "selective", "full")
 
 # Networks that give the features of scores.
@@ -111,7 +119,9 @@ def options(default: list, help: str):
 _LOWEST = (
     dict.fromkeys(("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps"), 1)
     | dict.fromkeys(("head_hidden_dim", "head_bottleneck_dim"), 1)
-    | dict.fromkeys(("seed", "learning_rate", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm"), 0)
+    | dict.fromkeys(
+        ("seed", "learning_rate", "mae_weight", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm"), 0
+    )
     | dict.fromkeys(("validation_steps", "num_validation_images", "checkpointing_steps"), 0)
     | {"evaluation_steps": 0, "evaluation_samples": 2}
     | dict.fromkeys(("checkpoints_total_limit", "dataloader_num_workers"), 0)
@@ -124,6 +134,7 @@ _LOWEST = (
 class TrainingConfig:
     """The settings of a run; the defaults are the paper's (Table A1 and Sec. 4.1)."""
 
+    method: str = option("sddit", "'sddit', or what it is compared with: 'dit', 'maskdit', 'mdt'")
     preset: str = option("digits", "network and recipe: " + ", ".join(PRESETS))
     transformer: str = option("{}", "JSON of network settings that differ from the preset's")
     dataset_name: str = option(
@@ -132,7 +143,12 @@ class TrainingConfig:
     image_column: str = option("image", "column of the images, if they are no latents")
     label_column: str = option("label", "column of their labels; '' trains without classes")
     vae: str = option("", "decodes latents; the one that made them if not given, 'none' goes without samples")
-    output_dir: str = option("", "where the pipeline goes; sddit-PRESET if not given")
+    output_dir: str = option(
+        "", "where the pipeline goes; sddit-PRESET if not given, METHOD-PRESET of others"
+    )
+    pretrained_model_name_or_path: str = option(
+        "", "a pipeline (folder or Hub name) or a checkpoint, with whose weights the run begins"
+    )
     seed: int = option(0, "seed of weights, data order and noise")
 
     max_train_steps: int = option(400_000, "optimizer steps")
@@ -152,7 +168,14 @@ class TrainingConfig:
     allow_tf32: bool = option(True, "let GPUs round the factors of float32 products to TF32, as DiT does")
     ema_decay: float = option(0.9999, "of the weights that sample")
 
-    mask_ratio: float = option(0.2, "share of the patches hidden from the student's encoder")
+    mask_ratio: float = option(
+        0.2, "share of the patches hidden from the student's encoder; 0.5 for maskdit, 0.3 for mdt"
+    )
+    mask_ratio_schedule: str = option(
+        "constant",
+        "'cosine' lets the ratio fall to 0 with the cosine's fourth power, MaskDiT's unmask tuning",
+    )
+    mae_weight: float = option(0.1, "factor of maskdit's L_MAE")
     label_dropout: float = option(0.1, "probability of training an image without its label, for guidance")
     discriminative_weight: float = option(1.0, "factor of L_D; 0 trains without teacher")
     num_prototypes: int = option(8192, "K")
@@ -189,10 +212,12 @@ class TrainingConfig:
     dataloader_num_workers: int = option(0, "processes that read images ahead")
 
     def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"Unknown method {self.method!r}; there are {', '.join(METHODS)}.")
         if self.preset not in PRESETS:
             raise ValueError(f"Unknown preset {self.preset!r}; there are {', '.join(PRESETS)}.")
         self.dataset_name = self.dataset_name or RECIPES[self.preset].get("dataset_name", "")
-        self.output_dir = self.output_dir or f"sddit-{self.preset.replace('/', '-')}"
+        self.output_dir = self.output_dir or f"{self.method}-{self.preset.replace('/', '-')}"
         if not self.dataset_name and not self.dry_run:
             raise ValueError(
                 f"The preset {self.preset} needs --dataset_name, a folder or a dataset on the Hub."
@@ -206,6 +231,13 @@ class TrainingConfig:
                 f"gradient_checkpointing is {self.gradient_checkpointing!r}; it must be "
                 f"{', '.join(map(repr, CHECKPOINTING))}."
             )
+        if self.mask_ratio_schedule not in SCHEDULES:
+            raise ValueError(
+                f"mask_ratio_schedule is {self.mask_ratio_schedule!r}; it must be "
+                f"{' or '.join(map(repr, SCHEDULES))}."
+            )
+        if self.method == "dit" and self.mask_ratio:
+            raise ValueError(f"mask_ratio is {self.mask_ratio}; dit has no mask, so it must be 0.")
         if self.evaluation_extractor not in EXTRACTORS:
             raise ValueError(
                 f"evaluation_extractor is {self.evaluation_extractor!r}; it must be {', '.join(EXTRACTORS)}."
@@ -220,8 +252,13 @@ class TrainingConfig:
         self.teacher_noise()
 
     def network(self) -> dict:
-        """The arguments of `SDDiTTransformer2DModel`, but for num_classes, which is the dataset's."""
+        """The arguments of the method's network, but for num_classes, which is the dataset's."""
         preset = PRESETS[self.preset]
+        decoder = ("num_decoder_layers", "decoder_num_attention_heads", "decoder_attention_head_dim")
+        if self.method in ("dit", "mdt"):
+            preset = {name: value for name, value in preset.items() if name not in decoder}
+        if self.method == "mdt":
+            preset["num_decoder_layers"] = 2  # of num_layers, in all sizes (Gao et al. 2023)
         try:
             changes = json.loads(self.transformer)
         except json.JSONDecodeError as error:
@@ -275,18 +312,21 @@ def parse(arguments: list[str] | None = None) -> TrainingConfig:
     """The configuration of a command line, `sys.argv` by default; leaves with a message where it is wrong."""
     parser = Parser(
         TrainingConfig,
-        description="Trains SD-DiT. Without options: on handwritten digits, in minutes.",
+        description="Trains SD-DiT, or a method that it is compared with. Without options: on handwritten "
+        "digits, in minutes.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="JSON file of options, which the command line overrides")
     first = Parser([], add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     first.add_argument("--preset")
+    first.add_argument("--method")
     chosen, _ = first.parse_known_args(arguments)
     try:
         options = _read_options(chosen.config) if chosen.config else {}
         preset = chosen.preset or options.get("preset", TrainingConfig.preset)
-        parser.set_defaults(**RECIPES.get(preset, {}) | options)
+        method = chosen.method or options.get("method", TrainingConfig.method)
+        parser.set_defaults(**RECIPES.get(preset, {}) | METHODS.get(method, {}) | options)
         chosen = parser.parse_known_options(arguments)
         del chosen["config"]
         return TrainingConfig(**chosen)

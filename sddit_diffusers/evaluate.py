@@ -29,7 +29,7 @@ from .files import sha256_of, written_aside
 from .generate import load_pipeline
 from .image_sets import KEYS, open_images, save_statistics
 from .launching import check_machine
-from .probe import FEATURES, PROBES, probe
+from .probe import probe
 from .references import Reference, build_extractor, open_reference, score
 from .scores import inception_score
 
@@ -267,7 +267,7 @@ def run_probe(config: EvaluateConfig, dataset_name: str) -> None:
     print(
         f"\nThe encoder of {config.probe} on {dataset_name}: accuracy on {used // 5:,} of {used:,} pictures\n"
     )
-    names = [f"{name}, {kind}" for name in FEATURES for kind in PROBES]
+    names = dict.fromkeys(f"{row['features']}, {row['probe']}" for row in rows)
     print(f"{'sigma':<8}" + "".join(f"{name:>16}" for name in names))
     for sigma in config.probe_sigmas:
         found = [row["accuracy"] for row in rows if row["sigma"] == sigma]

@@ -6,32 +6,18 @@ prototypes.
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .denoising import DenoisingObjective, Draws
 from .discrimination import Center, ProjectionHead, Teacher, cross_entropy
 from .scheduling_edm_heun import EDMHeunScheduler
-from .transformer_sddit import SDDiTBlock, SDDiTTransformer2DModel
+from .transformer_sddit import SDDiTTransformer2DModel
 
 
-class Draws(NamedTuple):
-    """All that is random in one step of Algorithm A1, a row for each image."""
-
-    sigma_s: Tensor  # [b, 1, 1, 1], noise level of the student's view
-    noise_s: Tensor  # [b, c, h, w], of unit variance
-    visible_ids: Tensor | None  # [b, k], patches that the mask leaves visible; None: all
-    label_dropped: Tensor  # [b], bool
-    sigma_t: Tensor  # [b, 1, 1, 1], noise level of the teacher's view
-    noise_t: Tensor  # [b, c, h, w], of unit variance
-
-    def rows(self, rows: slice) -> "Draws":
-        """The draws of some of the images."""
-        return Draws(*(None if tensor is None else tensor[rows] for tensor in self))
-
-
-class SDDiTObjective(nn.Module):
+class SDDiTObjective(DenoisingObjective):
     """The student, its teacher, and the loss L_G + L_D that trains them.
 
     Args:
@@ -57,8 +43,6 @@ class SDDiTObjective(nn.Module):
             channels going out than in.
     """
 
-    _no_split_modules = ["SDDiTBlock"]  # what FSDP shards and gathers as one
-
     def __init__(
         self,
         transformer: SDDiTTransformer2DModel,
@@ -76,14 +60,13 @@ class SDDiTObjective(nn.Module):
         p_mean: float = -1.2,
         p_std: float = 1.2,
     ):
-        super().__init__()
+        super().__init__(
+            transformer, scheduler,
+            mask_ratio=mask_ratio, label_dropout=label_dropout, p_mean=p_mean, p_std=p_std,
+        )  # fmt: skip
         config = transformer.config
-        if not 0 <= mask_ratio < 1:
-            raise ValueError(f"mask_ratio is {mask_ratio}; it must be at least 0 and below 1.")
         if not discriminative_weight >= 0:
             raise ValueError(f"discriminative_weight is {discriminative_weight}; it must be at least 0.")
-        if not 0 <= label_dropout <= 1:
-            raise ValueError(f"label_dropout is {label_dropout}; it must be in 0..1.")
         if teacher_sigma != "student" and (
             isinstance(teacher_sigma, str) or not 0 < teacher_sigma < math.inf
         ):
@@ -94,54 +77,16 @@ class SDDiTObjective(nn.Module):
             raise ValueError(
                 "The transformer has no decoder (num_decoder_layers is 0); the objective needs one."
             )
-        if (config.out_channels or config.in_channels) != config.in_channels:
-            raise ValueError(
-                f"The transformer takes {config.in_channels} channels and returns {config.out_channels}; "
-                "both must be equal."
-            )
-        self.transformer = transformer
-        self.scheduler = scheduler
-        self.mask_ratio = mask_ratio
         self.discriminative_weight = discriminative_weight
         self.teacher_sigma = teacher_sigma
         self.student_temperature = student_temperature
         self.teacher_temperature = 0.09
         self.center_momentum = center_momentum
-        self.label_dropout = label_dropout
-        self.p_mean, self.p_std = p_mean, p_std
-        self.teacher = None
         if discriminative_weight > 0:
             dim = config.num_attention_heads * config.attention_head_dim
             self.head = ProjectionHead(dim, num_prototypes, head_hidden_dim, head_bottleneck_dim)
             self.teacher = Teacher(transformer, self.head)
             self.center_cls, self.center_patch = Center(num_prototypes), Center(num_prototypes)
-
-    def compile_blocks(self) -> None:
-        """Compiles the blocks of student and teacher in place; shapes and names of the weights stay."""
-        for module in self.modules():
-            if isinstance(module, SDDiTBlock):
-                module.compile(dynamic=False)
-
-    def draw(self, shape: tuple[int, ...], generator: torch.Generator | None = None, device=None) -> Draws:
-        """Draws noise levels, noises, masks and dropped labels for images of `shape` `[b, c, h, w]`.
-
-        The order of the draws does not depend on any setting, so runs of one seed differ by their settings
-        alone.
-        """
-        b, _, h, w = shape
-        options = dict(generator=generator, device=device)
-        n = (h // self.transformer.config.patch_size) * (w // self.transformer.config.patch_size)
-        k = max(1, int(n * (1 - self.mask_ratio) + 1e-6))
-        sigma_s = (self.p_mean + self.p_std * torch.randn(b, 1, 1, 1, **options)).exp()
-        noise_s = torch.randn(shape, **options)
-        patch_order = torch.rand(b, n, **options).argsort(dim=1)
-        label_dropped = torch.rand(b, **options) < self.label_dropout
-        noise_t = torch.randn(shape, **options)
-        sigma_t = (self.p_mean + self.p_std * torch.randn(b, 1, 1, 1, **options)).exp()
-        if self.teacher_sigma != "student":
-            sigma_t = torch.full_like(sigma_t, self.teacher_sigma)
-        visible_ids = patch_order[:, :k] if k < n else None
-        return Draws(sigma_s, noise_s, visible_ids, label_dropped, sigma_t, noise_t)
 
     def forward(
         self, x0: Tensor, class_labels: Tensor | None = None, draws: Draws | None = None
@@ -161,8 +106,7 @@ class SDDiTObjective(nn.Module):
         """
         if draws is None:
             draws = self.draw(x0.shape, device=x0.device)
-        if class_labels is not None:
-            class_labels = class_labels.masked_fill(draws.label_dropped, self.transformer.config.num_classes)
+        class_labels = self.drop_labels(class_labels, draws)
 
         # Construct noised student and teacher views.
         sigma_s, sigma_t = draws.sigma_s, draws.sigma_t
@@ -170,22 +114,19 @@ class SDDiTObjective(nn.Module):
         x_t = x0 + sigma_t * draws.noise_t
 
         # Forward the visible patches through the student's encoder, and the complete set through its decoder.
-        student = self.transformer(*self._inputs(x_s, sigma_s), class_labels, draws.visible_ids)
+        student = self.transformer(*self.inputs(x_s, sigma_s), class_labels, draws.visible_ids)
         e_s = student.encoder_hidden_states  # [b, 1 + k, D]
 
-        # L_G (Eq. 9) over all patches. # Paper silent: EDM's weight lambda. In float32: at small sigma,
-        # lambda is large and D - x0 the small difference of large numbers.
-        denoised = self.scheduler.precondition_outputs(x_s, student.sample.float(), sigma_s)
-        sigma_data = self.scheduler.config.sigma_data
-        weight = (sigma_s**2 + sigma_data**2) / (sigma_s * sigma_data) ** 2
-        loss_generative = (weight * (denoised - x0) ** 2).mean()
+        # L_G (Eq. 9) over all patches.
+        denoised = self.denoised(x_s, student.sample, sigma_s)
+        loss_generative = (self.weight(sigma_s) * (denoised - x0) ** 2).mean()
         if self.teacher is None:
             return {"loss": loss_generative, "loss_generative": loss_generative}
 
         # Forward the full view through the teacher's encoder, and [CLS] and the visible patches of both
         # through their heads.
         with torch.no_grad():
-            e_t = self.teacher.encoder(*self._inputs(x_t, sigma_t), class_labels).encoder_hidden_states
+            e_t = self.teacher.encoder(*self.inputs(x_t, sigma_t), class_labels).encoder_hidden_states
             # Unit features [b, 1 + k, d] and prototypes [K, d], whose products are the logits.
             j_t, prototypes_t = self.teacher.head.project(keep_visible(e_t, draws.visible_ids))
         j_s, prototypes_s = self.head.project(e_s)
@@ -229,11 +170,6 @@ class SDDiTObjective(nn.Module):
             self.teacher.update(self.transformer, self.head, momentum)
             self.center_cls.move(self.center_momentum, reduce)
             self.center_patch.move(self.center_momentum, reduce)
-
-    def _inputs(self, sample: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """c_in x and c_noise, what the network takes."""
-        c_noise = self.scheduler.precondition_noise(sigma).flatten()
-        return self.scheduler.precondition_inputs(sample, sigma), c_noise
 
 
 def keep_visible(tokens: Tensor, visible_ids: Tensor | None) -> Tensor:

@@ -19,13 +19,11 @@ from tqdm.auto import tqdm
 from .data import ImageDataset, generator_for
 from .pipeline_sddit import SDDiTPipeline
 
-FEATURES = ("input", "[CLS]", "patches")
-
 
 def encoder_features(
     pipe: SDDiTPipeline, x0: Tensor, sigma: float, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Features of samples at a noise level, by name in `FEATURES`.
+    """Features of samples at a noise level, by name.
 
     Args:
         x0: clean samples as the transformer was trained on them, `[b, c, h, w]`.
@@ -33,8 +31,8 @@ def encoder_features(
         generator: of the noise, on the CPU.
 
     Returns:
-        the noised sample itself `[b, c h w]`, the encoded [CLS] token `[b, D]` and the mean of the encoded
-        patches `[b, D]`.
+        "input", the noised sample itself `[b, c h w]`, "[CLS]", the encoded token `[b, D]`, of a model that
+        has one, and "patches", the mean of the encoded ones `[b, D]`.
     """
     noise = torch.randn(x0.shape, generator=generator).to(x0.device)
     noised = x0 + sigma * noise
@@ -43,8 +41,11 @@ def encoder_features(
         pipe.scheduler.precondition_inputs(noised, level).to(pipe.transformer.dtype),
         pipe.scheduler.precondition_noise(level).float().to(x0.device),
         class_labels=None,
-    ).encoder_hidden_states.float()  # [b, 1 + n, D]
-    return {"input": noised.flatten(1), "[CLS]": tokens[:, 0], "patches": tokens[:, 1:].mean(1)}
+    ).encoder_hidden_states.float()
+    features = {"input": noised.flatten(1)}
+    if hasattr(pipe.transformer, "cls_token"):
+        features["[CLS]"], tokens = tokens[:, 0], tokens[:, 1:]
+    return features | {"patches": tokens.mean(1)}
 
 
 def read_samples(
@@ -111,7 +112,7 @@ def probe(
         parts = [
             encoder_features(pipe, part.to(pipe.device), sigma, generator) for part in x0.split(batch_size)
         ]
-        for name in FEATURES:
+        for name in parts[0]:
             features = torch.cat([part[name].cpu() for part in parts]).numpy()
             for kind, predict in PROBES.items():
                 found = predict(features[held_out:], labels[held_out:], features[:held_out])

@@ -27,11 +27,12 @@ from torch import Tensor, nn
 
 @dataclass
 class SDDiTTransformer2DOutput(BaseOutput):
-    """What [`SDDiTTransformer2DModel`] returns.
+    """What a [`PatchTransformer2DModel`] returns.
 
     Attributes:
         sample: raw network output F, `[b, out_channels, h, w]`; None for a model without decoder.
-        encoder_hidden_states: the encoder's tokens, [CLS] first, `[b, 1 + k, D]`.
+        encoder_hidden_states: the encoder's tokens, `[b, 1 + k, D]` with [CLS] first; `[b, k, D]` from a
+            model without [CLS].
     """
 
     sample: Tensor | None
@@ -151,19 +152,20 @@ class SDDiTDecoder(nn.Module):
     """The light decoder G: the complete token set H to an image-shaped output (Sec. 3.3).
 
     # Paper silent: widths and the way of [CLS] into the decoder follow from the parameter counts (see
-    # README).
+    # README). MaskDiT's decoder is the same without [CLS] (`has_cls=False`).
     """
 
     def __init__(
         self, dim: int, num_layers: int, heads: int, head_dim: int, mlp_ratio: float, base_size: int,
-        patch_size: int, out_channels: int,
+        patch_size: int, out_channels: int, has_cls: bool = True,
     ):  # fmt: skip
         super().__init__()
         width = heads * head_dim
         self.patch_size = patch_size
         self.gradient_checkpointing = False
-        self.cls_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.cls_proj = nn.Linear(dim, dim)
+        if has_cls:
+            self.cls_norm = nn.LayerNorm(dim, eps=1e-6)
+            self.cls_proj = nn.Linear(dim, dim)
         self.norm_in = AdaLayerNorm(dim, dim)
         self.proj_in = nn.Linear(dim, width)
         self.pos_embed = SinCosPositions(width, base_size)
@@ -174,17 +176,113 @@ class SDDiTDecoder(nn.Module):
     def forward(self, hidden_states: Tensor, cls: Tensor, temb: Tensor, height: int, width: int) -> Tensor:
         """`[b, n, D]`, [CLS] `[b, D]`, `temb` `[b, D]` and the grid's size to `[b, out_channels, h, w]`."""
         temb = temb + self.cls_proj(self.cls_norm(cls))
-        positions = self.pos_embed(height, width).to(hidden_states.dtype)  # [n, E]
-        hidden_states = self.proj_in(self.norm_in(hidden_states, temb)) + positions  # [b, n, E]
+        return self.denoise(self.narrow(hidden_states, temb), temb, height, width)
+
+    def narrow(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        """Tokens of the encoder's width to the decoder's, `[b, ., D]` to `[b, ., E]`."""
+        return self.proj_in(self.norm_in(hidden_states, temb))
+
+    def denoise(self, hidden_states: Tensor, temb: Tensor, height: int, width: int) -> Tensor:
+        """All tokens `[b, n, E]`, which get their positions here, to `[b, out_channels, h, w]`."""
+        hidden_states = hidden_states + self.pos_embed(height, width).to(hidden_states.dtype)
         for block in self.blocks:
             hidden_states = run_block(self, block, hidden_states, temb)
         hidden_states = self.proj_out(self.norm_out(hidden_states, temb))  # [b, n, p p c]
-        patches = hidden_states.unflatten(-1, (self.patch_size, self.patch_size, -1))
-        patches = patches.unflatten(1, (height, width))  # [b, h/p, w/p, p, p, c]
-        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return unpatchify(hidden_states, self.patch_size, height, width)
 
 
-class SDDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
+class PatchTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
+    """A DiT from its patches to its blocks: what SD-DiT has in common with the methods beside it."""
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["SDDiTBlock"]
+    _repeated_blocks = ["SDDiTBlock"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
+
+    def _build_encoder(
+        self, sample_size: int, patch_size: int, in_channels: int, num_layers: int, heads: int, head_dim: int,
+        mlp_ratio: float, num_classes: int,
+    ) -> int:  # fmt: skip
+        """Makes embeddings and blocks; returns their width D.
+
+        Raises:
+            ValueError: a width that sine-cosine positions cannot have, or a size that the patches do not
+                tile.
+        """
+        dim = heads * head_dim
+        check_width("encoder", dim)
+        if sample_size % patch_size:
+            raise ValueError(f"sample_size {sample_size} is not a multiple of patch_size {patch_size}.")
+        self.gradient_checkpointing = False
+        self.patch_embed = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.pos_embed = SinCosPositions(dim, sample_size // patch_size)
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embed = TimestepEmbedding(256, dim)
+        self.label_embed = nn.Embedding(num_classes + 1, dim)
+        self.transformer_blocks = nn.ModuleList(
+            [SDDiTBlock(dim, heads, mlp_ratio, dim) for _ in range(num_layers)]
+        )
+        return dim
+
+    def _initialize_weights(self) -> None:
+        """DiT's initialisation: Xavier linears, small embeddings, and zeros where a residual branch ends."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.zeros_(module.bias)
+        for linear in (self.time_embed.linear_1, self.time_embed.linear_2):
+            nn.init.normal_(linear.weight, std=0.02)
+        nn.init.normal_(self.label_embed.weight, std=0.02)
+        for _, token in self.named_parameters(recurse=False):  # of [CLS], of the mask
+            nn.init.normal_(token, std=0.02)
+        for name, module in self.named_modules():
+            if isinstance(module, SDDiTBlock):
+                nn.init.zeros_(module.modulation.weight)
+            elif isinstance(module, AdaLayerNorm):
+                nn.init.zeros_(module.linear.weight)
+            elif name.split(".")[-1] == "proj_out":
+                nn.init.zeros_(module.weight)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in `ModelMixin`, and aligned: CPU kernels round otherwise on weights at odd addresses."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        for parameter in (loaded[0] if isinstance(loaded, tuple) else loaded).parameters():
+            if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+                parameter.data = parameter.data.clone()
+        return loaded
+
+    def _embed(self, hidden_states: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The patches at their positions, `[b, n, D]`, and how many there are down and across.
+
+        Raises:
+            ValueError: wrong number of channels, or sides that are no multiples of the patch size.
+        """
+        channels, height, width = hidden_states.shape[1:]
+        p = self.config.patch_size
+        if channels != self.config.in_channels:
+            raise ValueError(
+                f"The input has {channels} channels; this model takes {self.config.in_channels}."
+            )
+        if height % p or width % p:
+            raise ValueError(f"The input is {height} x {width}; both must be multiples of patch_size {p}.")
+        grid = height // p, width // p
+        patches = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)
+        return patches + self.pos_embed(*grid).to(hidden_states.dtype), grid
+
+    def _condition(
+        self, timestep: Tensor | float, class_labels: Tensor | None, hidden_states: Tensor
+    ) -> Tensor:
+        """c = MLP(sinusoid(c_noise)) + label embedding, `[b, D]`; the sinusoid is always float32."""
+        batch, device = hidden_states.shape[0], hidden_states.device
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=device).expand(batch)
+        if class_labels is None:
+            class_labels = torch.full((batch,), self.config.num_classes, device=device)
+        sinusoid = self.time_proj(timestep).to(hidden_states.dtype)
+        return self.time_embed(sinusoid) + self.label_embed(class_labels)
+
+
+class SDDiTTransformer2DModel(PatchTransformer2DModel):
     """The SD-DiT student: encoder S and decoder G (Zhu et al., CVPR 2024, Sec. 3).
 
     Args:
@@ -204,11 +302,6 @@ class SDDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixi
         ValueError: a width that sine-cosine positions cannot have, or a size that the patches do not tile.
     """
 
-    _supports_gradient_checkpointing = True
-    _no_split_modules = ["SDDiTBlock"]
-    _repeated_blocks = ["SDDiTBlock"]
-    _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
-
     @register_to_config
     def __init__(
         self,
@@ -226,61 +319,19 @@ class SDDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixi
         num_classes: int = 1000,
     ):
         super().__init__()
-        dim = num_attention_heads * attention_head_dim
-        decoder_dim = decoder_num_attention_heads * decoder_attention_head_dim
-        for name, width in (("encoder", dim), ("decoder", decoder_dim)):
-            if width % 4:
-                raise ValueError(
-                    f"The {name}'s width (heads x head dim) is {width}; it must be a multiple of 4."
-                )
-        if sample_size % patch_size:
-            raise ValueError(f"sample_size {sample_size} is not a multiple of patch_size {patch_size}.")
-        base_size = sample_size // patch_size
-        self.gradient_checkpointing = False
-
-        self.patch_embed = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
-        self.pos_embed = SinCosPositions(dim, base_size)
-        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time_embed = TimestepEmbedding(256, dim)
-        self.label_embed = nn.Embedding(num_classes + 1, dim)
+        check_width("decoder", decoder_num_attention_heads * decoder_attention_head_dim)
+        dim = self._build_encoder(
+            sample_size, patch_size, in_channels, num_layers, num_attention_heads, attention_head_dim,
+            mlp_ratio, num_classes,
+        )  # fmt: skip
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.transformer_blocks = nn.ModuleList(
-            [SDDiTBlock(dim, num_attention_heads, mlp_ratio, dim) for _ in range(num_layers)]
-        )
         self.decoder = None
         if num_decoder_layers > 0:
             self.decoder = SDDiTDecoder(
                 dim, num_decoder_layers, decoder_num_attention_heads, decoder_attention_head_dim, mlp_ratio,
-                base_size, patch_size, out_channels or in_channels,
+                sample_size // patch_size, patch_size, out_channels or in_channels,
             )  # fmt: skip
         self._initialize_weights()
-
-    def _initialize_weights(self) -> None:
-        """DiT's initialisation: Xavier linears, small embeddings, and zeros where a residual branch ends."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(module.weight.flatten(1))
-                nn.init.zeros_(module.bias)
-        for linear in (self.time_embed.linear_1, self.time_embed.linear_2):
-            nn.init.normal_(linear.weight, std=0.02)
-        nn.init.normal_(self.label_embed.weight, std=0.02)
-        nn.init.normal_(self.cls_token, std=0.02)
-        for module in self.modules():
-            if isinstance(module, SDDiTBlock):
-                nn.init.zeros_(module.modulation.weight)
-            elif isinstance(module, AdaLayerNorm):
-                nn.init.zeros_(module.linear.weight)
-            elif isinstance(module, SDDiTDecoder):
-                nn.init.zeros_(module.proj_out.weight)
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As in `ModelMixin`, and aligned: CPU kernels round otherwise on weights at odd addresses."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        for parameter in (loaded[0] if isinstance(loaded, tuple) else loaded).parameters():
-            if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
-                parameter.data = parameter.data.clone()
-        return loaded
 
     def forward(
         self,
@@ -303,9 +354,7 @@ class SDDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixi
         Raises:
             ValueError: wrong number of channels, or sides that are no multiples of the patch size.
         """
-        height, width = self._grid_of(hidden_states)
-        patches = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # [b, n, D]
-        patches = patches + self.pos_embed(height, width).to(hidden_states.dtype)
+        patches, (height, width) = self._embed(hidden_states)  # [b, n, D]
         temb = self._condition(timestep, class_labels, hidden_states)  # [b, D]
 
         # The encoder sees [CLS] and the visible patches only.
@@ -330,28 +379,17 @@ class SDDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixi
             return (sample, tokens)
         return SDDiTTransformer2DOutput(sample=sample, encoder_hidden_states=tokens)
 
-    def _condition(
-        self, timestep: Tensor | float, class_labels: Tensor | None, hidden_states: Tensor
-    ) -> Tensor:
-        """c = MLP(sinusoid(c_noise)) + label embedding, `[b, D]`; the sinusoid is always float32."""
-        batch, device = hidden_states.shape[0], hidden_states.device
-        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=device).expand(batch)
-        if class_labels is None:
-            class_labels = torch.full((batch,), self.config.num_classes, device=device)
-        sinusoid = self.time_proj(timestep).to(hidden_states.dtype)
-        return self.time_embed(sinusoid) + self.label_embed(class_labels)
 
-    def _grid_of(self, hidden_states: Tensor) -> tuple[int, int]:
-        """The number of patches down and across."""
-        channels, height, width = hidden_states.shape[1:]
-        p = self.config.patch_size
-        if channels != self.config.in_channels:
-            raise ValueError(
-                f"The input has {channels} channels; this model takes {self.config.in_channels}."
-            )
-        if height % p or width % p:
-            raise ValueError(f"The input is {height} x {width}; both must be multiples of patch_size {p}.")
-        return height // p, width // p
+def check_width(name: str, width: int) -> None:
+    """Raises a ValueError for a width that sine-cosine positions cannot have."""
+    if width % 4:
+        raise ValueError(f"The {name}'s width (heads x head dim) is {width}; it must be a multiple of 4.")
+
+
+def unpatchify(patches: Tensor, patch_size: int, height: int, width: int) -> Tensor:
+    """`[b, n, p p c]` of a grid of patches to `[b, c, h, w]`."""
+    patches = patches.unflatten(-1, (patch_size, patch_size, -1)).unflatten(1, (height, width))
+    return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # from [b, h/p, w/p, p, p, c]
 
 
 def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
