@@ -11,13 +11,14 @@ HUB_FILES = ["transformer_sddit", "scheduling_edm_heun", "pipeline_sddit"]
 # Later layers may import earlier ones.
 LAYERS = [
     set(HUB_FILES),
-    {"discrimination", "files", "launching", "scores", "sharding", "attention_cpu"},
-    {"objective", "configuration", "data", "checkpointing", "reporting", "memory"},
+    {"discrimination", "denoising", "transformer_baselines", "files", "launching", "scores", "sharding"}
+    | {"attention_cpu", "studies"},
+    {"objective", "baselines", "configuration", "data", "checkpointing", "reporting", "memory"},
     {"latents", "image_sets", "probe"},
     {"prepare_latents", "generate", "extractors"},
-    {"features", "plot"},
+    {"features", "plot", "methods"},
     {"references"},
-    {"evaluate"},
+    {"evaluate", "reproduce"},
 ]
 
 

@@ -1,0 +1,289 @@
+"""Runs a study: trains its runs, scores them, and draws its tables and figures.
+
+    python -m sddit_diffusers.reproduce studies/digits.json
+    accelerate launch -m sddit_diffusers.reproduce studies/imagenet.json --settings '{"dataset_name": "..."}'
+
+`studies.py` says what a study is. Each run is one of `train_sddit.py`, in `OUTPUT_DIR/RUN/seed-SEED/`;
+stopped, the same command goes on where it was. Runs that are done are not run again, so the parts of a study
+(`--runs`, `--seeds`) may be run at different times and places, and `--report_only` tells what there is so
+far: `results.md`, `results.json`, and a figure for each table.
+"""
+
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from tqdm.auto import tqdm
+
+from .checkpointing import differences, find_checkpoints
+from .configuration import Parser, TrainingConfig, option, options, parse
+from .data import ImageDataset
+from .files import written_aside
+from .generate import load_pipeline
+from .launching import check_machine, on_main_process
+from .pipeline_sddit import SDDiTPipeline
+from .probe import probe
+from .references import Judge
+from .reporting import read_metrics
+from .scheduling_edm_heun import EDMHeunScheduler
+from .studies import Results, as_json, draw, markdown, read_study, slug
+
+SPEED_ROUNDS = 20
+
+
+@dataclass
+class ReproduceConfig:
+    """The settings of a reproduction."""
+
+    output_dir: str = option("", "where everything goes; study-NAME if not given")
+    settings: str = option(
+        "{}", "JSON of settings of train_sddit.py that differ from the study's, for all runs"
+    )
+    runs: list[str] = options([], "of the study's, to be trained now; all if not given")
+    seeds: list[int] = options([], "of the study's, to be trained now; all if not given")
+    report_only: bool = option(False, "train and measure nothing: tables and figures of what there is")
+
+
+class Reproduction:
+    """A study that is being run.
+
+    Args:
+        path: the study's file.
+
+    Raises:
+        ValueError: the study, or what was chosen of it, is wrong.
+    """
+
+    def __init__(self, config: ReproduceConfig, path: Path):
+        self.config, self.study = config, read_study(path)
+        self.folder = Path(config.output_dir or f"study-{path.stem}")
+        try:
+            self.changes = json.loads(config.settings)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"settings are {config.settings!r}, which is no JSON: {error}.") from None
+        for chosen, known, name in (
+            (config.runs, list(self.study.runs), "run"), (config.seeds, self.study.seeds, "seed")
+        ):  # fmt: skip
+            if unknown := [one for one in chosen if one not in known]:
+                raise ValueError(
+                    f"There is no {name} {unknown[0]!r}; there are {', '.join(map(str, known))}."
+                )
+        self.runs = config.runs or list(self.study.runs)
+        self.seeds = config.seeds or self.study.seeds
+        self.configs = {
+            (run, seed): self._configure(run, seed) for run in self.study.runs for seed in self.study.seeds
+        }
+        precisions = {config.mixed_precision for config in self.configs.values()}
+        if len(precisions) > 1:
+            raise ValueError(f"mixed_precision is {sorted(precisions)}; it must be the same in all runs.")
+        self.accelerator = Accelerator(
+            mixed_precision=precisions.pop() or None,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))],
+        )
+        check_machine(self.accelerator)
+        self.results = Results()
+
+    def folder_of(self, run: str, seed: int) -> Path:
+        """Of one training."""
+        return self.folder / slug(run) / f"seed-{seed}"
+
+    def _configure(self, run: str, seed: int) -> TrainingConfig:
+        settings = self.study.settings | self.study.runs[run] | self.changes
+        folder = self.folder_of(run, seed)
+        arguments = [
+            f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
+            for name, value in settings.items()
+        ]
+        config = parse([*arguments, f"--seed={seed}", f"--output_dir={folder}"])
+        if not config.evaluation_steps:
+            raise ValueError(f"{run} is not scored: evaluation_steps must be in the study's settings.")
+        config.checkpointing_steps = config.checkpointing_steps or config.evaluation_steps
+        config.checkpoints_total_limit = config.checkpoints_total_limit or 1
+        config.resume_from_checkpoint = "latest"
+        return config
+
+    def is_done(self, run: str, seed: int) -> bool:
+        """Whether a training is complete, with the settings that are wanted.
+
+        Raises:
+            ValueError: it was begun with others.
+        """
+        folder, wanted = self.folder_of(run, seed), json.loads(json.dumps(vars(self.configs[run, seed])))
+        if not (folder / "training_config.json").is_file():
+            return False
+        begun = json.loads((folder / "training_config.json").read_text())
+        if others := differences(begun, wanted):
+            raise ValueError(
+                f"{folder} was begun with other settings: {'; '.join(others)}. Choose another --output_dir."
+            )
+        if not (folder / "metrics.jsonl").is_file() or not (folder / "model_index.json").is_file():
+            return False
+        metrics = read_metrics(folder / "metrics.jsonl")
+        return bool(metrics) and metrics[-1]["step"] == wanted["max_train_steps"]
+
+    def run(self) -> None:
+        """Trains what is missing, measures what the tables need, and reports."""
+        if not self.config.report_only:
+            trainings = [(run, seed) for seed in self.seeds for run in self.runs]
+            missing = [training for training in trainings if not self.is_done(*training)]
+            for i, (run, seed) in enumerate(missing):
+                self.accelerator.print(f"[{i + 1} of {len(missing)}] {run}, seed {seed}", flush=True)
+                self.train(self.configs[run, seed])
+            self.measure()
+        self.collect()
+        on_main_process(self.report, self.accelerator)
+
+    def train(self, config: TrainingConfig) -> None:
+        """One run of `train_sddit.py`, from its newest checkpoint on."""
+        from train_sddit import Trainer  # imported late: it is the program above this package
+
+        Trainer(config).run()
+        if self.accelerator.is_main_process:
+            for checkpoint in find_checkpoints(Path(config.output_dir)):
+                shutil.rmtree(checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def measure(self) -> None:
+        """What tables need beside the trainings: speeds, probes, samplings; each is kept in a file."""
+        for table in self.study.tables:
+            if table.kind == "speed":
+                self.keep(self.folder / "speeds.json", table.runs, self.measure_speeds)
+            for run, seed in [(run, seed) for run in table.runs for seed in self.seeds]:
+                folder, config = self.folder_of(run, seed), self.configs[run, seed]
+                if not self.is_done(run, seed):
+                    continue
+                if table.kind == "probe":
+                    self.keep(folder / "probe.json", table.sigmas, partial(self.probe, folder, config))
+                for name, sampling in table.samplings.items():
+                    path = folder / f"sampling-{slug(name)}.json"
+                    self.keep(path, sampling, partial(self.sample, folder, config))
+
+    def keep(self, path: Path, of: list | dict, measure: Callable) -> None:
+        """Writes what `measure` finds of something, unless that was done before."""
+        if path.is_file() and json.loads(path.read_text())["of"] == of:
+            return
+        self.accelerator.print(path, flush=True)
+        found = measure(of)
+        if self.accelerator.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with written_aside(path, "w") as file:
+                file.write(json.dumps({"of": of, "found": found}, indent=1) + "\n")
+        self.accelerator.wait_for_everyone()
+
+    def measure_speeds(self, runs: list[str]) -> dict[str, float]:
+        """Steps a second of the runs, all in turn, round by round; medians."""
+        from train_sddit import Trainer
+
+        seconds: dict[str, list[float]] = {run: [] for run in runs}
+        with ExitStack() as stack:
+            trainers: dict[str, tuple[Trainer, Iterator]] = {}
+            for run in runs:
+                config = TrainingConfig(**vars(self.configs[run, self.study.seeds[0]]))
+                folder = self.folder / ".speed" / slug(run)
+                config.output_dir, config.evaluation_steps = str(folder), 0
+                config.max_train_steps = SPEED_ROUNDS + 2
+                trainer = Trainer(config)
+                trainers[run] = (
+                    trainer,
+                    stack.enter_context(closing(trainer.dataset.batches(trainer.sampler))),
+                )
+            for step in tqdm(range(SPEED_ROUNDS + 2), desc="speed", unit="round", leave=False):
+                for run, (trainer, data) in trainers.items():
+                    start = time.perf_counter()
+                    trainer.train_step(step, data)  # its metrics are read back from the device
+                    seconds[run].append(time.perf_counter() - start)
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.folder / ".speed")
+        return {run: 1 / statistics.median(values[2:]) for run, values in seconds.items()}
+
+    def probe(self, folder: Path, config: TrainingConfig, sigmas: list[float]) -> list[dict]:
+        """What a training's encoder knows of the pictures that it is scored against."""
+        pipe, name, size = self.load(folder, config)
+        channels = pipe.transformer.config.in_channels if pipe.vae is None else 3
+        dataset = ImageDataset(name, config.image_column, config.label_column, channels, size)
+        return on_main_process(lambda: probe(pipe, dataset, sigmas, 10_000), self.accelerator)
+
+    def sample(self, folder: Path, config: TrainingConfig, sampling: dict) -> float | None:
+        """The score of a training's samples, made in another way."""
+        pipe, name, size = self.load(folder, config)
+        arguments = {name: value for name, value in sampling.items() if name != "scheduler"}
+        pipe.scheduler = EDMHeunScheduler.from_config(pipe.scheduler.config, **sampling.get("scheduler", {}))
+        judge = Judge(
+            name, config.evaluation_extractor, (size, size), config.evaluation_samples,
+            config.image_column, config.label_column, self.accelerator,
+        )  # fmt: skip
+        return judge(pipe, config.train_batch_size, **arguments).get(self.study.metric)
+
+    def load(self, folder: Path, config: TrainingConfig) -> tuple[SDDiTPipeline, str, int]:
+        """A training's pipeline, the name of what it is scored against, and the side of its images."""
+        pipe = load_pipeline(str(folder)).to(self.accelerator.device)
+        pipe.set_progress_bar_config(disable=True)
+        size = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+        return pipe, config.evaluation_reference or config.dataset_name, size
+
+    def collect(self) -> None:
+        """Reads what there is."""
+        study, add = self.study, self.results.add
+        for run, seed in self.configs:
+            folder = self.folder_of(run, seed)
+            if not self.is_done(run, seed):
+                continue
+            rows = read_metrics(folder / "metrics.jsonl")
+            if study.metric not in rows[-1]:
+                raise ValueError(f"{folder} has no {study.metric!r}, which is the study's metric.")
+            add(run, seed, ("last",), rows[-1][study.metric])
+            for row in rows:
+                if study.metric in row:
+                    add(run, seed, ("score", row["step"]), row[study.metric])
+            for name, value in rows[-1].items():
+                add(run, seed, ("metric", name), value)
+            for row in read_kept(folder / "probe.json", []):
+                if row["probe"] == "k-NN":
+                    add(run, seed, ("k-NN", row["features"], row["sigma"]), row["accuracy"])
+            for table in study.tables:
+                for name in table.samplings if table.run == run else ():
+                    value = read_kept(folder / f"sampling-{slug(name)}.json", None)
+                    if value is not None:
+                        add(run, seed, ("sampling", name), value)
+        for run, speed in read_kept(self.folder / "speeds.json", {}).items():
+            add(run, 0, ("speed",), speed)
+
+    def report(self) -> None:
+        """Writes tables and figures."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with written_aside(self.folder / "results.md", "w") as file:
+            file.write(markdown(self.study, self.results))
+        with written_aside(self.folder / "results.json", "w") as file:
+            file.write(json.dumps(as_json(self.study, self.results), indent=1) + "\n")
+        for table in self.study.tables:
+            draw(table, self.study, self.results, self.folder)
+        print(f"{len(self.study.tables)} tables and figures: {self.folder}/results.md")
+
+
+def read_kept(path: Path, default):
+    """What [`Reproduction.keep`] wrote, or else the default."""
+    return json.loads(path.read_text())["found"] if path.is_file() else default
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Parser(ReproduceConfig, prog="reproduce", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("study", help="a study's file, as those in studies/")
+    try:
+        chosen = parser.parse_known_options(arguments)
+        path = Path(chosen.pop("study"))
+        Reproduction(ReproduceConfig(**chosen), path).run()
+    except (ValueError, OSError, FloatingPointError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
