@@ -1,6 +1,7 @@
 """What the README says is so."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,14 @@ from sddit_diffusers.evaluate import EvaluateConfig
 from sddit_diffusers.generate import GenerateConfig
 from sddit_diffusers.plot import PlotConfig
 from sddit_diffusers.prepare_latents import PrepareConfig
+from sddit_diffusers.reproduce import ReproduceConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = {path.name: path.read_text() for path in (ROOT / "docs").glob("*.md")}
 
 
-def blocks(language, text=README + PAGES["evaluation.md"]):
+def blocks(language, text=README + PAGES["evaluation.md"] + PAGES["training.md"]):
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
@@ -48,16 +50,16 @@ def test_training_commands_parse(command):
         ("prepare_latents", PrepareConfig, 2),
         ("generate", GenerateConfig, 2),
         ("evaluate", EvaluateConfig, 4),
-        ("plot", PlotConfig, 3),
+        ("plot", PlotConfig, 1),
+        ("reproduce", ReproduceConfig, 2),
     ],
 )
 def test_commands_of_programs_parse(program, config, least):
     joined = "\n".join(blocks("bash")).replace("\\\n", " ")
-    commands = [
-        line.split("#")[0].split() for line in joined.splitlines() if f"sddit_diffusers.{program}" in line
-    ]
+    commands = [line for line in joined.splitlines() if f"sddit_diffusers.{program}" in line]
     assert len(commands) >= least
-    for words in commands:
+    for command in commands:
+        words = shlex.split(command, comments=True)
         parser = Parser(config)
         parser.add_argument("names", nargs="*")
         chosen = parser.parse_known_options(words[words.index(f"sddit_diffusers.{program}") + 1 :])
