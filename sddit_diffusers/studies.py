@@ -229,6 +229,8 @@ def _draw_steps(axis, table: Table, study: Study, results: Results) -> None:
         _draw_line(axis, steps, [results.of(run, ("score", step)) for step in steps], run)
     axis.set_xlabel("step")
     axis.set_yscale("log")
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks("{x:g}")
 
 
 def _draw_speed(axis, table: Table, study: Study, results: Results) -> None:
