@@ -16,10 +16,7 @@ class DiTObjective(DenoisingObjective):
         """As of `SDDiTObjective`: `loss`, which is `loss_generative`."""
         draws = self.draw(x0.shape, device=x0.device) if draws is None else draws
         class_labels = self.drop_labels(class_labels, draws)
-        x_s = x0 + draws.sigma_s * draws.noise_s
-        output = self.transformer(*self.inputs(x_s, draws.sigma_s), class_labels).sample
-        denoised = self.denoised(x_s, output, draws.sigma_s)
-        loss = (self.weight(draws.sigma_s) * (denoised - x0) ** 2).mean()
+        loss = self.generative_loss(x0, class_labels, draws.sigma_s, draws.noise_s)
         return {"loss": loss, "loss_generative": loss}
 
 
@@ -50,8 +47,9 @@ class MaskDiTObjective(DenoisingObjective):
             loss = denoising.mean() + unused
             return {"loss": loss, "loss_generative": loss, "loss_mae": torch.zeros_like(loss)}
         reconstruction = self._by_patch((denoised - x_s) ** 2)
-        masked = torch.ones_like(denoising, dtype=torch.bool).scatter(1, draws.visible_ids, False)  # [b, n]
-        loss_generative, loss_mae = denoising[~masked].mean(), reconstruction[masked].mean()
+        masked = torch.ones_like(denoising).scatter(1, draws.visible_ids, 0.0)  # [b, n]
+        loss_generative = (denoising * (1 - masked)).sum() / (1 - masked).sum()
+        loss_mae = (reconstruction * masked).sum() / masked.sum()
         return {
             "loss": loss_generative + self.mae_weight * loss_mae,
             "loss_generative": loss_generative,
@@ -74,13 +72,8 @@ class MDTObjective(DenoisingObjective):
         class_labels = self.drop_labels(class_labels, draws)
         visible_ids = draws.visible_ids
         if visible_ids is None:  # the side-interpolater has nothing to fill, and its part all the same
-            n = (x0.shape[2] // self.transformer.config.patch_size) ** 2
+            n = x0[0, 0].numel() // self.transformer.config.patch_size**2
             visible_ids = torch.arange(n, device=x0.device).expand(len(x0), -1)
-        losses = []
-        for noise, seen in ((draws.noise_s, None), (draws.noise_t, visible_ids)):
-            x_s = x0 + draws.sigma_s * noise
-            output = self.transformer(*self.inputs(x_s, draws.sigma_s), class_labels, seen).sample
-            denoised = self.denoised(x_s, output, draws.sigma_s)
-            losses.append((self.weight(draws.sigma_s) * (denoised - x0) ** 2).mean())
-        whole, masked = losses
+        whole = self.generative_loss(x0, class_labels, draws.sigma_s, draws.noise_s)
+        masked = self.generative_loss(x0, class_labels, draws.sigma_s, draws.noise_t, visible_ids)
         return {"loss": whole + masked, "loss_generative": whole, "loss_masked": masked}

@@ -124,6 +124,14 @@ class DenoisingObjective(nn.Module):
         sigma_data = self.scheduler.config.sigma_data
         return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
+    def generative_loss(
+        self, x0: Tensor, class_labels: Tensor | None, sigma: Tensor, noise: Tensor, *visible_ids: Tensor
+    ) -> Tensor:
+        """L_G (Eq. 9), the mean over all patches, of a view with this noise and, if given, this mask."""
+        x_s = x0 + sigma * noise
+        output = self.transformer(*self.inputs(x_s, sigma), class_labels, *visible_ids).sample
+        return (self.weight(sigma) * (self.denoised(x_s, output, sigma) - x0) ** 2).mean()
+
     def update_teacher(self, momentum: float, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """What follows an optimizer step; nothing, where there is no teacher."""
 
