@@ -1,5 +1,6 @@
 """SD-DiT (Zhu et al., CVPR 2024) for diffusers."""
 
+from . import hub
 from .configuration import PRESETS
 from .objective import SDDiTObjective
 from .pipeline_sddit import SDDiTPipeline
@@ -10,6 +11,15 @@ from .transformer_baselines import (
     PlainDiTTransformer2DModel,
 )
 from .transformer_sddit import SDDiTTransformer2DModel
+
+hub.register(
+    SDDiTPipeline,
+    EDMHeunScheduler,
+    SDDiTTransformer2DModel,
+    PlainDiTTransformer2DModel,
+    MaskDiTTransformer2DModel,
+    MDTTransformer2DModel,
+)
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,13 +1,22 @@
-"""The SD-DiT pipeline: class labels to images, by EDM sampling with classifier-free guidance."""
+"""The SD-DiT pipeline: class labels to images, by EDM sampling with classifier-free guidance.
+
+This file imports only torch, numpy and diffusers: its copy in a saved pipeline is all that others need of it.
+"""
 
 import difflib
+import inspect
+import json
+import os
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
+from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models import AutoencoderKL, AutoencoderTiny, ModelMixin
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -241,6 +250,35 @@ class SDDiTPipeline(DiffusionPipeline):
             latents = latents / self.vae.config.scaling_factor + shift
             latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         return self.image_processor.postprocess(latents.float(), output_type=output_type)
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """Writes model_index.json, and beside it the code of the pipeline and of its parts.
+
+        With these copies, `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` loads the folder
+        where the package is not installed. `save_pretrained` and `push_to_hub` end here.
+        """
+        for folder, file in {".": Path(inspect.getfile(type(self))), **self._files_of_parts()}.items():
+            target = Path(save_directory, folder)
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target / file.name)
+        super().save_config(save_directory, push_to_hub, **kwargs)
+
+    def to_json_string(self) -> str:
+        """model_index.json: classes from outside diffusers are named by their file, without a package."""
+        index = json.loads(super().to_json_string())
+        index["_class_name"] = [Path(inspect.getfile(type(self))).stem, index["_class_name"]]
+        for name, file in self._files_of_parts().items():
+            index[name][0] = file.stem
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    def _files_of_parts(self) -> dict[str, Path]:
+        """Names of the parts that are of no library which diffusers knows, and the files of their classes."""
+        libraries = {name: self.config[name][0] for name in self.components}
+        return {
+            name: Path(inspect.getfile(type(getattr(self, name))))
+            for name, library in libraries.items()
+            if library is not None and library not in LOADABLE_CLASSES
+        }
 
     def _check_inputs(
         self,

@@ -1,6 +1,7 @@
 """The networks that SD-DiT is compared with, made of its blocks: DiT, MaskDiT and MDT as EDM's raw network F.
 
-Shapes are those of `transformer_sddit.py`. None has a [CLS] token.
+Shapes are those of `transformer_sddit.py`. None has a [CLS] token. Unlike a copy of that file, one of this
+needs the package: its absolute import makes diffusers say so.
 """
 
 import torch
@@ -8,7 +9,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  (where diffusers looks for it)
 from torch import Tensor, nn
 
-from .transformer_sddit import (
+from sddit_diffusers.transformer_sddit import (
     AdaLayerNorm,
     PatchTransformer2DModel,
     SDDiTBlock,

@@ -245,7 +245,13 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixi
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in `ModelMixin`, and aligned: CPU kernels round otherwise on weights at odd addresses."""
+        """As in `ModelMixin`, with two differences.
+
+        Pickles are read with `use_safetensors=False` only. Weights on a CPU are aligned: its kernels round
+        otherwise at odd addresses.
+        """
+        if kwargs.get("use_safetensors") is None:  # what a pipeline passes on when it was told nothing
+            kwargs["use_safetensors"] = True
         loaded = super().from_pretrained(*args, **kwargs)
         for parameter in (loaded[0] if isinstance(loaded, tuple) else loaded).parameters():
             if parameter.device.type == "cpu" and parameter.data_ptr() % 64:

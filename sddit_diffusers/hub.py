@@ -1,0 +1,44 @@
+"""Lets diffusers know this package's classes in saved pipelines, and takes their place by no other code.
+
+A saved pipeline names its classes by the files that were copied along: `["pipeline_sddit", "SDDiTPipeline"]`.
+diffusers takes such names for code to be trusted and run. Where this package is imported its own classes are
+meant, so `DiffusionPipeline`, which offers no other way, is told to read them as such. All other names mean
+what they meant before.
+"""
+
+import diffusers
+from diffusers import DiffusionPipeline
+
+_modules: dict[tuple[str, str], str] = {}  # (file, class) to module
+
+
+def register(*classes: type) -> None:
+    """Makes `DiffusionPipeline.from_pretrained` find these classes, natively, in folders and on the Hub."""
+    for cls in classes:
+        _modules[cls.__module__.split(".")[-1], cls.__name__] = cls.__module__
+        if issubclass(cls, DiffusionPipeline):
+            setattr(diffusers, cls.__name__, cls)
+    DiffusionPipeline._dict_from_json_file = classmethod(_dict_from_json_file)
+    DiffusionPipeline.load_config = classmethod(_load_config)
+
+
+def _dict_from_json_file(cls, json_file) -> dict:
+    """A model_index.json in which a pipeline of this package is one of diffusers."""
+    index = super(DiffusionPipeline, cls)._dict_from_json_file(json_file)
+    if _is_known(index.get("_class_name")):
+        index["_class_name"] = index["_class_name"][1]
+    return index
+
+
+def _load_config(cls, *args, **kwargs) -> dict | tuple:
+    """The same, with the modules of this package's parts; a repository's files have names without them."""
+    loaded = super(DiffusionPipeline, cls).load_config(*args, **kwargs)
+    index = loaded[0] if isinstance(loaded, tuple) else loaded
+    for name, value in index.items():
+        if _is_known(value):
+            index[name] = [_modules[tuple(value)], value[1]]
+    return loaded
+
+
+def _is_known(value) -> bool:
+    return isinstance(value, list) and tuple(map(str, value)) in _modules
