@@ -15,6 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=["sddit_diffusers"],
+    package_data={"sddit_diffusers": ["model_card.md"]},
     py_modules=["train_sddit"],
     install_requires=[
         "torch>=2.8",

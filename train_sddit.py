@@ -58,6 +58,7 @@ from sddit_diffusers.methods import build_objective
 from sddit_diffusers.references import Judge
 from sddit_diffusers.reporting import MetricsLog, draw_curves, read_metrics, sample_grid
 from sddit_diffusers.sharding import check_engine, prepare, whole, whole_weights
+from sddit_diffusers.sharing import open_repo, upload, write_card
 
 TRIAL_STEPS = 18  # of the sampler, while a run is not at its end
 
@@ -69,6 +70,7 @@ class Trainer:
         self.config = config
         self.output_dir = Path(config.output_dir)
         prepare_folder(self.output_dir, config)
+        self.repo = None
         trackers = [str(tracker) for tracker in get_available_trackers()]
         if config.report_to not in ("", "all", *trackers):
             raise ValueError(
@@ -88,6 +90,9 @@ class Trainer:
         )
         check_machine(self.accelerator)
         check_engine(self.accelerator)
+        if config.push_to_hub:  # now, since nobody may be logged in
+            name = config.hub_model_id or self.output_dir.resolve().name
+            self.repo = on_main_process(lambda: open_repo(name), self.accelerator)
         network = config.network()
         self.dataset = open_dataset(config, network)
         wanted = self.accelerator.is_main_process or config.evaluation_steps
@@ -406,7 +411,7 @@ class Trainer:
         """The main process's part of `finish`.
 
         Raises:
-            OSError: the disk is full.
+            OSError: the disk is full, or the Hub did not take the pipeline.
         """
         try:
             pipe.save_pretrained(self.output_dir)
@@ -415,6 +420,7 @@ class Trainer:
         pipe.set_progress_bar_config(disable=False, desc="samples.png", leave=False)
         sampled = self.draw_samples(pipe, "samples.png")
         draw_curves(read_metrics(self.output_dir / "metrics.jsonl"), self.output_dir / "curves.png")
+        write_card(self.output_dir, self.repo or str(self.output_dir), pipe, self.config, self.dataset)
         label = self.dataset.num_classes - 3 if self.dataset.num_classes > 2 else None
         print(
             f"Done: the pipeline, metrics.jsonl, curves.png{', samples.png' * bool(sampled)} are in "
@@ -423,6 +429,8 @@ class Trainer:
             f'    pipe = SDDiTPipeline.from_pretrained("{self.output_dir}")\n'
             f'    pipe(class_labels=[{label}]).images[0].save("sample.png")'
         )
+        if self.repo:
+            print(f"Uploaded: {upload(self.output_dir, self.repo)}")
 
     def open_vae(self) -> AutoencoderKL | AutoencoderTiny | None:
         """The VAE that decodes the latents; None for pictures, and where none is wanted.

@@ -210,6 +210,8 @@ class TrainingConfig:
     logging_steps: int = option(1, "write the metrics every so many steps")
     report_to: str = option("", "'tensorboard', 'wandb' or 'all', beside metrics.jsonl")
     dataloader_num_workers: int = option(0, "processes that read images ahead")
+    push_to_hub: bool = option(False, "upload the pipeline with its card at the end, never a checkpoint")
+    hub_model_id: str = option("", "where to, USER/NAME or NAME; the output folder's name if not given")
 
     def __post_init__(self):
         if self.method not in METHODS:

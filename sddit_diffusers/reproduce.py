@@ -120,7 +120,7 @@ class Reproduction:
         folder, wanted = self.folder_of(run, seed), json.loads(json.dumps(vars(self.configs[run, seed])))
         if not (folder / "training_config.json").is_file():
             return False
-        begun = json.loads((folder / "training_config.json").read_text())
+        begun = vars(TrainingConfig()) | json.loads((folder / "training_config.json").read_text())
         if others := differences(begun, wanted):
             raise ValueError(
                 f"{folder} was begun with other settings: {'; '.join(others)}. Choose another --output_dir."

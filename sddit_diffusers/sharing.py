@@ -1,0 +1,142 @@
+"""A trained pipeline as others get it: its model card, and its upload to the Hub."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, upload_folder
+
+from .configuration import TrainingConfig
+from .data import ImageDataset
+from .files import written_aside
+from .latents import LatentDataset
+from .pipeline_sddit import SDDiTPipeline
+from .reporting import read_metrics
+
+TEMPLATE = Path(__file__).parent / "model_card.md"
+# What is uploaded of an output folder; its checkpoints and trial samples are not.
+SHARED = (
+    "README.md", "model_index.json", "*.py", "transformer/*", "scheduler/*", "vae/*",
+    "samples.png", "curves.png", "metrics.jsonl", "training_config.json",
+)  # fmt: skip
+_NAMES = {"fid": "FID", "precision": "Precision", "recall": "Recall"}
+_METHODS = {"sddit": "SD-DiT", "dit": "DiT", "maskdit": "MaskDiT", "mdt": "MDT"}
+
+
+def open_repo(name: str) -> str:
+    """Makes a model repository on the Hub where there is none; returns its full name, `user/name`.
+
+    Raises:
+        ValueError: the name is wrong, nobody is logged in or may not write there, or there is no Hub.
+    """
+    try:
+        return create_repo(name, exist_ok=True).repo_id
+    except Exception as error:  # those of the client's HTTP library too, which is not always the same
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"--push_to_hub: there is no writing to {name!r}: {reason} Log in with `hf auth login`."
+        ) from None
+
+
+def upload(folder: Path, repo: str) -> str:
+    """Uploads a pipeline with its card, pictures and curves; returns its address.
+
+    Raises:
+        OSError: the Hub did not take it; the folder is as it was.
+    """
+    try:
+        return upload_folder(folder_path=folder, repo_id=repo, allow_patterns=list(SHARED)).repo_url
+    except Exception as error:
+        patterns = " ".join(f"--include '{pattern}'" for pattern in SHARED)
+        raise OSError(
+            f"The pipeline is complete in {folder}/, but was not uploaded to {repo}: {error} "
+            f"Try again: hf upload {repo} {folder} . {patterns}"
+        ) from error
+
+
+def write_card(
+    folder: Path,
+    repo: str,
+    pipe: SDDiTPipeline,
+    config: TrainingConfig,
+    dataset: ImageDataset | LatentDataset,
+) -> None:
+    """Writes the model card, README.md, of a training's output folder.
+
+    Args:
+        folder: has the run's metrics.jsonl, and what there is of samples.png and curves.png.
+        repo: the name by which the card's snippet loads the pipeline.
+        pipe: what is in the folder.
+        dataset: what it was trained on.
+    """
+    last = read_metrics(folder / "metrics.jsonl")[-1]
+    name, source, public = _METHODS[config.method], *_source_of(config, dataset)
+    network = {name: value for name, value in pipe.transformer.config.items() if not name.startswith("_")}
+    scores = [score for score in last.items() if score[0].split("_")[0] in _NAMES]
+    data = ModelCardData(
+        license="apache-2.0",
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["sd-dit", config.method, "class-conditional", "diffusion-transformer"],
+        datasets=[public] if public else None,
+        model_name=repo.split("/")[-1],
+        eval_results=[
+            EvalResult(
+                task_type="unconditional-image-generation", dataset_type=public or "custom",
+                dataset_name=source, metric_type=key.split("_")[0],
+                metric_name=_score_name(key, config), metric_value=round(value, 4),
+            )
+            for key, value in scores
+        ]
+        or None,
+    )  # fmt: skip
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        repo=repo,
+        method=name,
+        preset=config.preset,
+        source=source,
+        images=len(dataset),
+        classes=dataset.num_classes,
+        steps=last["step"],
+        weights=sum(weight.numel() for weight in pipe.transformer.parameters()),
+        side=pipe.transformer.config.sample_size * pipe.vae_scale_factor,
+        label=repr(next(iter(pipe.label2ids))) if pipe.label2ids else 0 if dataset.num_classes else None,
+        settings=_settings(config) | {"transformer": json.dumps(network)},
+        scores=[(_score_name(key, config), f"{value:.4g}") for key, value in scores],
+        pictures=[picture for picture in ("samples.png", "curves.png") if (folder / picture).is_file()],
+    )
+    with written_aside(folder / "README.md", "w") as file:
+        file.write(str(card))
+
+
+def _source_of(config: TrainingConfig, dataset: ImageDataset | LatentDataset) -> tuple[str, str | None]:
+    """What the pictures were, for people, and their name on the Hub if they have one."""
+    name = dataset.manifest.source["name"] if isinstance(dataset, LatentDataset) else config.dataset_name
+    if name == "digits":
+        return "scikit-learn's handwritten digits", None
+    if name.count("/") == 1 and not Path(name).exists() and not name.startswith("/"):
+        return name, name
+    return Path(name).name, None  # of a folder or URL, without where it was
+
+
+def _score_name(key: str, config: TrainingConfig) -> str:
+    kind, _, extractor = key.partition("_")
+    extractor = {"": "Inception"}.get(extractor, extractor)
+    return f"{_NAMES[kind]} ({extractor}, {config.evaluation_samples} samples, 18 steps, no guidance)"
+
+
+def _settings(config: TrainingConfig) -> dict[str, object]:
+    """What of the configuration tells how it was trained."""
+    names = (
+        "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "adam_beta1",
+        "adam_beta2", "ema_decay", "mask_ratio", "label_dropout", "mixed_precision", "seed",
+    )  # fmt: skip
+    own = {
+        "sddit": (
+            "discriminative_weight", "num_prototypes", "student_temperature", "teacher_temperature_start",
+            "teacher_temperature_end", "teacher_momentum_start", "teacher_momentum_end", "teacher_sigma",
+        ),
+        "maskdit": ("mask_ratio_schedule", "mae_weight"),
+    }  # fmt: skip
+    return {name: getattr(config, name) for name in names + own.get(config.method, ())}
