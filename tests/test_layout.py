@@ -12,10 +12,10 @@ HUB_FILES = ["transformer_sddit", "scheduling_edm_heun", "pipeline_sddit"]
 LAYERS = [
     set(HUB_FILES),
     {"discrimination", "denoising", "transformer_baselines", "files", "launching", "scores", "sharding"}
-    | {"attention_cpu", "studies"},
+    | {"attention_cpu", "studies", "hub"},
     {"objective", "baselines", "configuration", "data", "checkpointing", "reporting", "memory"},
     {"latents", "image_sets", "probe"},
-    {"prepare_latents", "generate", "extractors"},
+    {"prepare_latents", "generate", "extractors", "sharing"},
     {"features", "plot", "methods"},
     {"references"},
     {"evaluate", "reproduce"},
@@ -27,8 +27,9 @@ def imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((alias.name.split(".")[0], False) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            yield node.module, True
+        elif isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith(PACKAGE.name)):
+            if node.module:
+                yield node.module.removeprefix(f"{PACKAGE.name}."), True
         elif isinstance(node, ast.ImportFrom):
             yield node.module.split(".")[0], False
 
