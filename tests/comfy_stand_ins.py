@@ -62,7 +62,7 @@ class ComfyExtension(ABC):
 
 
 class ProgressBar:
-    bars: list["ProgressBar"] = []
+    bars: list  # all that were made
 
     def __init__(self, total, node_id=None):
         self.total, self.current, self.shown = total, 0, []
@@ -106,14 +106,11 @@ def modules(models: list) -> dict[str, ModuleType]:
     """What a node pack imports, by name; `models`: the folders of diffusers models."""
     names = ("comfy", "comfy.utils", "comfy_api", "comfy_api.latest", "folder_paths")
     found = {name: ModuleType(name) for name in names} | {"comfy.model_management": ModelManagement()}
-    found["comfy"].utils, found["comfy"].model_management = (
-        found["comfy.utils"],
-        found["comfy.model_management"],
-    )
+    for name in ("utils", "model_management"):
+        setattr(found["comfy"], name, found[f"comfy.{name}"])
     found["comfy.utils"].ProgressBar = type("ProgressBar", (ProgressBar,), {"bars": []})
     found["folder_paths"].get_folder_paths = lambda name: {"diffusers": [str(path) for path in models]}[name]
-    names = {"Image": "IMAGE", "Latent": "LATENT", "String": "STRING", "Int": "INT", "Float": "FLOAT"}
-    types = {name: _type(io_type) for name, io_type in (names | {"Combo": "COMBO"}).items()}
+    types = {name: _type(name.upper()) for name in ("Image", "Latent", "String", "Int", "Float", "Combo")}
     found["comfy_api.latest"].io = SimpleNamespace(
         Schema=_record(_SCHEMA), ComfyNode=ComfyNode, NodeOutput=NodeOutput, Custom=_type, **types
     )
