@@ -241,14 +241,53 @@ class SDDiTPipeline(DiffusionPipeline):
         return latents * self.scheduler.init_noise_sigma
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, output_type: str = "pil"):
-        """Images of samples as the transformer makes them, `[b, c, h, w]`; `output_type` as in a call."""
+    def encode(self, images: Tensor) -> Tensor:
+        """Samples as the transformer takes them, `[b, c, h, w]` in float32; of a posterior, the mean.
+
+        Args:
+            images: `[b, channels, H, W]` in -1..1. Without a VAE they are the samples.
+
+        Raises:
+            ValueError: wrong channels, or a size that is no multiple of `vae_scale_factor`.
+        """
+        channels, f = (self.vae or self.transformer).config.in_channels, self.vae_scale_factor
+        if images.shape[1] != channels or images.shape[2] % f or images.shape[3] % f:
+            raise ValueError(
+                f"The images have shape {tuple(images.shape)}; it must be "
+                f"(images, {channels}, a multiple of {f}, a multiple of {f})."
+            )
+        if self.vae is None:
+            return images.float()
+        encoded = self.vae.encode(images.to(self._execution_device, self.vae.dtype))
+        latents = encoded.latents if isinstance(self.vae, AutoencoderTiny) else encoded.latent_dist.mean
+        shift, factor = self._vae_scaling
+        return (latents.float() - shift) * factor
+
+    def unscale_latents(self, latents: Tensor) -> Tensor:
+        """The VAE's own latents, of samples as the transformer makes them; without a VAE the samples."""
+        if self.vae is None:
+            return latents
+        shift, factor = self._vae_scaling
+        return latents / factor + shift
+
+    @property
+    def _vae_scaling(self) -> tuple[float, float]:
+        """(shift, factor): the transformer's latents are those of the VAE, minus shift, times factor."""
+        return self.vae.config.get("shift_factor") or 0.0, self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, output_type: str = "pil", scaled: bool = True):
+        """Images of samples as the transformer makes them, `[b, c, h, w]`; `output_type` as in a call.
+
+        With `scaled=False` the latents are the VAE's own.
+        """
         if output_type == "latent":
             return latents
+        if scaled:
+            latents = self.unscale_latents(latents)
         if self.vae is not None:
-            shift = self.vae.config.get("shift_factor") or 0.0
-            latents = latents / self.vae.config.scaling_factor + shift
-            latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+            latents = latents.to(self._execution_device, self.vae.dtype)
+            latents = self.vae.decode(latents, return_dict=False)[0]
         return self.image_processor.postprocess(latents.float(), output_type=output_type)
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:

@@ -8,7 +8,6 @@ make the encoder's features say more of the picture; FID cannot show whether it 
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -55,15 +54,7 @@ def read_samples(
     samples, labels = [], []
     for part in tqdm(rows.split(batch_size), desc="reading", unit="batch", leave=False):
         x0, classes = dataset.__getitems__(part.tolist())
-        if pipe.vae is not None:
-            pixels = x0.to(pipe.vae.device, pipe.vae.dtype)
-            if isinstance(pipe.vae, AutoencoderKL):
-                x0 = pipe.vae.encode(pixels).latent_dist.mean
-            else:
-                x0 = pipe.vae.encode(pixels).latents
-            shift = pipe.vae.config.get("shift_factor") or 0.0
-            x0 = (x0.float().cpu() - shift) * pipe.vae.config.scaling_factor
-        samples.append(x0)
+        samples.append(pipe.encode(x0).cpu())
         labels.append(classes)
     return torch.cat(samples), torch.cat(labels).numpy()
 

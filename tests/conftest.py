@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -95,6 +96,32 @@ def pipe(transformer):
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def make_latent_pipe(kind):
+    """A pipeline with a small VAE, AutoencoderKL ("kl") or AutoencoderTiny ("tiny"), of 16 x 16 pixels."""
+    channels = (8, 8)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = {
+            "kl": lambda: AutoencoderKL(
+                block_out_channels=channels, down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, latent_channels=3,
+                scaling_factor=0.3, shift_factor=0.5,
+            ),
+            "tiny": lambda: AutoencoderTiny(
+                encoder_block_out_channels=channels, decoder_block_out_channels=channels,
+                num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), latent_channels=3, scaling_factor=0.5,
+            ),
+        }[kind]()  # fmt: skip
+    pipe = SDDiTPipeline(randomize(SDDiTTransformer2DModel(**TINY)), EDMHeunScheduler(), vae=vae)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(params=["kl", "tiny"])
+def latent_pipe(request):
+    return make_latent_pipe(request.param)
 
 
 def write_latents(folder, rows, shard_size):

@@ -5,7 +5,6 @@ import pytest
 import torch
 from conftest import TINY, randomize
 from diffusers import (
-    AutoencoderKL,
     AutoencoderTiny,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
@@ -23,25 +22,6 @@ def generators(*seeds):
 def generate(pipe, labels, seed=0, **arguments):
     arguments = {"num_inference_steps": 4, "output_type": "pt", **arguments}
     return pipe(labels, generator=torch.Generator().manual_seed(seed), **arguments).images
-
-
-@pytest.fixture(params=["kl", "tiny"])
-def latent_pipe(request):
-    channels = (8, 8)
-    vae = {
-        "kl": lambda: AutoencoderKL(
-            block_out_channels=channels, down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, latent_channels=3,
-            scaling_factor=0.25, shift_factor=0.5,
-        ),
-        "tiny": lambda: AutoencoderTiny(
-            encoder_block_out_channels=channels, decoder_block_out_channels=channels,
-            num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), latent_channels=3, scaling_factor=0.5,
-        ),
-    }[request.param]()  # fmt: skip
-    pipe = SDDiTPipeline(randomize(SDDiTTransformer2DModel(**TINY)), EDMHeunScheduler(), vae=vae)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def test_saved_and_loaded_makes_the_same_image_to_the_bit(pipe, tmp_path):
@@ -182,6 +162,26 @@ def test_latents_are_decoded(latent_pipe):
     torch.testing.assert_close(image, (expected / 2 + 0.5).clamp(0, 1))
     with pytest.raises(ValueError, match="18 x 16; both must be multiples of 4"):
         generate(latent_pipe, [1], height=18)
+
+
+def test_encoding_scales_what_the_vae_makes(latent_pipe, pipe):
+    images = torch.rand(2, 3, 16, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    samples, vae = latent_pipe.encode(images), latent_pipe.vae
+    with torch.no_grad():
+        encoded = vae.encode(images)
+    own = encoded.latents if isinstance(vae, AutoencoderTiny) else encoded.latent_dist.mean
+    shift, factor = {"AutoencoderKL": (0.5, 0.3), "AutoencoderTiny": (0.0, 0.5)}[type(vae).__name__]
+    assert samples.shape == (2, 3, 8, 6)
+    torch.testing.assert_close(samples, factor * (own - shift))
+    torch.testing.assert_close(latent_pipe.unscale_latents(samples), own)
+    torch.testing.assert_close(
+        latent_pipe.decode(own, "pt", scaled=False), latent_pipe.decode(samples, "pt"), rtol=1e-4, atol=1e-5
+    )
+    assert pipe.encode(images) is images and pipe.unscale_latents(images) is images
+    with pytest.raises(ValueError, match=r"\(2, 3, 16, 11\); it must be \(images, 3, a multiple of 2"):
+        latent_pipe.encode(images[..., 1:])
+    with pytest.raises(ValueError, match=r"have shape \(2, 1, 16, 12\)"):
+        pipe.encode(images[:, :1])
 
 
 def test_latent_pipeline_is_saved_whole(latent_pipe, tmp_path):
