@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 PAGES = {path.name: path.read_text() for path in (ROOT / "docs").glob("*.md")}
 
 
-def blocks(language, text=README + PAGES["evaluation.md"] + PAGES["training.md"]):
+def blocks(language, text="".join([README, *PAGES.values()])):
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
@@ -30,7 +30,8 @@ def test_python_snippets_run(tmp_path, monkeypatch):
     SDDiTPipeline(transformer, EDMHeunScheduler()).save_pretrained("sddit-digits")
     variables = {}
     for block in blocks("python"):
-        exec(block, variables)
+        lines = [line for line in block.splitlines() if "# needs the Hub" not in line]
+        exec("\n".join(lines), variables)
     assert (tmp_path / "seven.png").is_file() and variables["images"].shape == (3, 8, 8, 3)
 
 
