@@ -148,9 +148,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         ValueError: it holds code, it is damaged, or it is none.
     """
     try:
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # plain settings, which both authors save
+        # Both authors save their settings too: a Namespace has no code of its own.
+        with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # whatever torch makes of foreign and damaged files
         foreign = re.search(r"GLOBAL (\S+)", str(error))

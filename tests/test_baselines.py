@@ -43,12 +43,6 @@ def batch():
     return 0.5 * torch.randn(3, 3, 8, 8, generator=generator), torch.tensor([0, 3, 1])
 
 
-@pytest.fixture
-def inputs():
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(2, 3, 8, 8, generator=generator), torch.tensor([-1.2, 0.3]), torch.tensor([3, 4])
-
-
 def test_plain_dit_is_diffusers_dit(inputs):
     theirs = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=3, num_layers=3, sample_size=8,
