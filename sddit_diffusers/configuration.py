@@ -147,7 +147,8 @@ class TrainingConfig:
         "", "where the pipeline goes; sddit-PRESET if not given, METHOD-PRESET of others"
     )
     pretrained_model_name_or_path: str = option(
-        "", "a pipeline (folder or Hub name) or a checkpoint, with whose weights the run begins"
+        "",
+        "a pipeline (folder or Hub name), a single file or a checkpoint, with whose weights the run begins",
     )
     seed: int = option(0, "seed of weights, data order and noise")
 
@@ -261,20 +262,7 @@ class TrainingConfig:
             preset = {name: value for name, value in preset.items() if name not in decoder}
         if self.method == "mdt":
             preset["num_decoder_layers"] = 2  # of num_layers, in all sizes (Gao et al. 2023)
-        try:
-            changes = json.loads(self.transformer)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"transformer is {self.transformer!r}, which is no JSON: {error}.") from None
-        if not isinstance(changes, dict):
-            raise ValueError(f"transformer is {self.transformer!r}; it must be a JSON object.")
-        known = preset | {"mlp_ratio": 4.0}
-        del known["num_classes"]
-        for name, value in changes.items():
-            if name not in known:
-                raise ValueError(f"transformer has no setting {name!r}; there are {', '.join(known)}.")
-            if type(value) not in (int, type(known[name])) or value <= 0:
-                raise ValueError(f"transformer: {name} is {value!r}; it must be a positive number.")
-        return preset | changes
+        return preset | read_changes(self.transformer, preset | {"mlp_ratio": 4.0})
 
     def teacher_noise(self) -> float | str:
         """`teacher_sigma` as the objective takes it."""
@@ -288,6 +276,41 @@ class TrainingConfig:
     def save(self, path: Path) -> None:
         """Writes the resolved settings as a file that `--config` reads."""
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+
+def json_object(name: str, text: str) -> dict:
+    """The value of an option that is a JSON object.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is {text!r}, which is no JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is {text!r}; it must be a JSON object.")
+    return value
+
+
+def read_changes(text: str, known: dict) -> dict:
+    """The settings of `--transformer`.
+
+    Args:
+        text: JSON.
+        known: the settings that there are, each with a value of its type; `num_classes` is the dataset's.
+
+    Raises:
+        ValueError: another setting, or a value that is no positive number of its type.
+    """
+    changes = json_object("transformer", text)
+    known = {name: value for name, value in known.items() if name != "num_classes"}
+    for name, value in changes.items():
+        if name not in known:
+            raise ValueError(f"transformer has no setting {name!r}; there are {', '.join(known)}.")
+        if type(value) not in (int, type(known[name])) or value <= 0:
+            raise ValueError(f"transformer: {name} is {value!r}; it must be a positive number.")
+    return changes
 
 
 class Parser(HfArgumentParser):

@@ -31,7 +31,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from PIL import Image
 
 from .checkpointing import differences
-from .configuration import Parser, option, options
+from .configuration import Parser, json_object, option, options
 from .data import generator_for
 from .files import sha256_of, written_aside
 from .latents import sha256_of_weights
@@ -151,14 +151,7 @@ class Generation:
 
     def _load(self) -> SDDiTPipeline:
         config, pipe = self.config, load_pipeline(self.config.model, getattr(torch, self.config.dtype))
-        try:
-            changes = json.loads(config.scheduler_options)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"scheduler_options is {config.scheduler_options!r}, no JSON: {error}."
-            ) from None
-        if not isinstance(changes, dict):
-            raise ValueError(f"scheduler_options is {config.scheduler_options!r}; it must be a JSON object.")
+        changes = json_object("scheduler_options", config.scheduler_options)
         unknown = [name for name in changes if name not in pipe.scheduler.config]
         if unknown:
             allowed = ", ".join(name for name in pipe.scheduler.config if not name.startswith("_"))

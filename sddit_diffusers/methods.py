@@ -16,7 +16,7 @@ from .transformer_baselines import (
     MDTTransformer2DModel,
     PlainDiTTransformer2DModel,
 )
-from .transformer_sddit import PatchTransformer2DModel, SDDiTTransformer2DModel
+from .transformer_sddit import PatchTransformer2DModel, SDDiTTransformer2DModel, differing_names
 
 TRANSFORMERS = {
     "sddit": SDDiTTransformer2DModel,
@@ -70,7 +70,7 @@ def build_objective(
 
 
 def load_weights(transformer: PatchTransformer2DModel, name: str) -> None:
-    """Loads the weights of a pipeline (the averaged ones), or of a checkpoint, in place.
+    """Loads the weights of a pipeline (the averaged ones), of a single file or of a checkpoint, in place.
 
     Labels of another number of classes are left as they are.
 
@@ -81,6 +81,8 @@ def load_weights(transformer: PatchTransformer2DModel, name: str) -> None:
         state = load_state(choose_checkpoint(Path(name).parent, name))["objective"]
         prefix = "transformer."
         weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    elif name.endswith(".safetensors"):
+        weights = type(transformer).from_single_file(name).state_dict()
     else:
         weights = load_pipeline(name).transformer.state_dict()
     fresh = transformer.state_dict()
@@ -89,9 +91,7 @@ def load_weights(transformer: PatchTransformer2DModel, name: str) -> None:
         and weights["label_embed.weight"].shape != fresh["label_embed.weight"].shape
     ):
         weights["label_embed.weight"] = fresh["label_embed.weight"]
-    others = sorted(key for key in fresh.keys() | weights if key not in fresh or key not in weights)
-    others += [key for key in fresh if key in weights and fresh[key].shape != weights[key].shape]
-    if others:
+    if others := differing_names(fresh, weights):
         raise ValueError(
             f"The weights of {name} are of another network: it differs in {', '.join(others[:4])}."
         )

@@ -25,7 +25,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
 from .checkpointing import differences, find_checkpoints
-from .configuration import Parser, TrainingConfig, option, options, parse
+from .configuration import Parser, TrainingConfig, json_object, option, options, parse
 from .data import ImageDataset
 from .files import written_aside
 from .generate import load_pipeline
@@ -66,10 +66,7 @@ class Reproduction:
     def __init__(self, config: ReproduceConfig, path: Path):
         self.config, self.study = config, read_study(path)
         self.folder = Path(config.output_dir or f"study-{path.stem}")
-        try:
-            self.changes = json.loads(config.settings)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"settings are {config.settings!r}, which is no JSON: {error}.") from None
+        self.changes = json_object("settings", config.settings)
         for chosen, known, name in (
             (config.runs, list(self.study.runs), "run"), (config.seeds, self.study.seeds, "seed")
         ):  # fmt: skip

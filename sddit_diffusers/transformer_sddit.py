@@ -2,13 +2,15 @@
 2).
 
 The model is EDM's raw network F (supplementary, Eq. 1): it takes the input scaled by c_in and the timestep
-c_noise. The scheduler turns its output into the denoised image D. This file imports only torch and diffusers,
-so a plain copy of it beside the weights is enough to load them.
+c_noise. The scheduler turns its output into the denoised image D. This file imports only torch, diffusers and
+safetensors, so a plain copy of it beside the weights is enough to load them.
 
 Shapes: b batch, c channels, h x w pixels of the sample, n patches, k visible patches (k = n without a mask),
 D encoder width, E decoder width, p patch size. Token 0 of the encoder is [CLS].
 """
 
+import json
+import os
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +18,15 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders.single_file_utils import _extract_repo_id_and_weights_name
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
+from diffusers.utils.hub_utils import _get_model_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 
@@ -253,10 +258,57 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixi
         if kwargs.get("use_safetensors") is None:  # what a pipeline passes on when it was told nothing
             kwargs["use_safetensors"] = True
         loaded = super().from_pretrained(*args, **kwargs)
-        for parameter in (loaded[0] if isinstance(loaded, tuple) else loaded).parameters():
-            if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
-                parameter.data = parameter.data.clone()
+        align(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path_or_dict: str | os.PathLike | dict[str, Tensor],
+        *,
+        config: str | None = None,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        **download,
+    ) -> "PatchTransformer2DModel":
+        """Loads one .safetensors file, whose metadata hold the model's config as JSON under "config".
+
+        Args:
+            pretrained_model_link_or_path_or_dict: the file, its link on the Hub, or its tensors by name.
+            config: folder or Hub name of a config.json, in place of the file's own.
+            subfolder: where that is in it.
+            torch_dtype: of the weights; float32 by default.
+            device: where they go.
+            download: for a link: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+        Raises:
+            ValueError: it is no such file, has no config, or is of another class or size.
+        """
+        source, settings = pretrained_model_link_or_path_or_dict, {}
+        if isinstance(source, dict):
+            weights, source = source, "A dict of tensors"
+        else:
+            weights, settings = read_single_file(source, **download)
+        if config is not None:
+            settings = cls.load_config(config, subfolder=subfolder)
+        if not settings:
+            raise ValueError(
+                f"{source} has no config in its metadata; give config=, the folder of a config.json."
+            )
+        if settings.get("_class_name") != cls.__name__:
+            raise ValueError(f"{source} is a {settings.get('_class_name')}, not a {cls.__name__}.")
+        with torch.device("meta"):  # the weights are about to come
+            model = cls.from_config(settings)
+        if others := differing_names(model.state_dict(), weights):
+            raise ValueError(f"{source} is not what its config says: they differ in {', '.join(others[:4])}.")
+        dtype = torch_dtype or torch.float32
+        model.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
+        for module in model.modules():
+            if isinstance(module, SinCosPositions):
+                module.table = module._compute(module.base_size, module.base_size)
+        align(model)
+        return model.eval().to(device)
 
     def _embed(self, hidden_states: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The patches at their positions, `[b, n, D]`, and how many there are down and across.
@@ -390,6 +442,54 @@ def check_width(name: str, width: int) -> None:
     """Raises a ValueError for a width that sine-cosine positions cannot have."""
     if width % 4:
         raise ValueError(f"The {name}'s width (heads x head dim) is {width}; it must be a multiple of 4.")
+
+
+def read_single_file(
+    path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a .safetensors file, or of a link to one, and the config of its metadata, {} without.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    file = path
+    if "://" in str(path):
+        repo, name = _extract_repo_id_and_weights_name(str(path))
+        file = _get_model_file(
+            repo, weights_name=name, revision=revision, token=token, cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )  # fmt: skip
+    elif not os.path.isfile(path):
+        raise ValueError(f"There is no file {path}.")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            settings = json.loads((tensors.metadata() or {}).get("config", "{}"))
+            if not isinstance(settings, dict):
+                raise ValueError(f"its config is {settings!r}")
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}, settings
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read as safetensors: {error}. Pickles are not loaded; "
+            "python -m sddit_diffusers.convert makes single files of them."
+        ) from None
+
+
+def differing_names(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
+    """The names that only one of two state dicts has, then those whose shapes differ."""
+    others = [name for name in ours if name in theirs and ours[name].shape != theirs[name].shape]
+    return sorted(ours.keys() ^ theirs.keys()) + others
+
+
+def align(model: nn.Module) -> None:
+    """Copies the weights that lie at odd addresses of a CPU's memory."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+            parameter.data = parameter.data.clone()
 
 
 def unpatchify(patches: Tensor, patch_size: int, height: int, width: int) -> Tensor:

@@ -88,6 +88,17 @@ def transformer():
 
 
 @pytest.fixture
+def inputs():
+    """Two samples for a network of TINY, timesteps and labels."""
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(2, 3, 8, 8, generator=generator),
+        torch.tensor([-1.2, 0.3]),
+        torch.tensor([3, 4]),  # a class and the null class
+    )
+
+
+@pytest.fixture
 def pipe(transformer):
     pipe = SDDiTPipeline(
         transformer,

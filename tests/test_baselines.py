@@ -21,6 +21,7 @@ from sddit_diffusers import (
 )
 from sddit_diffusers.baselines import DiTObjective, MaskDiTObjective, MDTObjective
 from sddit_diffusers.methods import TRANSFORMERS
+from sddit_diffusers.originals import translate
 
 ENCODER = {name: value for name, value in TINY.items() if "decoder" not in name}
 CLASSES = {
@@ -42,33 +43,6 @@ def batch():
     return 0.5 * torch.randn(3, 3, 8, 8, generator=generator), torch.tensor([0, 3, 1])
 
 
-@pytest.fixture
-def inputs():
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(2, 3, 8, 8, generator=generator), torch.tensor([-1.2, 0.3]), torch.tensor([3, 4])
-
-
-def copy_from_diffusers(theirs):
-    """The weights of diffusers' DiT, in whose blocks there is an embedding each, by our names."""
-    renamed = {}
-    for name, weight in theirs.state_dict().items():
-        for old, new in (
-            ("pos_embed.proj.", "patch_embed."),
-            ("transformer_blocks.0.norm1.emb.timestep_embedder.", "time_embed."),
-            ("transformer_blocks.0.norm1.emb.class_embedder.embedding_table.", "label_embed."),
-            (".norm1.linear.", ".modulation."),
-            (".attn1.", ".attn."),
-            (".ff.net.0.proj.", ".ff.0."),
-            (".ff.net.2.", ".ff.2."),
-            ("proj_out_1.", "norm_out.linear."),
-            ("proj_out_2.", "proj_out."),
-        ):
-            name = name.replace(old, new)
-        if ".emb." not in name and name != "pos_embed.pos_embed":
-            renamed[name] = weight
-    return renamed
-
-
 def test_plain_dit_is_diffusers_dit(inputs):
     theirs = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=3, num_layers=3, sample_size=8,
@@ -80,7 +54,7 @@ def test_plain_dit_is_diffusers_dit(inputs):
         block.norm1.emb.load_state_dict(first.state_dict())
         block.norm1.emb.time_proj.downscale_freq_shift = 0  # DiT's; diffusers' embedding divides by 127
     ours = PlainDiTTransformer2DModel(**ENCODER)
-    ours.load_state_dict(copy_from_diffusers(theirs))
+    ours.load_state_dict(translate(theirs.state_dict(), {"num_attention_heads": 2, "sample_size": 8})[0])
     embeddings = sum(parameter.numel() for parameter in first.parameters())
     assert ours.num_parameters() == theirs.num_parameters() - 2 * embeddings  # of the other two blocks
     with torch.no_grad():

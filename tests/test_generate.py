@@ -196,7 +196,7 @@ def test_other_images_are_never_mixed_in(model, tmp_path, capsys):
         (["--guidance_interval", 2], "it must be two rising"),
         (["--scheduler", "DDIMScheduler"], "no EDM scheduler 'DDIMScheduler'; diffusers has EDMDPM"),
         (["--scheduler_options", '{"roh": 1}'], "has no setting 'roh'; it has .*rho"),
-        (["--scheduler_options", "rho=1"], "scheduler_options is 'rho=1', no JSON"),
+        (["--scheduler_options", "rho=1"], "scheduler_options is 'rho=1', which is no JSON"),
         (["--scheduler_options", "3"], "scheduler_options is '3'; it must be a JSON object"),
         (["--dtype", "int8"], "dtype is 'int8'; it must be"),
         (["--format", "jpg"], r"format is \['jpg'\]; it must be 'npz', 'png' or both"),

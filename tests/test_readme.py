@@ -9,6 +9,7 @@ from conftest import TINY, randomize
 
 from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline, SDDiTTransformer2DModel
 from sddit_diffusers.configuration import Parser, TrainingConfig, parse
+from sddit_diffusers.convert import ConvertConfig
 from sddit_diffusers.evaluate import EvaluateConfig
 from sddit_diffusers.generate import GenerateConfig
 from sddit_diffusers.plot import PlotConfig
@@ -48,6 +49,7 @@ def test_training_commands_parse(command):
 @pytest.mark.parametrize(
     ("program", "config", "least"),
     [
+        ("convert", ConvertConfig, 5),
         ("prepare_latents", PrepareConfig, 2),
         ("generate", GenerateConfig, 2),
         ("evaluate", EvaluateConfig, 4),

@@ -16,17 +16,6 @@ from peft import LoraConfig
 
 from sddit_diffusers import SDDiTTransformer2DModel
 
-
-@pytest.fixture
-def inputs():
-    generator = torch.Generator().manual_seed(1)
-    return (
-        torch.randn(2, 3, 8, 8, generator=generator),
-        torch.tensor([-1.2, 0.3]),
-        torch.tensor([3, 4]),  # a class and the null class
-    )
-
-
 VISIBLE = torch.tensor([[5, 0, 11, 7, 2], [14, 15, 1, 3, 8]])
 
 

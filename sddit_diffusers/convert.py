@@ -1,0 +1,292 @@
+"""One file of a transformer, and other people's weights in these networks.
+
+    python -m sddit_diffusers.convert PIPELINE model.safetensors
+    python -m sddit_diffusers.convert DiT-XL-2-256x256.pt FOLDER
+    python -m sddit_diffusers.convert 2000000.pt FOLDER --method maskdit --vae stabilityai/sd-vae-ft-mse
+
+The source is a pipeline of this package or a DiTPipeline of diffusers (a folder or a name on the Hub), the
+folder of their transformer, or a file: one that this program wrote, or a checkpoint of facebookresearch/DiT
+or Anima-Lab/MaskDiT. What those were trained for, and what not, is in `originals.py`.
+
+An output that ends in .safetensors holds the transformer with its config, for `from_single_file`. Any other
+is the folder of a pipeline, for `from_pretrained` and `train_sddit.py --pretrained_model_name_or_path`.
+"""
+
+import argparse
+import inspect
+import json
+import re
+import shutil
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, DiTTransformer2DModel
+from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError
+from torch import Tensor
+
+from .configuration import Parser, option, read_changes
+from .files import save_tensors
+from .generate import load_pipeline
+from .latents import load_vae
+from .methods import TRANSFORMERS
+from .originals import translate
+from .pipeline_sddit import SDDiTPipeline
+from .scheduling_edm_heun import EDMHeunScheduler
+from .transformer_sddit import PatchTransformer2DModel, read_single_file
+
+_PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+_METHODS = {transformer.__name__: method for method, transformer in TRANSFORMERS.items()}
+
+
+@dataclass
+class ConvertConfig:
+    """The settings of a conversion."""
+
+    method: str = option(
+        "",
+        "the network: 'sddit', 'dit' or 'maskdit'; if not given the source's own, sddit for DiT and MaskDiT",
+    )
+    transformer: str = option(
+        "{}", "JSON of what weights do not tell: num_attention_heads, the size of a decoder that is new"
+    )
+    vae: str = option("", "a VAE for the pipeline (folder or Hub name); the source's own if not given")
+
+    def __post_init__(self):
+        if self.method not in ("", "sddit", "dit", "maskdit"):
+            raise ValueError(f"method is {self.method!r}; it must be 'sddit', 'dit' or 'maskdit'.")
+
+
+@dataclass
+class Source:
+    """What was read.
+
+    Attributes:
+        weights: by the names of this package, or by their own where they have none.
+        network: arguments of the transformer; of a DiT or MaskDiT, those that are not in the shapes.
+        method: of a transformer of this package; None for a DiT or MaskDiT.
+    """
+
+    weights: dict[str, Tensor]
+    network: dict = field(default_factory=dict)
+    method: str | None = None
+    scheduler: EDMHeunScheduler | None = None
+    vae: ModelMixin | None = None
+    id2label: dict | None = None
+
+
+def read_source(name: str) -> Source:
+    """Reads what can be converted.
+
+    Raises:
+        ValueError: it is not there, it is damaged, or it is something else.
+    """
+    path = Path(name)
+    if path.is_file() or path.suffix in (".safetensors", *_PICKLES):
+        return _read_file(path)
+    try:
+        if (path / "config.json").is_file():
+            kind = PatchTransformer2DModel.load_config(path)["_class_name"]
+            return _read_transformer(kind, path, subfolder=None)
+        index = DiffusionPipeline.load_config(name)
+        if index["transformer"][1] != DiTTransformer2DModel.__name__:
+            return _read_pipeline(name)
+        source = _read_transformer(index["transformer"][1], name, subfolder="transformer")
+        source.vae, source.id2label = load_vae(name), index.get("id2label")
+        return source
+    except Exception as error:  # whatever the Hub, the network and the readers raise
+        raise ValueError(f"{name!r} cannot be loaded: {_first_line(error)}") from None
+
+
+def _read_file(path: Path) -> Source:
+    if not path.exists():
+        raise ValueError(f"There is no file {path}.")
+    if path.suffix in _PICKLES:
+        return Source(read_pickle(path))
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} must end in .safetensors, {', '.join(_PICKLES)}, or be a folder.")
+    weights, config = read_single_file(path)
+    return _ours(weights, config) if config else Source(weights)
+
+
+def _read_transformer(kind: str, name: str | Path, subfolder: str | None) -> Source:
+    if kind == DiTTransformer2DModel.__name__:
+        theirs = DiTTransformer2DModel.from_pretrained(name, subfolder=subfolder)
+        told = {key: theirs.config[key] for key in ("num_attention_heads", "sample_size")}
+        return Source(theirs.state_dict(), told)
+    if kind not in _METHODS:
+        raise ValueError(
+            f"it is a {kind}; allowed are {', '.join(_METHODS)}, {DiTTransformer2DModel.__name__}."
+        )
+    transformer = TRANSFORMERS[_METHODS[kind]].from_pretrained(name, subfolder=subfolder)
+    return _ours(transformer.state_dict(), config_of(transformer))
+
+
+def _read_pipeline(name: str) -> Source:
+    pipe = load_pipeline(name)
+    source = _ours(pipe.transformer.state_dict(), config_of(pipe.transformer))
+    source.scheduler, source.vae, source.id2label = pipe.scheduler, pipe.vae, pipe.id2label
+    return source
+
+
+def _ours(weights: dict[str, Tensor], config: dict) -> Source:
+    network = {name: value for name, value in config.items() if not name.startswith("_")}
+    if config.get("_class_name") not in _METHODS:
+        raise ValueError(f"The file holds a {config.get('_class_name')}; allowed are {', '.join(_METHODS)}.")
+    return Source(weights, network, _METHODS[config["_class_name"]])
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint, the averaged ones ("ema") where it has both; no code of it is run.
+
+    Raises:
+        ValueError: it holds code, it is damaged, or it is none.
+    """
+    try:
+        # Both authors save their settings too: a Namespace has no code of its own.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # whatever torch makes of foreign and damaged files
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        problem = f"it calls {foreign[1]}, and no code of a pickle is run" if foreign else _first_line(error)
+        raise ValueError(f"{path} cannot be read: {problem}.") from None
+    content = content if isinstance(content, dict) else {}
+    inner = (content.get(key) for key in ("ema", "model", "state_dict"))
+    weights = next((weights for weights in inner if isinstance(weights, dict)), content)
+    return {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+
+
+def build(source: Source, config: ConvertConfig) -> tuple[PatchTransformer2DModel, list[str], list[str]]:
+    """The transformer of a source.
+
+    Returns:
+        It, the names of its parameters that the source does not have, which are as initialised, from a fixed
+        seed, and the source's names of the weights that it has no place for.
+
+    Raises:
+        ValueError: settings that are not the source's, or that are missing.
+    """
+    method = config.method or source.method or "sddit"
+    transformer = TRANSFORMERS[method]
+    arguments = inspect.signature(transformer).parameters
+    changes = read_changes(
+        config.transformer, {name: each.default for name, each in arguments.items() if name != "out_channels"}
+    )
+    weights, network, origins = source.weights, source.network, {}
+    if source.method is None:
+        weights, origins, network = translate(weights, changes | network)
+    for name, value in changes.items():
+        if network.get(name, value) != value:
+            raise ValueError(f"transformer: {name} is {value}; the weights are of {network[name]}.")
+    if source.method == "mdt" and method != "mdt":
+        network = {name: value for name, value in network.items() if name != "num_decoder_layers"}
+    torch.manual_seed(0)
+    built = transformer(**{name: value for name, value in (network | changes).items() if name in arguments})
+    fresh = built.state_dict()
+    fitting = {
+        name: weight
+        for name, weight in weights.items()
+        if name in fresh and weight.shape == fresh[name].shape
+    }
+    built.load_state_dict(fresh | fitting)
+    missing = [name for name in fresh if name not in fitting]
+    return built, missing, [origins.get(name, name) for name in weights if name not in fitting]
+
+
+def config_of(transformer: PatchTransformer2DModel) -> dict:
+    """What config.json would hold, without the place that it was loaded from."""
+    config = json.loads(transformer.to_json_string())
+    return {name: value for name, value in config.items() if name != "_name_or_path"}
+
+
+def save_single_file(transformer: PatchTransformer2DModel, path: Path) -> None:
+    """Writes what `from_single_file` reads: the weights, with the config in the metadata.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+    """
+    save_tensors(path, transformer.state_dict(), format="pt", config=json.dumps(config_of(transformer)))
+
+
+def save_pipeline(pipe: SDDiTPipeline, folder: Path) -> None:
+    """Writes the folder of a pipeline, complete or absent.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+    """
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        pipe.save_pretrained(aside)
+        aside.rename(folder)
+    except SafetensorError as error:  # what safetensors makes of a disk that is full
+        raise OSError(f"{folder} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def convert(name: str, output: Path, config: ConvertConfig) -> str:
+    """Converts a source, and tells what came of it.
+
+    Raises:
+        ValueError: the source, the output or a setting is wrong.
+        OSError: the output cannot be written.
+    """
+    single = output.suffix == ".safetensors"
+    if output.suffix in _PICKLES:
+        raise ValueError(f"output is {output}; it must end in .safetensors, or be a folder.")
+    if output.exists():
+        raise ValueError(f"{output} exists; choose another output.")
+    if single and config.vae:
+        raise ValueError(f"{output} holds the transformer alone; --vae is for the folder of a pipeline.")
+    source = read_source(name)
+    transformer, missing, unused = build(source, config)
+    vae = load_vae(config.vae) if config.vae else source.vae
+    if single:
+        save_single_file(transformer, output)
+    else:
+        scheduler = source.scheduler or EDMHeunScheduler()
+        save_pipeline(SDDiTPipeline(transformer, scheduler, vae=vae, id2label=source.id2label), output)
+    sizes = ", ".join(
+        f"{key} {transformer.config[key]}" for key in ("num_layers", "num_attention_heads", "num_classes")
+    )
+    count = f"{transformer.num_parameters() / 1e6:.1f}M parameters"
+    lines = [f"{output}: {type(transformer).__name__}, {count}, {sizes}."]
+    if missing:
+        lines += [f"Not in {name}, so as initialised:", *summary(missing)]
+    if unused:
+        lines += [f"In {name}, but not used:", *summary(unused)]
+    return "\n".join(lines)
+
+
+def summary(names: Iterable[str]) -> list[str]:
+    """A line a name; those that differ in the number of a block only have one, with how many they are."""
+    counts = Counter(re.sub(r"\.\d+\.(?=.*\.)", ".*.", name, count=1) for name in names)
+    return [f"  {name}" + (f" ({count})" if count > 1 else "") for name, count in counts.items()]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Parser(ConvertConfig, prog="convert", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("source", help="a pipeline, a transformer's folder, a single file or a checkpoint")
+    parser.add_argument("output", help="FILE.safetensors, or a folder for a pipeline")
+    try:
+        chosen = parser.parse_known_options(arguments)
+        source, output = chosen.pop("source"), Path(chosen.pop("output"))
+        print(convert(source, output, ConvertConfig(**chosen)))
+    except ValueError as error:
+        parser.error(str(error))
+    except OSError as error:
+        sys.exit(f"convert: error: {error}.")
+
+
+if __name__ == "__main__":
+    main()
