@@ -19,10 +19,11 @@ from sddit_diffusers.reproduce import ReproduceConfig
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = {path.name: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+TEXT = "".join([README, *PAGES.values()])
 
 
-def blocks(language, text="".join([README, *PAGES.values()])):
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
 def test_python_snippets_run(tmp_path, monkeypatch):
@@ -38,7 +39,8 @@ def test_python_snippets_run(tmp_path, monkeypatch):
 
 def commands():
     for block in blocks("bash"):
-        yield from (line.split("#")[0].strip() for line in block.splitlines())
+        lines = block.replace("\\\n", " ").splitlines()
+        yield from (line.split("#")[0].strip() for line in lines)
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if "train_sddit.py --" in c and "--help" not in c])
@@ -58,11 +60,10 @@ def test_training_commands_parse(command):
     ],
 )
 def test_commands_of_programs_parse(program, config, least):
-    joined = "\n".join(blocks("bash")).replace("\\\n", " ")
-    commands = [line for line in joined.splitlines() if f"sddit_diffusers.{program}" in line]
-    assert len(commands) >= least
-    for command in commands:
-        words = shlex.split(command, comments=True)
+    found = [line for line in commands() if f"sddit_diffusers.{program}" in line]
+    assert len(found) >= least
+    for command in found:
+        words = shlex.split(command)
         parser = Parser(config)
         parser.add_argument("names", nargs="*")
         chosen = parser.parse_known_options(words[words.index(f"sddit_diffusers.{program}") + 1 :])
