@@ -18,7 +18,7 @@ LAYERS = [
     {"prepare_latents", "generate", "extractors"},
     {"features", "plot", "methods"},
     {"references"},
-    {"evaluate", "reproduce"},
+    {"evaluate", "reproduce", "app"},
 ]
 
 
@@ -29,6 +29,8 @@ def imports(path):
             yield from ((alias.name.split(".")[0], False) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level:
             yield node.module, True
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith("sddit_diffusers."):
+            yield node.module.split(".")[1], True
         elif isinstance(node, ast.ImportFrom):
             yield node.module.split(".")[0], False
 
