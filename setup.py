@@ -5,6 +5,7 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "sddit_diffusers/__init__.py").read_text()).group(1)
+GRADIO = "gradio>=6.31"
 
 setup(
     name="sddit-diffusers",
@@ -33,8 +34,10 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "app": [GRADIO],
         "deepspeed": ["deepspeed>=0.19.8"],  # the oldest whose gradients were seen right
-        "test": ["pytest>=8.3.5", "peft>=0.18", "tensorboard", "ruff"],
+        # playwright drives a Chromium that is there; it brings none.
+        "test": ["pytest>=8.3.5", "peft>=0.18", "tensorboard", "ruff", GRADIO, "playwright>=1.65"],
     },
     entry_points={"console_scripts": ["sddit-train=train_sddit:main"]},
 )

@@ -77,8 +77,7 @@ class GenerateConfig:
         low, high = (*self.guidance_interval, 0, 0)[:2]
         if len(self.guidance_interval) != 2 or not low <= high:
             raise ValueError(f"guidance_interval is {self.guidance_interval}; it must be two rising sigmas.")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype is {self.dtype!r}; it must be 'float32', 'bfloat16' or 'float16'.")
+        dtype_named(self.dtype)
         if not self.format or set(self.format) - {"npz", "png"}:
             raise ValueError(f"format is {self.format}; it must be 'npz', 'png' or both.")
 
@@ -106,6 +105,17 @@ def class_of(pipe: SDDiTPipeline, labels: Sequence[str], seed: int, index: int) 
         return int(torch.randperm(count, generator=generator_for(seed, 2, block))[place])
     label = labels[index % len(labels)]
     return pipe.get_label_ids([int(label) if label.isdecimal() else label])[0]
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype that the option `dtype` names.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype is {name!r}; it must be 'float32', 'bfloat16' or 'float16'.")
+    return getattr(torch, name)
 
 
 def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> SDDiTPipeline:
@@ -150,7 +160,7 @@ class Generation:
         self.complete = on_main_process(self._begin, self.accelerator)
 
     def _load(self) -> SDDiTPipeline:
-        config, pipe = self.config, load_pipeline(self.config.model, getattr(torch, self.config.dtype))
+        config, pipe = self.config, load_pipeline(self.config.model, dtype_named(self.config.dtype))
         changes = json_object("scheduler_options", config.scheduler_options)
         unknown = [name for name in changes if name not in pipe.scheduler.config]
         if unknown:

@@ -186,12 +186,12 @@ def path_grid(pipe: SDDiTPipeline, columns: int = 10, labels: list | None = None
         ValueError: the pipeline's scheduler does not tell D.
     """
     labels = labels or _spread_classes(pipe, 10)
-    denoised = {}  # by sigma; of two evaluations at one level the second, which is of the corrected sample
+    denoised = {}
 
     def keep(pipe: SDDiTPipeline, i: int, t: torch.Tensor, tensors: dict) -> dict:
         if tensors["pred_original_sample"] is None:
             raise ValueError(f"{type(pipe.scheduler).__name__} does not tell the denoised samples.")
-        denoised[float(pipe.scheduler.sigmas[i])] = tensors["pred_original_sample"]
+        keep_denoised(denoised, pipe, i, tensors)
         return {}
 
     generators = [torch.Generator().manual_seed(i) for i in range(len(labels))]
@@ -204,3 +204,11 @@ def path_grid(pipe: SDDiTPipeline, columns: int = 10, labels: list | None = None
     by_level = [pipe.decode(denoised[sigma]) for sigma in shown]
     images = [by_level[column][row] for row in range(len(labels)) for column in range(len(shown))]
     return draw_grid(images, _names(pipe, labels), len(shown), [f"{sigma:.3g}" for sigma in shown])
+
+
+def keep_denoised(denoised: dict[float, torch.Tensor], pipe: SDDiTPipeline, i: int, tensors: dict) -> None:
+    """Puts the D(x; sigma) of evaluation i, among the `tensors` of a callback, beside those of other sigmas.
+
+    Of two evaluations at one level the second stays, which is of the corrected sample.
+    """
+    denoised[float(pipe.scheduler.sigmas[i])] = tensors["pred_original_sample"]

@@ -19,7 +19,7 @@ LAYERS = [
     {"prepare_latents", "generate", "extractors", "sharing"},
     {"features", "plot", "methods"},
     {"references"},
-    {"evaluate", "reproduce", "convert"},
+    {"evaluate", "reproduce", "convert", "app"},
 ]
 
 
@@ -28,9 +28,10 @@ def imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((alias.name.split(".")[0], False) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith(PACKAGE.name)):
-            if node.module:
-                yield node.module.removeprefix(f"{PACKAGE.name}."), True
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            yield node.module, True
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith("sddit_diffusers."):
+            yield node.module.split(".")[1], True
         elif isinstance(node, ast.ImportFrom):
             yield node.module.split(".")[0], False
 

@@ -8,6 +8,7 @@ import pytest
 from conftest import TINY, randomize
 
 from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline, SDDiTTransformer2DModel
+from sddit_diffusers.app import AppConfig
 from sddit_diffusers.configuration import Parser, TrainingConfig, parse
 from sddit_diffusers.convert import ConvertConfig
 from sddit_diffusers.evaluate import EvaluateConfig
@@ -51,6 +52,7 @@ def test_training_commands_parse(command):
 @pytest.mark.parametrize(
     ("program", "config", "least"),
     [
+        ("app", AppConfig, 2),
         ("convert", ConvertConfig, 5),
         ("prepare_latents", PrepareConfig, 2),
         ("generate", GenerateConfig, 2),
