@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import datasets
 import fsspec
@@ -65,7 +65,7 @@ class Manifest:
         """Reads the manifest of a folder or URL.
 
         Raises:
-            ValueError: it is no manifest that this version reads.
+            ValueError: it is no manifest that this version reads, or names files outside of the folder.
         """
         try:
             with fsspec.open(f"{root}/{_MANIFEST}", "r") as file:
@@ -76,6 +76,10 @@ class Manifest:
             raise ValueError(f"{root}/{_MANIFEST} is no manifest of latents: {error}") from None
         if manifest.format != cls.format:
             raise ValueError(f"{root} has the format {manifest.format!r}; this version reads {cls.format!r}.")
+        for shard in manifest.shards:
+            path = PurePosixPath(shard["file"])
+            if path.is_absolute() or ".." in path.parts:
+                raise ValueError(f"{root} names the shard {shard['file']!r}; shards are files in the folder.")
         return manifest
 
 

@@ -1,5 +1,6 @@
 """The stream of latents: its order, its resumption, and what it does with damaged shards."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -128,6 +129,15 @@ def test_from_a_url(folder):
         assert read("memory://latents", stop=20) == read(folder, stop=20)
     finally:
         memory.rm("/latents", recursive=True)
+
+
+@pytest.mark.parametrize("name", ["../secret.parquet", "/etc/passwd", "data/../../secret.parquet"])
+def test_shards_outside_of_the_folder_are_refused(folder, tmp_path, name):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][0]["file"] = name
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="names the shard .*; shards are files in the folder"):
+        LatentDataset(str(tmp_path))
 
 
 def test_finds_latents(folder, tmp_path):
