@@ -29,6 +29,7 @@ setup(
         "scikit-learn>=1.6.1",  # the digits
         "matplotlib>=3.9.4",  # the curves
         "torch-fidelity>=0.4.0",  # Inception and KID
+        "jinja2",  # model cards
         "numpy",
         "pillow",
         "tqdm",

@@ -37,7 +37,7 @@ def trained(tmp_path_factory):
 
 def test_a_training_uploads_its_pipeline_and_no_checkpoint(hub, tmp_path, capsys):
     folder = tmp_path / "my-digits"
-    train_sddit.main([f"--output_dir={folder}", "--push_to_hub=True", *OPTIONS])
+    train_sddit.main([f"--output_dir={folder}", "--push_to_hub", *OPTIONS])
     pushed = hub.files("user/my-digits")
     assert set(pushed) == {
         "README.md", "model_index.json", "pipeline_sddit.py", "samples.png", "curves.png", "metrics.jsonl",
@@ -56,7 +56,7 @@ def test_nobody_trains_for_a_hub_that_will_not_take_it(hub, tmp_path, monkeypatc
         if not name:
             monkeypatch.setattr(sharing, "create_repo", HfApi(endpoint="http://127.0.0.1:9").create_repo)
         with pytest.raises(SystemExit, match=reason) as error:
-            options = [f"--output_dir={tmp_path / 'x'}", "--push_to_hub=True", f"--hub_model_id={name}"]
+            options = [f"--output_dir={tmp_path / 'x'}", "--push_to_hub", f"--hub_model_id={name}"]
             train_sddit.main([*options, *OPTIONS])
         assert "\n" not in str(error.value)
     assert not (tmp_path / "x" / "metrics.jsonl").exists()
