@@ -22,9 +22,9 @@ def register(*classes: type) -> None:
     DiffusionPipeline.load_config = classmethod(_load_config)
 
 
-def _dict_from_json_file(cls, json_file) -> dict:
+def _dict_from_json_file(cls, *args, **kwargs) -> dict:
     """A model_index.json in which a pipeline of this package is one of diffusers."""
-    index = super(DiffusionPipeline, cls)._dict_from_json_file(json_file)
+    index = super(DiffusionPipeline, cls)._dict_from_json_file(*args, **kwargs)
     if _is_known(index.get("_class_name")):
         index["_class_name"] = index["_class_name"][1]
     return index
