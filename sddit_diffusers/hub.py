@@ -1,4 +1,4 @@
-"""Lets diffusers know this package's classes in saved pipelines, and takes their place by no other code.
+"""Lets diffusers find this package's classes in saved pipelines, in place of the copies of their code.
 
 A saved pipeline names its classes by the files that were copied along: `["pipeline_sddit", "SDDiTPipeline"]`.
 diffusers takes such names for code to be trusted and run. Where this package is imported its own classes are

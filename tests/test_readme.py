@@ -1,10 +1,13 @@
 """What the README says is so."""
 
+import importlib
+import os
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 from conftest import TINY, randomize
 
 from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline, SDDiTTransformer2DModel
@@ -71,6 +74,27 @@ def test_commands_of_programs_parse(program, config, least):
         chosen = parser.parse_known_options(words[words.index(f"sddit_diffusers.{program}") + 1 :])
         del chosen["names"]
         config(**chosen)
+
+
+def test_commands_that_need_no_download_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    transformer = SDDiTTransformer2DModel(**TINY | {"num_classes": 10, "in_channels": 1})
+    SDDiTPipeline(randomize(transformer), EDMHeunScheduler()).save_pretrained("sddit-digits")
+    quick = {  # what a command has besides
+        "generate --model sddit-digits --num_samples 2000": "--num_samples 20 --num_inference_steps 2",
+        "evaluate digits-samples digits": "",
+        "evaluate --probe sddit-digits": "",
+        "plot path sddit-digits": "--num_inference_steps 2",
+        "convert sddit-digits digits.safetensors": "",
+        "convert digits.safetensors digits-again": "",
+    }
+    for begin, more in quick.items():
+        (command,) = {line for line in commands() if f"-m sddit_diffusers.{begin}" in line}
+        words = shlex.split(f"{command} {more}")
+        module = words[words.index("-m") + 1]
+        importlib.import_module(module).main(words[words.index("-m") + 2 :])
+        AcceleratorState._reset_state(True)
+    assert {"digits-samples", "path.png", "digits.safetensors", "digits-again"} <= set(os.listdir())
 
 
 def test_the_two_commands_are_there_and_ci_runs_the_second():
