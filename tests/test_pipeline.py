@@ -30,7 +30,7 @@ def test_saved_and_loaded_makes_the_same_image_to_the_bit(pipe, tmp_path):
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(generate(loaded, ["goldfish", 1]), generate(pipe, [2, "retriever"]))
     assert loaded.id2label == pipe.id2label and loaded.vae is None
-    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".json", ".safetensors"}
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".json", ".safetensors", ".py"}
     again = tmp_path / "again"
     loaded.save_pretrained(again)
     assert json.loads((again / "model_index.json").read_text())["id2label"] == {
