@@ -20,7 +20,7 @@ setup(
     py_modules=["train_sddit"],
     install_requires=[
         "torch>=2.8",
-        "diffusers>=0.38",
+        "diffusers>=0.41",
         "transformers>=4.57.1",
         "accelerate>=1.12",
         "datasets>=4.4",

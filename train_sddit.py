@@ -41,7 +41,7 @@ from sddit_diffusers.checkpointing import (
     read_about,
     save_checkpoint,
 )
-from sddit_diffusers.configuration import CHECKPOINTING, TrainingConfig, parse
+from sddit_diffusers.configuration import CHECKPOINTING, TRIAL_STEPS, TrainingConfig, parse
 from sddit_diffusers.data import BatchSampler, ImageDataset, UnreadableImageError, generator_for
 from sddit_diffusers.denoising import DenoisingObjective, Draws, mask_ratio_at
 from sddit_diffusers.discrimination import teacher_momentum, teacher_temperature
@@ -59,8 +59,6 @@ from sddit_diffusers.references import Judge
 from sddit_diffusers.reporting import MetricsLog, draw_curves, read_metrics, sample_grid
 from sddit_diffusers.sharding import check_engine, prepare, whole, whole_weights
 from sddit_diffusers.sharing import open_repo, upload, write_card
-
-TRIAL_STEPS = 18  # of the sampler, while a run is not at its end
 
 
 class Trainer:

@@ -112,7 +112,7 @@ def _within(name: str, value, low: float, high: float, whole: bool = False) -> f
 def code_of(model: str, pipe: SDDiTPipeline, arguments: dict, seeds: range) -> str:
     """Python that makes the images of [`call_of`] again, as `images`."""
     dtype, device = pipe.transformer.dtype, pipe.device.type
-    options = f", torch_dtype={{'transformer': {dtype}, 'default': torch.float32}}"
+    options = f", dtype={{'transformer': {dtype}, 'default': torch.float32}}"
     options = "" if dtype == torch.float32 else options
     moved = "" if device == "cpu" else f".to({device!r})"
     values = ", ".join(f"{name}={value!r}" for name, value in arguments.items())

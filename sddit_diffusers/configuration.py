@@ -101,6 +101,7 @@ METHODS = {
 
 SCHEDULES = ("constant", "cosine")
 CHECKPOINTING = ("none", "selective", "full")
+TRIAL_STEPS = 18  # of the sampler, while a run is not at its end
 
 # Networks that give the features of scores.
 EXTRACTORS = ("inception", "classifier", "pixels")
@@ -194,7 +195,9 @@ class TrainingConfig:
     center_momentum: float = option(0.9, "of the teacher's centers")
 
     evaluation_steps: int = option(0, "score the averaged weights every so many steps; 0: never")
-    evaluation_samples: int = option(10_000, "images that are made for it, in 18 steps of the sampler")
+    evaluation_samples: int = option(
+        10_000, f"images that are made for it, in {TRIAL_STEPS} steps of the sampler"
+    )
     evaluation_reference: str = option(
         "",
         "a REFERENCE of sddit_diffusers.evaluate; the pictures trained on if not given",

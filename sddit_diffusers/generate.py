@@ -126,7 +126,7 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> SDDiTPipelin
     """
     try:
         dtypes = {"transformer": dtype, "default": torch.float32}
-        return SDDiTPipeline.from_pretrained(name, torch_dtype=dtypes)
+        return SDDiTPipeline.from_pretrained(name, dtype=dtypes)
     except Exception as error:  # whatever the Hub, the network and the readers raise
         problem = str(error).strip().split("\n")[0]
         raise ValueError(f"The pipeline {name!r} cannot be loaded: {problem}") from None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, upload_folder
 
-from .configuration import TrainingConfig
+from .configuration import TRIAL_STEPS, TrainingConfig
 from .data import ImageDataset
 from .files import written_aside
 from .latents import LatentDataset
@@ -123,7 +123,8 @@ def _source_of(config: TrainingConfig, dataset: ImageDataset | LatentDataset) ->
 def _score_name(key: str, config: TrainingConfig) -> str:
     kind, _, extractor = key.partition("_")
     extractor = {"": "Inception"}.get(extractor, extractor)
-    return f"{_NAMES[kind]} ({extractor}, {config.evaluation_samples} samples, 18 steps, no guidance)"
+    made = f"{config.evaluation_samples} samples, {TRIAL_STEPS} steps, no guidance"
+    return f"{_NAMES[kind]} ({extractor}, {made})"
 
 
 def _settings(config: TrainingConfig) -> dict[str, object]:

@@ -268,7 +268,7 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixi
         *,
         config: str | None = None,
         subfolder: str | None = None,
-        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         **download,
     ) -> "PatchTransformer2DModel":
@@ -278,7 +278,7 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixi
             pretrained_model_link_or_path_or_dict: the file, its link on the Hub, or its tensors by name.
             config: folder or Hub name of a config.json, in place of the file's own.
             subfolder: where that is in it.
-            torch_dtype: of the weights; float32 by default.
+            dtype: of the weights.
             device: where they go.
             download: for a link: `revision`, `token`, `cache_dir`, `local_files_only`.
 
@@ -302,7 +302,6 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixi
             model = cls.from_config(settings)
         if others := differing_names(model.state_dict(), weights):
             raise ValueError(f"{source} is not what its config says: they differ in {', '.join(others[:4])}.")
-        dtype = torch_dtype or torch.float32
         model.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
         for module in model.modules():
             if isinstance(module, SinCosPositions):

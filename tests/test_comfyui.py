@@ -243,7 +243,7 @@ def test_a_name_on_the_hub_is_asked_for_without_trust(comfy, pipe, monkeypatch):
     asked = []
 
     def from_pretrained(name, **arguments):
-        asked.append((name, arguments.pop("torch_dtype")["transformer"], arguments))
+        asked.append((name, arguments.pop("dtype")["transformer"], arguments))
         return pipe
 
     monkeypatch.setattr(SDDiTPipeline, "from_pretrained", from_pretrained)

@@ -78,7 +78,7 @@ def test_a_pipeline_s_other_parts_stay_with_it(pipe, tmp_path):
 def test_from_single_file_takes_what_models_of_diffusers_take(transformer, inputs, tmp_path):
     path = tmp_path / "model.safetensors"
     convert.save_single_file(transformer, path)
-    half = SDDiTTransformer2DModel.from_single_file(str(path), torch_dtype=torch.bfloat16, device="cpu")
+    half = SDDiTTransformer2DModel.from_single_file(str(path), dtype=torch.bfloat16, device="cpu")
     assert half.dtype == torch.bfloat16
     assert half.pos_embed.table.equal(transformer.pos_embed.table)
     half.train()(inputs[0].bfloat16(), *inputs[1:]).sample.sum().backward()

@@ -143,7 +143,7 @@ def test_forms_of_weights(pipe, tmp_path):
 
     pipe.save_pretrained(tmp_path / "both")
     pipe.to(torch.bfloat16).save_pretrained(tmp_path / "both", variant="bf16")
-    half = DiffusionPipeline.from_pretrained(tmp_path / "both", variant="bf16", torch_dtype=torch.bfloat16)
+    half = DiffusionPipeline.from_pretrained(tmp_path / "both", variant="bf16", dtype=torch.bfloat16)
     assert half.transformer.dtype == torch.bfloat16 and torch.equal(images(half), images(pipe))
     assert torch.equal(images(DiffusionPipeline.from_pretrained(tmp_path / "both")), expected)
 

@@ -243,7 +243,7 @@ def test_only_the_heun_scheduler_takes_sigmas(pipe, scheduler):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_loaded_in_half_precision(pipe, tmp_path, dtype):
     pipe.save_pretrained(tmp_path)
-    loaded = SDDiTPipeline.from_pretrained(tmp_path, torch_dtype=dtype)
+    loaded = SDDiTPipeline.from_pretrained(tmp_path, dtype=dtype)
     loaded.set_progress_bar_config(disable=True)
     assert loaded.transformer.dtype == dtype
     for size in (8, 12):

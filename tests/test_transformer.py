@@ -12,6 +12,7 @@ from diffusers.hooks import (
     TaylorSeerCacheConfig,
     apply_group_offloading,
 )
+from diffusers.models.attention_dispatch import attention_backend
 from peft import LoraConfig
 
 from sddit_diffusers import SDDiTTransformer2DModel
@@ -200,11 +201,12 @@ def test_saved_and_loaded_is_the_same_to_the_bit(transformer, inputs, tmp_path, 
 
 def test_attention_backends_are_dispatched(transformer, inputs):
     expected = transformer(*inputs).sample
-    transformer.set_attention_backend("_native_math")
-    assert {p._attention_backend.value for p in transformer.attn_processors.values()} == {"_native_math"}
-    torch.testing.assert_close(transformer(*inputs).sample, expected)
-    with pytest.raises(ValueError, match="no_such_backend"):
-        transformer.set_attention_backend("no_such_backend")
+    with attention_backend("native"):  # a model's backend becomes that of all others, too, until here
+        transformer.set_attention_backend("_native_math")
+        assert {p._attention_backend.value for p in transformer.attn_processors.values()} == {"_native_math"}
+        torch.testing.assert_close(transformer(*inputs).sample, expected)
+        with pytest.raises(ValueError, match="no_such_backend"):
+            transformer.set_attention_backend("no_such_backend")
 
 
 def test_fused_qkv(transformer, inputs):
