@@ -26,6 +26,7 @@ setup(
         "datasets>=4.4",
         "safetensors>=0.8",
         "huggingface_hub>=0.36",
+        "filelock>=3.20",  # one run a folder; huggingface_hub needs it too
         "scikit-learn>=1.6.1",  # the digits
         "matplotlib>=3.9.4",  # the curves
         "torch-fidelity>=0.4.0",  # Inception and KID
@@ -38,7 +39,15 @@ setup(
         "app": [GRADIO],
         "deepspeed": ["deepspeed>=0.19.8"],  # the oldest whose gradients were seen right
         # playwright drives a Chromium that is there; it brings none.
-        "test": ["pytest>=8.3.5", "peft>=0.18", "tensorboard", "ruff", GRADIO, "playwright>=1.65"],
+        "test": [
+            "pytest>=8.3.5",
+            "hypothesis",
+            "peft>=0.18",
+            "tensorboard",
+            "ruff",
+            GRADIO,
+            "playwright>=1.65",
+        ],
     },
     entry_points={"console_scripts": ["sddit-train=train_sddit:main"]},
 )

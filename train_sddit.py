@@ -35,12 +35,12 @@ from tqdm.auto import tqdm
 from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline
 from sddit_diffusers.checkpointing import (
     choose_checkpoint,
-    differences,
     find_checkpoints,
     load_state,
     read_about,
     save_checkpoint,
 )
+from sddit_diffusers.cli import differences
 from sddit_diffusers.configuration import CHECKPOINTING, TRIAL_STEPS, TrainingConfig, parse
 from sddit_diffusers.data import BatchSampler, ImageDataset, UnreadableImageError, generator_for
 from sddit_diffusers.denoising import DenoisingObjective, Draws, mask_ratio_at

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from sddit_diffusers import SDDiTPipeline
-from sddit_diffusers.configuration import Parser, option
+from sddit_diffusers.cli import Parser, option
 from sddit_diffusers.generate import dtype_named, load_pipeline
 from sddit_diffusers.reporting import keep_denoised
 

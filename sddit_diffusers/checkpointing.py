@@ -28,7 +28,7 @@ def save_checkpoint(output_dir: Path, step: int, state: dict, about: dict, total
 
     Args:
         state: tensors and numbers, as `torch.save` takes them.
-        about: what the run is, in JSON's types; see [`differences`].
+        about: what the run is, in JSON's types; see `cli.differences`.
         total_limit: checkpoints that are kept; 0: all.
 
     Raises:
@@ -122,15 +122,3 @@ def read_about(folder: Path) -> dict:
 def load_state(folder: Path) -> dict:
     """The state of a checkpoint, on the CPU."""
     return torch.load(folder / _STATE, map_location="cpu", weights_only=True, mmap=True)
-
-
-def differences(saved: dict, here: dict) -> list[str]:
-    """What differs, each as "name: value there, value here"; nested names are joined by spaces."""
-    found = []
-    for name in sorted({*saved, *here}):
-        there, now = saved.get(name), here.get(name)
-        if isinstance(there, dict) and isinstance(now, dict):
-            found += [f"{name} {inner}" for inner in differences(there, now)]
-        elif there != now:
-            found.append(f"{name}: {there} there, {now} here")
-    return found

@@ -5,12 +5,11 @@ method's, the JSON file of `--config`, the command line.
 """
 
 import dataclasses
-import difflib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import HfArgumentParser
+from .cli import Parser, check_options, json_object, option, unknown_option
 
 
 def _network(size, patch, channels, layers, heads, head_dim, decoder, classes):
@@ -107,36 +106,14 @@ TRIAL_STEPS = 18  # of the sampler, while a run is not at its end
 EXTRACTORS = ("inception", "classifier", "pixels")
 
 
-def option(default, help: str):
-    return field(default=default, metadata={"help": help})
-
-
-def options(default: list, help: str):
-    """An option of several values."""
-    return field(default_factory=default.copy, metadata={"help": help})
-
-
-# The smallest values that make sense.
-_LOWEST = (
-    dict.fromkeys(("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps"), 1)
-    | dict.fromkeys(("head_hidden_dim", "head_bottleneck_dim"), 1)
-    | dict.fromkeys(
-        ("seed", "learning_rate", "mae_weight", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm"), 0
-    )
-    | dict.fromkeys(("validation_steps", "num_validation_images", "checkpointing_steps"), 0)
-    | {"evaluation_steps": 0, "evaluation_samples": 2}
-    | dict.fromkeys(("checkpoints_total_limit", "dataloader_num_workers"), 0)
-    | dict.fromkeys(("student_temperature", "teacher_temperature_start", "teacher_temperature_end"), 1e-3)
-    | {"num_prototypes": 2, "teacher_temperature_warmup_epochs": 0}
-)
-
-
 @dataclass
 class TrainingConfig:
     """The settings of a run; the defaults are the paper's (Table A1 and Sec. 4.1)."""
 
-    method: str = option("sddit", "'sddit', or what it is compared with: 'dit', 'maskdit', 'mdt'")
-    preset: str = option("digits", "network and recipe: " + ", ".join(PRESETS))
+    method: str = option(
+        "sddit", "'sddit', or what it is compared with: 'dit', 'maskdit', 'mdt'", choices=tuple(METHODS)
+    )
+    preset: str = option("digits", "network and recipe: " + ", ".join(PRESETS), choices=tuple(PRESETS))
     transformer: str = option("{}", "JSON of network settings that differ from the preset's")
     dataset_name: str = option(
         "", "'digits', or a folder, a URL or a dataset on the Hub, of latents or of images with labels"
@@ -151,109 +128,98 @@ class TrainingConfig:
         "",
         "a pipeline (folder or Hub name), a single file or a checkpoint, with whose weights the run begins",
     )
-    seed: int = option(0, "seed of weights, data order and noise")
+    seed: int = option(0, "seed of weights, data order and noise", low=0, high=2**32 - 1)
 
-    max_train_steps: int = option(400_000, "optimizer steps")
-    train_batch_size: int = option(256, "images a process and micro-batch; the paper's total is 256")
-    gradient_accumulation_steps: int = option(1, "micro-batches an optimizer step")
-    learning_rate: float = option(1e-4, "of AdamW")
-    lr_warmup_steps: int = option(0, "steps of linear warm-up to the learning rate, constant afterwards")
-    adam_beta1: float = option(0.9, "of AdamW")
-    adam_beta2: float = option(0.999, "of AdamW")
-    adam_weight_decay: float = option(0.0, "of AdamW")
-    max_grad_norm: float = option(0.0, "gradients are scaled down to this norm; 0: never")
-    mixed_precision: str = option("", "'no', 'bf16' or 'fp16'; as accelerate is configured if not given")
+    max_train_steps: int = option(400_000, "optimizer steps", low=1)
+    train_batch_size: int = option(256, "images a process and micro-batch; the paper's total is 256", low=1)
+    gradient_accumulation_steps: int = option(1, "micro-batches an optimizer step", low=1)
+    learning_rate: float = option(1e-4, "of AdamW", low=0)
+    lr_warmup_steps: int = option(
+        0, "steps of linear warm-up to the learning rate, constant afterwards", low=0
+    )
+    adam_beta1: float = option(0.9, "of AdamW", low=0, high=1)
+    adam_beta2: float = option(0.999, "of AdamW", low=0, high=1)
+    adam_weight_decay: float = option(0.0, "of AdamW", low=0)
+    max_grad_norm: float = option(0.0, "gradients are scaled down to this norm; 0: never", low=0)
+    mixed_precision: str = option(
+        "",
+        "'no', 'bf16' or 'fp16'; as accelerate is configured if not given",
+        choices=("", "no", "bf16", "fp16"),
+    )
     gradient_checkpointing: str = option(
-        "none", "save memory: backward computes again what is cheap ('selective') or all of a block ('full')"
+        "none",
+        "save memory: backward computes again what is cheap ('selective') or all of a block ('full')",
+        choices=CHECKPOINTING,
     )
     compile: bool = option(False, "compile the blocks with torch.compile")
     allow_tf32: bool = option(True, "let GPUs round the factors of float32 products to TF32, as DiT does")
-    ema_decay: float = option(0.9999, "of the weights that sample")
+    ema_decay: float = option(0.9999, "of the weights that sample", low=0, high=1)
 
     mask_ratio: float = option(
-        0.2, "share of the patches hidden from the student's encoder; 0.5 for maskdit, 0.3 for mdt"
+        0.2,
+        "share of the patches hidden from the student's encoder; 0.5 for maskdit, 0.3 for mdt",
+        low=0,
+        high=1,
     )
     mask_ratio_schedule: str = option(
         "constant",
         "'cosine' lets the ratio fall to 0 with the cosine's fourth power, MaskDiT's unmask tuning",
+        choices=SCHEDULES,
     )
-    mae_weight: float = option(0.1, "factor of maskdit's L_MAE")
-    label_dropout: float = option(0.1, "probability of training an image without its label, for guidance")
-    discriminative_weight: float = option(1.0, "factor of L_D; 0 trains without teacher")
-    num_prototypes: int = option(8192, "K")
-    head_hidden_dim: int = option(2048, "hidden width of the projection head")
-    head_bottleneck_dim: int = option(256, "width of the projection head before the prototypes")
-    student_temperature: float = option(0.1, "tau_S")
-    teacher_temperature_start: float = option(0.09, "tau_T at the start")
-    teacher_temperature_end: float = option(0.099, "tau_T after its warm-up")
-    teacher_temperature_warmup_epochs: float = option(5, "epochs from the first to the second")
-    teacher_momentum_start: float = option(0.996, "beta at the start")
-    teacher_momentum_end: float = option(0.999, "beta at the end")
+    mae_weight: float = option(0.1, "factor of maskdit's L_MAE", low=0)
+    label_dropout: float = option(
+        0.1, "probability of training an image without its label, for guidance", low=0, high=1
+    )
+    discriminative_weight: float = option(1.0, "factor of L_D; 0 trains without teacher", low=0)
+    num_prototypes: int = option(8192, "K", low=2)
+    head_hidden_dim: int = option(2048, "hidden width of the projection head", low=1)
+    head_bottleneck_dim: int = option(256, "width of the projection head before the prototypes", low=1)
+    student_temperature: float = option(0.1, "tau_S", low=1e-3)
+    teacher_temperature_start: float = option(0.09, "tau_T at the start", low=1e-3)
+    teacher_temperature_end: float = option(0.099, "tau_T after its warm-up", low=1e-3)
+    teacher_temperature_warmup_epochs: float = option(5, "epochs from the first to the second", low=0)
+    teacher_momentum_start: float = option(0.996, "beta at the start", low=0, high=1)
+    teacher_momentum_end: float = option(0.999, "beta at the end", low=0, high=1)
     teacher_sigma: str = option(
         "0.002", "noise of the teacher's view, or 'student' for the student's distribution"
     )
-    center_momentum: float = option(0.9, "of the teacher's centers")
+    center_momentum: float = option(0.9, "of the teacher's centers", low=0, high=1)
 
-    evaluation_steps: int = option(0, "score the averaged weights every so many steps; 0: never")
+    evaluation_steps: int = option(0, "score the averaged weights every so many steps; 0: never", low=0)
     evaluation_samples: int = option(
-        10_000, f"images that are made for it, in {TRIAL_STEPS} steps of the sampler"
+        10_000, f"images that are made for it, in {TRIAL_STEPS} steps of the sampler", low=2
     )
     evaluation_reference: str = option(
         "",
         "a REFERENCE of sddit_diffusers.evaluate; the pictures trained on if not given",
     )
-    evaluation_extractor: str = option("inception", "'inception'; without downloads 'classifier', 'pixels'")
-    validation_steps: int = option(0, "sample a grid every so many steps; 0: at the end only")
-    num_validation_images: int = option(100, "images of a grid, in rows of ten")
-    checkpointing_steps: int = option(0, "save a checkpoint every so many steps; 0: none")
-    checkpoints_total_limit: int = option(0, "checkpoints that are kept, the newest ones; 0: all")
+    evaluation_extractor: str = option(
+        "inception", "'inception'; without downloads 'classifier', 'pixels'", choices=EXTRACTORS
+    )
+    validation_steps: int = option(0, "sample a grid every so many steps; 0: at the end only", low=0)
+    num_validation_images: int = option(100, "images of a grid, in rows of ten", low=0)
+    checkpointing_steps: int = option(0, "save a checkpoint every so many steps; 0: none", low=0)
+    checkpoints_total_limit: int = option(0, "checkpoints that are kept, the newest ones; 0: all", low=0)
     dry_run: bool = option(False, "tell the memory that a step takes, and train nothing")
     resume_from_checkpoint: str = option(
         "", "a checkpoint folder, or 'latest', which begins where there is none"
     )
-    logging_steps: int = option(1, "write the metrics every so many steps")
+    logging_steps: int = option(1, "write the metrics every so many steps", low=1)
     report_to: str = option("", "'tensorboard', 'wandb' or 'all', beside metrics.jsonl")
-    dataloader_num_workers: int = option(0, "processes that read images ahead")
+    dataloader_num_workers: int = option(0, "processes that read images ahead", low=0)
     push_to_hub: bool = option(False, "upload the pipeline with its card at the end, never a checkpoint")
     hub_model_id: str = option("", "where to, USER/NAME or NAME; the output folder's name if not given")
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"Unknown method {self.method!r}; there are {', '.join(METHODS)}.")
-        if self.preset not in PRESETS:
-            raise ValueError(f"Unknown preset {self.preset!r}; there are {', '.join(PRESETS)}.")
+        check_options(self)
         self.dataset_name = self.dataset_name or RECIPES[self.preset].get("dataset_name", "")
         self.output_dir = self.output_dir or f"{self.method}-{self.preset.replace('/', '-')}"
         if not self.dataset_name and not self.dry_run:
             raise ValueError(
                 f"The preset {self.preset} needs --dataset_name, a folder or a dataset on the Hub."
             )
-        if self.mixed_precision not in ("", "no", "bf16", "fp16"):
-            raise ValueError(
-                f"mixed_precision is {self.mixed_precision!r}; it must be 'no', 'bf16' or 'fp16'."
-            )
-        if self.gradient_checkpointing not in CHECKPOINTING:
-            raise ValueError(
-                f"gradient_checkpointing is {self.gradient_checkpointing!r}; it must be "
-                f"{', '.join(map(repr, CHECKPOINTING))}."
-            )
-        if self.mask_ratio_schedule not in SCHEDULES:
-            raise ValueError(
-                f"mask_ratio_schedule is {self.mask_ratio_schedule!r}; it must be "
-                f"{' or '.join(map(repr, SCHEDULES))}."
-            )
         if self.method == "dit" and self.mask_ratio:
             raise ValueError(f"mask_ratio is {self.mask_ratio}; dit has no mask, so it must be 0.")
-        if self.evaluation_extractor not in EXTRACTORS:
-            raise ValueError(
-                f"evaluation_extractor is {self.evaluation_extractor!r}; it must be {', '.join(EXTRACTORS)}."
-            )
-        for name, low in _LOWEST.items():
-            if not getattr(self, name) >= low:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}.")
-        for name in ("ema_decay", "teacher_momentum_start", "teacher_momentum_end", "center_momentum"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be in 0..1.")
         self.network()
         self.teacher_noise()
 
@@ -281,21 +247,6 @@ class TrainingConfig:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
 
-def json_object(name: str, text: str) -> dict:
-    """The value of an option that is a JSON object.
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} is {text!r}, which is no JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is {text!r}; it must be a JSON object.")
-    return value
-
-
 def read_changes(text: str, known: dict) -> dict:
     """The settings of `--transformer`.
 
@@ -314,26 +265,6 @@ def read_changes(text: str, known: dict) -> dict:
         if type(value) not in (int, type(known[name])) or value <= 0:
             raise ValueError(f"transformer: {name} is {value!r}; it must be a positive number.")
     return changes
-
-
-class Parser(HfArgumentParser):
-    """One line for a mistake, instead of the usage of fifty options."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-    def parse_known_options(self, arguments: list[str] | None) -> dict:
-        """The options by name.
-
-        Raises:
-            ValueError: an option that there is not.
-        """
-        namespace, unknown = self.parse_known_args(arguments)
-        if unknown:
-            raise ValueError(
-                _unknown_option(unknown[0].split("=")[0], [f"--{name}" for name in vars(namespace)])
-            )
-        return vars(namespace)
 
 
 def parse(arguments: list[str] | None = None) -> TrainingConfig:
@@ -375,7 +306,7 @@ def _read_options(path: str) -> dict:
     types = {f.name: f.type for f in dataclasses.fields(TrainingConfig)}
     for name, value in options.items():
         if name not in types:
-            raise ValueError(f"config {path}: {_unknown_option(name, list(types))}")
+            raise ValueError(f"config {path}: {unknown_option(name, list(types))}")
         if name == "transformer" and isinstance(value, dict):
             options[name] = json.dumps(value)
         elif type(value) is not types[name] and not (types[name] is float and type(value) is int):
@@ -383,8 +314,3 @@ def _read_options(path: str) -> dict:
                 f"config {path}: {name} is {value!r}; it must be of type {types[name].__name__}."
             )
     return options
-
-
-def _unknown_option(name: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=3)
-    return f"unknown option {name}" + (f"; nearest are {', '.join(nearest)}." if nearest else "; see --help.")

@@ -30,7 +30,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .configuration import Parser, option, read_changes
+from .cli import Parser, option
+from .configuration import read_changes
 from .files import save_tensors
 from .generate import load_pipeline
 from .latents import load_vae

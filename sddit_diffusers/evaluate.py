@@ -21,7 +21,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from .configuration import EXTRACTORS, Parser, option, options
+from .cli import Parser, option, options
+from .configuration import EXTRACTORS
 from .data import ImageDataset
 from .extractors import DinoExtractor, Extractor, InceptionExtractor
 from .features import Features, default_cache, features_of_set

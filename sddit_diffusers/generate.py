@@ -30,8 +30,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from PIL import Image
 
-from .checkpointing import differences
-from .configuration import Parser, json_object, option, options
+from .cli import Parser, differences, json_object, option, options
 from .data import generator_for
 from .files import sha256_of, written_aside
 from .latents import sha256_of_weights

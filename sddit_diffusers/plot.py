@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .configuration import Parser, option, options
+from .cli import Parser, option, options
 from .generate import load_pipeline
 from .reporting import draw_scores, path_grid, read_metrics, sample_grid
 

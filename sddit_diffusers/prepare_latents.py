@@ -34,8 +34,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
-from .checkpointing import differences
-from .configuration import Parser, option
+from .cli import Parser, differences, option
 from .data import UnreadableImageError, decode_image, generator_for, prefetch, read_out
 from .files import sha256_of, written_aside
 from .latents import Manifest, find_latents, load_vae, sha256_of_weights

@@ -24,8 +24,9 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
-from .checkpointing import differences, find_checkpoints
-from .configuration import Parser, TrainingConfig, json_object, option, options, parse
+from .checkpointing import find_checkpoints
+from .cli import Parser, differences, json_object, option, options
+from .configuration import TrainingConfig, parse
 from .data import ImageDataset
 from .files import written_aside
 from .generate import load_pipeline

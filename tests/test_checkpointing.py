@@ -8,12 +8,12 @@ import torch
 from sddit_diffusers.checkpointing import (
     DamagedCheckpointError,
     choose_checkpoint,
-    differences,
     find_checkpoints,
     load_state,
     read_about,
     save_checkpoint,
 )
+from sddit_diffusers.cli import differences
 
 
 def save(folder, step, total_limit=0):

@@ -45,7 +45,7 @@ def test_every_preset_is_a_network_and_a_recipe(preset):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "SD-DiT-H/2"], "Unknown preset 'SD-DiT-H/2'; there are SD-DiT-S/2"),
+        (["--preset", "SD-DiT-H/2"], "preset is 'SD-DiT-H/2'; it must be 'SD-DiT-S/2', "),
         (["--mask_ration", "0.5"], "unknown option --mask_ration; nearest are --mask_ratio"),
         (["--seed", "one"], "argument --seed: invalid int value: 'one'"),
         (["--max_grad_norm", "-1"], "max_grad_norm is -1.0; it must be at least 0"),
@@ -54,7 +54,7 @@ def test_every_preset_is_a_network_and_a_recipe(preset):
         (["--teacher_temperature_end", "nan"], "teacher_temperature_end is nan"),
         (
             ["--gradient_checkpointing", "some"],
-            "gradient_checkpointing is 'some'; it must be 'none', 'selective', 'full'",
+            "gradient_checkpointing is 'some'; it must be 'none', 'selective' or 'full'",
         ),
         (["--mixed_precision", "fp8"], "mixed_precision is 'fp8'; it must be 'no', 'bf16' or 'fp16'"),
         (["--teacher_sigma", "none"], "teacher_sigma is 'none'; it must be a number or 'student'"),

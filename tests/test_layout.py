@@ -11,7 +11,7 @@ DEPENDENCIES = {"torch", "numpy", "diffusers", "safetensors"}
 HUB_FILES = ["transformer_sddit", "scheduling_edm_heun", "pipeline_sddit"]
 # Later layers may import earlier ones.
 LAYERS = [
-    set(HUB_FILES),
+    {*HUB_FILES, "cli"},
     {"discrimination", "denoising", "transformer_baselines", "files", "launching", "scores", "sharding"}
     | {"attention_cpu", "studies", "hub"},
     {"objective", "baselines", "configuration", "data", "checkpointing", "reporting", "memory"},

@@ -12,7 +12,8 @@ from conftest import TINY, randomize
 
 from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline, SDDiTTransformer2DModel
 from sddit_diffusers.app import AppConfig
-from sddit_diffusers.configuration import Parser, TrainingConfig, parse
+from sddit_diffusers.cli import Parser
+from sddit_diffusers.configuration import TrainingConfig, parse
 from sddit_diffusers.convert import ConvertConfig
 from sddit_diffusers.evaluate import EvaluateConfig
 from sddit_diffusers.generate import GenerateConfig
