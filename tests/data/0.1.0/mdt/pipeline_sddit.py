@@ -1,0 +1,354 @@
+"""The SD-DiT pipeline: class labels to images, by EDM sampling with classifier-free guidance.
+
+This file imports only torch, numpy and diffusers: its copy in a saved pipeline is all that others need of it.
+"""
+
+import difflib
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models import AutoencoderKL, AutoencoderTiny, ModelMixin
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+Label = int | str | None
+
+
+class SDDiTPipeline(DiffusionPipeline):
+    """Generates images of given classes.
+
+    Args:
+        transformer: an `SDDiTTransformer2DModel`, the raw network F.
+        scheduler: an `EDMHeunScheduler`, or another of diffusers' EDM schedulers made from its config.
+        vae: decodes latents into images; None if the transformer works on pixels in -1..1.
+        id2label: names of the classes by number; commas separate synonyms.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]
+    _callback_tensor_inputs = ["latents", "pred_original_sample"]
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | AutoencoderTiny | None = None,
+        id2label: dict | None = None,
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        # JSON has no integer keys, so the saved table has strings.
+        id2label = {int(number): name for number, name in (id2label or {}).items()}
+        self.register_to_config(id2label={str(number): name for number, name in id2label.items()} or None)
+        self.id2label = id2label
+        self.label2ids: dict[str, list[int]] = {}  # whole names and synonyms; a few stand for several classes
+        for number, name in id2label.items():
+            for synonym in {name.strip().lower(), *(part.strip().lower() for part in name.split(","))}:
+                self.label2ids.setdefault(synonym, []).append(number)
+        self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._current_timestep = None
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance of the call in progress; 1 is off."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Network evaluations of the call in progress."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        """The timestep that is being evaluated, None outside a call."""
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call in progress stops after this evaluation; callbacks set `_interrupt` for it."""
+        return self._interrupt
+
+    def get_label_ids(self, class_labels: Label | Sequence[Label] | Tensor) -> list[int]:
+        """Class numbers of labels given as numbers, names or None, which is the null class.
+
+        Raises:
+            ValueError: a number out of range, a name of several classes, or an unknown one, with the nearest.
+        """
+        if isinstance(class_labels, (Tensor, np.ndarray)):
+            class_labels = class_labels.flatten().tolist()
+        if isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
+            class_labels = [class_labels]
+        return [self._label_id(label) for label in class_labels]
+
+    def _label_id(self, label: Label) -> int:
+        num_classes = self.transformer.config.num_classes
+        if label is None:
+            return num_classes
+        if isinstance(label, str):
+            return self._named_id(label)
+        if not isinstance(label, Integral) or not 0 <= label < num_classes:
+            allowed = (
+                f"integers from 0 to {num_classes - 1}" if num_classes else "none: the model has no classes"
+            )
+            raise ValueError(f"Class label {label!r} is out of range; allowed are {allowed}.")
+        return int(label)
+
+    def _named_id(self, name: str) -> int:
+        numbers = self.label2ids.get(name.strip().lower(), [])
+        if len(numbers) > 1:
+            choices = ", ".join(f"{number} ({self.id2label[number]})" for number in numbers)
+            raise ValueError(f"Class name {name!r} stands for several classes; give a number: {choices}.")
+        if not numbers:
+            known = [synonym for synonym in self.label2ids if "," not in synonym]
+            nearest = difflib.get_close_matches(name.strip().lower(), known, n=5, cutoff=0.5)
+            hint = f" Nearest names: {', '.join(nearest)}." if nearest else ""
+            raise ValueError(f"Unknown class name {name!r}; {len(known)} names are known.{hint}")
+        return numbers[0]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Label | Sequence[Label] | Tensor = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, float("inf")),
+        num_images_per_label: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 40,
+        sigmas: Sequence[float] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["SDDiTPipeline", int, Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """Generates one image, or `num_images_per_label`, for every label.
+
+        Args:
+            class_labels: numbers, names, or a tensor of numbers; None is the null class (an unconditional
+                image).
+            guidance_scale: w of D_null + w (D_class - D_null); 1 is off, and costs half.
+            guidance_interval: the range of sigma, ends included, in which guidance acts (Kynkäänniemi et al.
+                2024).
+            num_images_per_label: images of each label, side by side in the result.
+            height, width: size of the images in pixels; by default that of the training samples.
+            num_inference_steps: N. The Heun scheduler evaluates the network 2N - 1 times.
+            sigmas: the noise levels themselves, decreasing, in place of `num_inference_steps`.
+            generator: one for all images, or a list with one for each image, which then depends on its own
+                alone.
+            latents: the initial noise of unit variance, `[images, in_channels, h, w]`, instead of drawing it.
+            output_type: "pil", "np" `[images, H, W, channels]`, "pt" `[images, channels, H, W]`, both in
+                0..1, or "latent", the samples as the transformer makes them.
+            return_dict: False for a plain tuple.
+            callback_on_step_end: called with the pipeline, the evaluation's number, its timestep and a dict
+                of tensors, after each evaluation; what it returns replaces the `latents`.
+            callback_on_step_end_tensor_inputs: names of the tensors it gets: "latents", and the denoised
+                "pred_original_sample" where the scheduler tells it.
+
+        Raises:
+            ValueError: a label that does not exist, or any other argument out of its range; the message says
+                which.
+        """
+        labels = [i for i in self.get_label_ids(class_labels) for _ in range(num_images_per_label)]
+        default_size = self.transformer.config.sample_size * self.vae_scale_factor
+        height, width = height or default_size, width or default_size
+        self._check_inputs(
+            len(labels),
+            sigmas,
+            guidance_interval,
+            height,
+            width,
+            generator,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+        self._context = None  # of the last evaluation
+        device = self._execution_device
+
+        labels = torch.tensor(labels, device=device)
+        null = torch.full_like(labels, self.transformer.config.num_classes)
+        if sigmas is not None:
+            self.scheduler.set_timesteps(sigmas=sigmas, device=device)
+        else:
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self.scheduler.set_begin_index(0)
+        latents = self._prepare_latents(len(labels), height, width, generator, latents, device)
+
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self._interrupt:
+                    break
+                self._current_timestep = t
+                model_input = self.scheduler.scale_model_input(latents, t).to(self.transformer.dtype)
+                sigma = float(self.scheduler.sigmas[self.scheduler.step_index])
+                if guidance_scale != 1 and guidance_interval[0] <= sigma <= guidance_interval[1]:
+                    output = self._evaluate(
+                        "guided", torch.cat([model_input] * 2), t, torch.cat([labels, null])
+                    )
+                    conditional, unconditional = output.to(latents.dtype).chunk(2)
+                    # D is linear in F, so guiding F guides D.
+                    output = unconditional + guidance_scale * (conditional - unconditional)
+                else:
+                    output = self._evaluate("conditional", model_input, t, labels).to(latents.dtype)
+                step = self.scheduler.step(output, t, latents, generator=generator)
+                latents = step.prev_sample
+
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents, "pred_original_sample": step.get("pred_original_sample")}
+                    tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
+                progress_bar.update()
+
+        self._current_timestep = None
+        images = self.decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _evaluate(self, context: str, model_input: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+        # Not every cache of diffusers keeps its contexts apart, and guidance doubles the batch.
+        if self.transformer.is_cache_enabled and self._context not in (None, context):
+            self.transformer._reset_stateful_cache()
+        self._context = context
+        with self.transformer.cache_context(context):
+            return self.transformer(model_input, timestep, labels, return_dict=False)[0]
+
+    def _prepare_latents(self, batch: int, height: int, width: int, generator, latents, device) -> Tensor:
+        """Noise of standard deviation sigma_0, in float32 whatever the transformer's dtype."""
+        f = self.vae_scale_factor
+        shape = (batch, self.transformer.config.in_channels, height // f, width // f)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif latents.shape != shape:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}; this call needs {shape}.")
+        latents = latents.to(device=device, dtype=torch.promote_types(latents.dtype, torch.float32))
+        return latents * self.scheduler.init_noise_sigma
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Samples as the transformer takes them, `[b, c, h, w]` in float32; of a posterior, the mean.
+
+        Args:
+            images: `[b, channels, H, W]` in -1..1. Without a VAE they are the samples.
+
+        Raises:
+            ValueError: wrong channels, or a size that is no multiple of `vae_scale_factor`.
+        """
+        channels, f = (self.vae or self.transformer).config.in_channels, self.vae_scale_factor
+        if images.shape[1] != channels or images.shape[2] % f or images.shape[3] % f:
+            raise ValueError(
+                f"The images have shape {tuple(images.shape)}; it must be "
+                f"(images, {channels}, a multiple of {f}, a multiple of {f})."
+            )
+        if self.vae is None:
+            return images.float()
+        encoded = self.vae.encode(images.to(self._execution_device, self.vae.dtype))
+        latents = encoded.latents if isinstance(self.vae, AutoencoderTiny) else encoded.latent_dist.mean
+        shift, factor = self._vae_scaling
+        return (latents.float() - shift) * factor
+
+    def unscale_latents(self, latents: Tensor) -> Tensor:
+        """The VAE's own latents, of samples as the transformer makes them; without a VAE the samples."""
+        if self.vae is None:
+            return latents
+        shift, factor = self._vae_scaling
+        return latents / factor + shift
+
+    @property
+    def _vae_scaling(self) -> tuple[float, float]:
+        """(shift, factor): the transformer's latents are those of the VAE, minus shift, times factor."""
+        return self.vae.config.get("shift_factor") or 0.0, self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, output_type: str = "pil", scaled: bool = True):
+        """Images of samples as the transformer makes them, `[b, c, h, w]`; `output_type` as in a call.
+
+        With `scaled=False` the latents are the VAE's own.
+        """
+        if output_type == "latent":
+            return latents
+        if scaled:
+            latents = self.unscale_latents(latents)
+        if self.vae is not None:
+            latents = latents.to(self._execution_device, self.vae.dtype)
+            latents = self.vae.decode(latents, return_dict=False)[0]
+        return self.image_processor.postprocess(latents.float(), output_type=output_type)
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """Writes model_index.json, and beside it the code of the pipeline and of its parts.
+
+        With these copies, `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` loads the folder
+        where the package is not installed. `save_pretrained` and `push_to_hub` end here.
+        """
+        for folder, file in {".": Path(inspect.getfile(type(self))), **self._files_of_parts()}.items():
+            target = Path(save_directory, folder)
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target / file.name)
+        super().save_config(save_directory, push_to_hub, **kwargs)
+
+    def to_json_string(self) -> str:
+        """model_index.json: classes from outside diffusers are named by their file, without a package."""
+        index = json.loads(super().to_json_string())
+        index["_class_name"] = [Path(inspect.getfile(type(self))).stem, index["_class_name"]]
+        for name, file in self._files_of_parts().items():
+            index[name][0] = file.stem
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    def _files_of_parts(self) -> dict[str, Path]:
+        """Names of the parts that are of no library which diffusers knows, and the files of their classes."""
+        libraries = {name: self.config[name][0] for name in self.components}
+        return {
+            name: Path(inspect.getfile(type(getattr(self, name))))
+            for name, library in libraries.items()
+            if library is not None and library not in LOADABLE_CLASSES
+        }
+
+    def _check_inputs(
+        self,
+        images: int,
+        sigmas: Sequence[float] | None,
+        guidance_interval: tuple[float, float],
+        height: int,
+        width: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        output_type: str,
+        names: Sequence[str],
+    ) -> None:
+        unit = self.vae_scale_factor * self.transformer.config.patch_size
+        if images == 0:
+            raise ValueError("There is nothing to make: class_labels is empty, or num_images_per_label is 0.")
+        if (
+            sigmas is not None and type(self.scheduler).__name__ != "EDMHeunScheduler"
+        ):  # EDMEuler's are a ramp
+            raise ValueError(f"{type(self.scheduler).__name__} takes no sigmas; EDMHeunScheduler does.")
+        if height % unit or width % unit:
+            raise ValueError(f"height x width is {height} x {width}; both must be multiples of {unit}.")
+        if isinstance(generator, list) and len(generator) != images:
+            raise ValueError(f"{len(generator)} generators were given for {images} images.")
+        if len(guidance_interval) != 2 or guidance_interval[0] > guidance_interval[1]:
+            raise ValueError(
+                f"guidance_interval is {guidance_interval}; it must be (lowest sigma, highest sigma)."
+            )
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'.")
+        unknown = set(names) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"Callbacks cannot get {sorted(unknown)}; they can get {self._callback_tensor_inputs}."
+            )
