@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .cli import shortened
-from .data import ImageDataset, decode_image, prefetch
+from .data import ImageDataset, content_of, decode_image, prefetch
 from .files import sha256_of, written_aside
 from .scores import Gaussian
 
@@ -250,9 +250,7 @@ class DatasetImages:
         labels = b"" if self.labels is None else self.labels.tobytes()
         digest = hashlib.sha256(f"{self.size}".encode() + labels)
         for row in self.dataset.images:
-            file = row[self.dataset.image_column]
-            content = file["bytes"] if file["bytes"] is not None else Path(file["path"]).read_bytes()
-            digest.update(hashlib.sha256(content).digest())
+            digest.update(hashlib.sha256(content_of(row[self.dataset.image_column])).digest())
         return digest.hexdigest()
 
 
