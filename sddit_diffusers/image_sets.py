@@ -65,6 +65,8 @@ def open_images(name: str, resolution: int = 0, image_column: str = "image", lab
     Raises:
         ValueError: there are no such images.
     """
+    if not name:
+        raise ValueError("The name of the images is empty.")
     path = Path(name)
     if (path / ".generating").is_dir() and not (path / "generation.json").is_file():
         raise ValueError(f"{name} is not complete: the command that generates it goes on where it stopped.")
