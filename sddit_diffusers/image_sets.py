@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -355,13 +355,16 @@ class _NumbersUnpickler(pickle.Unpickler):
         return _Call(_STAND_INS[module, name])
 
 
-class _Call(NamedTuple):
+class _Call:
     """What a pickle may call."""
 
-    function: Callable
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable):
+        self._function = function
 
     def __call__(self, *arguments):
-        return self.function(*arguments)
+        return self._function(*arguments)
 
     def __setstate__(self, state) -> None:
         raise pickle.UnpicklingError("it alters a function")
