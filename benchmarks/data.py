@@ -61,7 +61,7 @@ def write_ours(folder: Path, rows: int) -> None:
         write_shard(folder / name, pa.table(columns).cast(shard_schema(1000, None)))
         shards.append({"file": name, "rows": count, "sha256": ""})
     vae = {"name": "", "sha256": "", "config": {"scaling_factor": 1.0}}
-    Manifest(list(SHAPE), rows, 1000, None, 256, vae, {}, {}, shards).save(folder)
+    Manifest(list(SHAPE), rows, 1000, None, 256, vae, {"name": "made up"}, {}, shards).save(folder)
 
 
 def read_ours(folder: Path, start_step: int = 0) -> Iterator[Tensor]:

@@ -7,8 +7,11 @@ global batch, and a process reads only the lanes that its own rows come from.
 """
 
 import dataclasses
+import glob
 import hashlib
 import json
+import math
+import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -18,13 +21,16 @@ import datasets
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel
+from huggingface_hub.errors import OfflineModeIsEnabled
 from torch import Tensor
 
-from .data import BatchSampler, generator_for, prefetch, read_out
-from .files import written_aside
+from .cli import shortened
+from .data import MOST_CLASSES, BatchSampler, generator_for, prefetch, read_out
+from .files import parse_json, written_aside
 
 LANES = 8
 BLOCK = 1024
@@ -65,33 +71,103 @@ class Manifest:
         """Reads the manifest of a folder or URL.
 
         Raises:
-            ValueError: it is no manifest that this version reads, or names files outside of the folder.
+            ValueError: there is none that this version reads and that holds together.
         """
+        place = f"{root}/{_MANIFEST}"
         try:
-            with fsspec.open(f"{root}/{_MANIFEST}", "r") as file:
-                manifest = cls(**json.load(file))
+            with fsspec.open(place, "rb") as file:
+                content = file.read()
         except FileNotFoundError:
             raise ValueError(f"There are no latents in {root}: it has no {_MANIFEST}.") from None
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{root}/{_MANIFEST} is no manifest of latents: {error}") from None
-        if manifest.format != cls.format:
-            raise ValueError(f"{root} has the format {manifest.format!r}; this version reads {cls.format!r}.")
-        for shard in manifest.shards:
-            path = PurePosixPath(shard["file"])
-            if path.is_absolute() or ".." in path.parts:
-                raise ValueError(f"{root} names the shard {shard['file']!r}; shards are files in the folder.")
+        except Exception as error:  # whatever the network and fsspec raise
+            raise ValueError(f"{place} cannot be read: {error}") from None
+        kind = "manifest of latents"
+        found = parse_json(content, {"format": str}, kind, place)["format"]
+        if found != cls.format:
+            raise ValueError(f"{root} has the format {shortened(found)}; this version reads {cls.format!r}.")
+        values = parse_json(content, _STRUCTURE, kind, place)
+        names = {field.name for field in dataclasses.fields(cls)}
+        manifest = cls(**{name: value for name, value in values.items() if name in names})
+        if problem := manifest._problem():
+            raise ValueError(f"{place} is no {kind}: {problem}.")
         return manifest
+
+    def _problem(self) -> str:
+        """What does not hold together; empty where all does."""
+        files = [shard["file"] for shard in self.shards]
+        for name in files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or not path.parts or "::" in name or "\0" in name:
+                return f"it names the shard {shortened(name)}; shards are files in the folder"
+        rows = sum(shard["rows"] for shard in self.shards)
+        problems = {
+            f"its shape {self.shape} is not that of a latent, [c, h, w]": len(self.shape) != 3,
+            "two of its shards are the same file": len(set(files)) < len(files),
+            f"its count is {self.count}, and its shards have {rows} rows": self.count != rows,
+            f"it has {self.num_classes} classes, and {len(self.class_names or ())} names": bool(
+                self.class_names
+            )
+            and len(self.class_names) != self.num_classes,
+            "its vae.config.scaling_factor is 0": self.vae["config"]["scaling_factor"] == 0,
+        }
+        return next((problem for problem, there in problems.items() if there), "")
+
+    def rows_of(self, table: pa.Table) -> tuple[np.ndarray, np.ndarray | None]:
+        """The moments `[rows, 2 * c * h * w]` and class numbers `[rows]` of a part of a shard.
+
+        Raises:
+            ValueError: they are not of the manifest's shape and classes.
+        """
+        moments = _array(table, 2 * math.prod(self.shape))
+        if not self.num_classes:
+            return moments, None
+        if "label" not in table.column_names:
+            raise ValueError("it has no labels")
+        column = table["label"]
+        right = pc.and_(pc.greater_equal(column, 0), pc.less(column, self.num_classes)).fill_null(False)
+        if (wrong := pc.index(right, False).as_py()) >= 0:
+            label = column[wrong].as_py()
+            raise ValueError(f"a row has the label {label}; allowed are 0 to {self.num_classes - 1}")
+        return moments, column.to_numpy()
+
+
+_ROWS = range(1, 2**48)
+_STRUCTURE = {
+    "shape": [range(1, 2**16)],
+    "count": _ROWS,
+    "num_classes": range(MOST_CLASSES + 1),
+    "class_names": ([str], None),
+    "resolution": range(1, 2**31),
+    "vae": {"name": str, "sha256": str, "config": {"scaling_factor": float, "shift_factor?": (None, float)}},
+    "source": {"name": str},
+    "settings": dict,
+    "shards": [{"file": str, "rows": _ROWS, "sha256": str}],
+    "unreadable?": [dict],
+}
 
 
 def find_latents(name: str) -> str | None:
-    """The place of a folder of latents given by path, URL or name on the Hub; None where there is none."""
+    """The place of a folder of latents given by path, URL or name on the Hub; None where there is none.
+
+    What is on the Hub counts as none where HF_HUB_OFFLINE is set.
+
+    Raises:
+        ValueError: it could not be looked at, such as where the network fails.
+    """
     local = Path(name).exists() or name.startswith((".", "/", "~"))
-    root = name if local or "://" in name else f"hf://datasets/{name}"
+    on_hub = not local and "://" not in name
+    root = f"hf://datasets/{name}" if on_hub else name
     try:
         filesystem, path = fsspec.core.url_to_fs(root)
-        return root if filesystem.exists(f"{path}/{_MANIFEST}") else None
-    except Exception:  # no network, or no name that the Hub could have: the message is left to the reader
+        filesystem.info(f"{path}/{_MANIFEST}")
+    except (FileNotFoundError, NotADirectoryError, OfflineModeIsEnabled):
         return None
+    except Exception as error:  # whatever the Hub, the network and fsspec raise
+        if on_hub and isinstance(error, ValueError):  # no name that the Hub could have
+            return None
+        advice = " HF_HUB_OFFLINE=1 reads what is here of the Hub." if on_hub else ""
+        raise ValueError(f"Nobody knows whether {name} holds latents: {error}.{advice}") from error
+    return root
 
 
 def load_vae(name: str, **arguments) -> AutoencoderKL | AutoencoderTiny:
@@ -148,7 +224,8 @@ class LatentDataset:
         names = self.manifest.class_names
         self.id2label = dict(enumerate(names)) if names else None
         self._rows = np.array([shard["rows"] for shard in self.manifest.shards])
-        files = [f"{root}/{shard['file']}" for shard in self.manifest.shards]
+        place = root if "://" in root else os.path.abspath(root)
+        files = [glob.escape(f"{place}/{shard['file']}") for shard in self.manifest.shards]
         self._lanes = min(LANES, max(1, len(files) // 4))  # lanes begin and end within shards
         # What is far away is fetched in large pieces, ahead; that takes memory, and time where it is near.
         options = pyarrow.dataset.ParquetFragmentScanOptions(
@@ -258,13 +335,13 @@ class LatentDataset:
     def _read_shard(self, shard: int, skipped: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """Moments and labels of a shard's blocks after the first rows, until its end."""
         written, name = self.manifest.shards[shard]["rows"], self.manifest.shards[shard]["file"]
-        found, width = skipped, 2 * int(np.prod(self.shape))
+        found = skipped
         try:
             stream = self._stream.shard(len(self._rows), shard).skip(skipped).with_format("arrow")
             with closing(read_out(stream.iter(BLOCK))) as tables:
                 for table in tables:
                     found += table.num_rows
-                    yield _array(table, width), table["label"].to_numpy() if self.num_classes else None
+                    yield self.manifest.rows_of(table)
             if found != written:
                 raise ValueError(f"it has {found} rows, but {written} were written")
         except Exception as error:  # pyarrow, fsspec and the Hub raise many kinds

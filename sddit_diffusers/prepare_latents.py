@@ -12,12 +12,13 @@ and 4 channels.
 """
 
 import dataclasses
+import hashlib
+import io
 import json
-import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import repeat
@@ -34,11 +35,20 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
-from .cli import Parser, differences, option
-from .data import UnreadableImageError, decode_image, generator_for, prefetch, read_out
-from .files import sha256_of, written_aside
+from .cli import Parser, check_options, differences, one_line, one_line_errors, option
+from .data import (
+    MOST_CLASSES,
+    UnreadableImageError,
+    decode_image,
+    generator_for,
+    load_rows,
+    pictures_of,
+    prefetch,
+    read_out,
+)
+from .files import LOCK, locked, read_json, remove, sha256_of, written_aside
 from .latents import Manifest, find_latents, load_vae, sha256_of_weights
-from .launching import check_machine, progress_bar
+from .launching import check_machine, on_main_process, progress_bar
 
 _ROW_GROUP = 256  # rows that are read at once; larger groups halve the reading speed
 # A row of a block: a latent, or an image that cannot be read, with the problem.
@@ -60,29 +70,26 @@ class PrepareConfig:
     label_column: str = option("label", "column of the labels, numbers or names; '' leaves them out")
     output_dir: str = option("", "where the latents go")
     vae: str = option("", "AutoencoderKL or AutoencoderTiny: a folder or a name on the Hub")
-    dtype: str = option("float32", "precision of the VAE: 'float32', 'bfloat16' or 'float16'")
-    resolution: int = option(256, "side of the square that is cut from each image, in pixels")
+    dtype: str = option(
+        "float32", "precision of the VAE: 'float32', 'bfloat16' or 'float16'",
+        choices=("float32", "bfloat16", "float16"),
+    )  # fmt: skip
+    resolution: int = option(
+        256, "side of the square that is cut from each image, in pixels", low=1, high=8192
+    )
     flip: bool = option(False, "add each image's mirror image")
-    batch_size: int = option(32, "images that the VAE encodes at once")
-    block_size: int = option(256, "images that a stopped run does again at most, in each process")
-    shard_size: int = option(4096, "latents in a shard")
-    seed: int = option(0, "of the order of the latents")
+    batch_size: int = option(32, "images that the VAE encodes at once", low=1)
+    block_size: int = option(256, "images that a stopped run does again at most, in each process", low=1)
+    shard_size: int = option(4096, "latents in a shard", low=1)
+    seed: int = option(0, "of the order of the latents", low=0)
     skip_unreadable: bool = option(False, "list images that cannot be read in the manifest and go on")
     verify: str = option("", "check hashes and values of this folder of latents, and do nothing else")
 
     def __post_init__(self):
-        if self.verify:
-            return
-        for name in ("dataset_name", "output_dir", "vae"):
-            if not getattr(self, name):
+        check_options(self)
+        for name in ("dataset_name", "image_column", "output_dir", "vae"):
+            if not self.verify and not getattr(self, name):
                 raise ValueError(f"--{name} is missing.")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype is {self.dtype!r}; it must be 'float32', 'bfloat16' or 'float16'.")
-        for name in ("resolution", "batch_size", "block_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must be at least 0.")
 
     def decisive(self) -> dict:
         """The settings that decide the bytes."""
@@ -105,14 +112,12 @@ class Source:
         self.name, self.image_column, self.label_column = (
             config.dataset_name, config.image_column, config.label_column,
         )  # fmt: skip
-        columns = [column for column in (self.image_column, self.label_column) if column]
+        columns = [self.image_column, *({self.label_column} - {self.image_column, ""})]
+        rows = load_rows(self.name, config.split, config.dataset_config_name, config.streaming)
         try:
-            rows = datasets.load_dataset(
-                self.name, config.dataset_config_name or None, split=config.split, streaming=config.streaming
-            )
             first = next(iter(rows.take(1).with_format("arrow")), None)
         except Exception as error:  # whatever the Hub, the network and the readers raise
-            raise ValueError(f"The dataset {self.name!r} cannot be loaded: {error}") from error
+            raise ValueError(f"The dataset {self.name!r} cannot be read: {error}") from error
         if first is None or not len(first):
             raise ValueError(f"{self.name} is empty.")
         for column in columns:
@@ -124,12 +129,7 @@ class Source:
         self.has_named_labels = bool(self.label_column) and isinstance(
             first[self.label_column][0].as_py(), str
         )
-        try:
-            rows = rows.select_columns(columns).cast_column(self.image_column, datasets.Image(decode=False))
-        except (TypeError, ValueError, NotImplementedError) as error:  # what pyarrow and datasets raise
-            raise ValueError(
-                f"Column {self.image_column!r} of {self.name} holds no pictures: {error}"
-            ) from None
+        rows = pictures_of(rows.select_columns(columns), self.image_column, self.name)
         if config.streaming:
             self.count, self.units = None, rows.num_shards
         else:
@@ -163,7 +163,7 @@ class Source:
         """A label as text, be it a number or a name."""
         if not self.label_column:
             return None
-        label, allowed = row[self.label_column], len(self.class_names) if self.class_names else 2**31
+        label, allowed = row[self.label_column], len(self.class_names or ()) or MOST_CLASSES
         if self.has_named_labels and isinstance(label, str):
             return label
         if not self.has_named_labels and isinstance(label, int) and 0 <= label < allowed:
@@ -202,38 +202,29 @@ class Preparation:
         self.vae.to(self.accelerator.device)
         if config.dtype != "float32":
             self.vae.to(getattr(torch, config.dtype))
-        self.complete = self._begin()
+        self.shape = self._shape()
 
-    def _begin(self) -> bool:
-        """Begins a preparation or finds one of the same settings; says whether it is complete.
+    def _shape(self) -> list[int]:
+        """Of a latent, [c, h, w].
 
         Raises:
-            ValueError: the folder holds something else.
+            ValueError: the VAE cannot encode images of this size.
         """
-        folder, path = self.output_dir, self.blocks_dir / "settings.json"
-        complete = (folder / "manifest.json").is_file()
-        if complete or path.is_file():
-            earlier = Manifest.read(str(folder)).settings if complete else json.loads(path.read_text())
-            if changed := differences(earlier, self.settings):
-                raise ValueError(
-                    f"{folder} was prepared otherwise ({'; '.join(changed)}); choose another --output_dir."
-                )
-        elif folder.exists() and any(entry != self.blocks_dir for entry in folder.iterdir()):
-            raise ValueError(f"{folder} holds other files; choose an empty or a new --output_dir.")
-        self.accelerator.wait_for_everyone()  # all have looked before one writes
-        if self.accelerator.is_main_process and not complete:
-            self.blocks_dir.mkdir(parents=True, exist_ok=True)
-            with written_aside(path, "w") as file:
-                file.write(json.dumps(self.settings, indent=1) + "\n")
-        self.accelerator.wait_for_everyone()
-        return complete
+        size = self.config.resolution
+        try:
+            return list(self._moments(torch.zeros(1, 3, size, size)).shape[2:])
+        except RuntimeError as error:
+            raise ValueError(f"resolution is {size}; the VAE cannot encode such images: {error}") from None
 
     def run(self) -> None:
-        """Does what is missing."""
-        if not self.complete:
-            self.encode()
-            self.accelerator.wait_for_everyone()
-            self.write_shards()
+        """Does what is missing, while no other run writes in the folder."""
+        with ExitStack() as stack:
+            if not on_main_process(lambda: self._begin(stack), self.accelerator):
+                self.encode()
+                while self._remove_damaged_blocks():
+                    self.encode()
+                self.accelerator.wait_for_everyone()
+                self.write_shards()
             self.accelerator.wait_for_everyone()
         manifest = Manifest.read(str(self.output_dir))
         self.accelerator.print(
@@ -242,6 +233,51 @@ class Preparation:
             + f". Train on them with --dataset_name {self.output_dir}"
         )
         self.accelerator.end_training()
+
+    def _begin(self, stack: ExitStack) -> bool:
+        """Begins a preparation or finds one of the same settings; says whether it is complete.
+
+        Args:
+            stack: holds the folder's lock.
+
+        Raises:
+            ValueError: the folder holds something else, or another run writes in it.
+        """
+        folder = self.output_dir
+        complete = self._is_complete()  # before anything is written
+        if complete and not self.blocks_dir.exists() and not (folder / LOCK).exists():
+            return True
+        stack.enter_context(locked(folder))
+        complete = self._is_complete()
+        if complete:
+            remove(self.blocks_dir)  # a run was stopped before it did
+        else:
+            self.blocks_dir.mkdir(exist_ok=True)
+            with written_aside(self.blocks_dir / "settings.json", "w") as file:
+                file.write(json.dumps(self.settings, indent=1) + "\n")
+        return complete
+
+    def _is_complete(self) -> bool:
+        """Whether the folder holds the finished latents; False where they are begun or the folder is empty.
+
+        Raises:
+            ValueError: it holds something else.
+        """
+        folder, path = self.output_dir, self.blocks_dir / "settings.json"
+        complete = (folder / "manifest.json").is_file()
+        if complete or path.is_file():
+            earlier = (
+                Manifest.read(str(folder)).settings
+                if complete
+                else read_json(path, dict, "settings of a preparation")
+            )
+            if changed := differences(earlier, self.settings):
+                raise ValueError(
+                    f"{folder} was prepared otherwise ({'; '.join(changed)}); choose another --output_dir."
+                )
+        elif folder.exists() and {path.name for path in folder.iterdir()} - {self.blocks_dir.name, LOCK}:
+            raise ValueError(f"{folder} holds other files; choose an empty or a new --output_dir.")
+        return complete
 
     def encode(self) -> None:
         """Encodes this process's units, except for the blocks that are there."""
@@ -258,17 +294,32 @@ class Preparation:
         """Encodes the blocks of a unit from a row on."""
         with closing(prefetch(self._decoded_blocks(unit, offset), depth=2)) as blocks:
             for block in blocks:
-                name = f"{unit:06d}-{offset:09d}-{len(block)}.arrow"
-                table = pa.Table.from_pylist(self._encode(unit, block), _BLOCK_ROW)
+                table, buffer = pa.Table.from_pylist(self._encode(unit, block), _BLOCK_ROW), io.BytesIO()
+                with pa.ipc.new_stream(buffer, table.schema) as writer:
+                    writer.write_table(table)
+                content = buffer.getbuffer()
+                name = f"{unit:06d}-{offset:09d}-{len(block)}-{hashlib.sha256(content).hexdigest()}.arrow"
                 with written_aside(self.blocks_dir / name) as file:
-                    with pa.ipc.new_stream(file, table.schema) as writer:
-                        writer.write_table(table)
+                    file.write(content)
                 offset += len(block)
                 progress.update(len(block))
 
     def _blocks_of(self, unit: int) -> list[int]:
         """The numbers of source rows in a unit's blocks that are there."""
         return [int(path.stem.split("-")[2]) for path in self.blocks_dir.glob(f"{unit:06d}-*.arrow")]
+
+    def _remove_damaged_blocks(self) -> bool:
+        """Removes this process's blocks that are not as they were written, and those after them in a unit."""
+        removed = False
+        for unit in range(self.accelerator.process_index, self.source.units, self.accelerator.num_processes):
+            whole = True
+            for path in sorted(self.blocks_dir.glob(f"{unit:06d}-*.arrow")):
+                with path.open("rb") as file:
+                    whole = whole and sha256_of(file) == path.stem.split("-")[-1]
+                if not whole:
+                    path.unlink()
+                    removed = True
+        return removed
 
     def _decoded_blocks(self, unit: int, offset: int) -> Iterator[list["Decoded"]]:
         """The unit's blocks from a row on, decoded by threads."""
@@ -328,8 +379,9 @@ class Preparation:
         mine = range(self.accelerator.process_index, len(shards), self.accelerator.num_processes)
         with progress_bar(self.accelerator, "writing", unit="shard", total=len(mine)) as progress:
             for i in mine:
-                if not (self.output_dir / files[i]).exists():
-                    write_shard(self.output_dir / files[i], blocks.table(shards[i]))
+                path, table = self.output_dir / files[i], blocks.table(shards[i])
+                if not (path.exists() and holds(path, table)):
+                    write_shard(path, table)
                 progress.update()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -337,6 +389,8 @@ class Preparation:
 
     def _finish(self, blocks: "Blocks", files: list[str], counts: list[int]) -> None:
         """Writes card and manifest; with the latter, the folder is complete."""
+        for path in (self.output_dir / "data").glob(".*.tmp"):  # of runs that were stopped
+            remove(path)
         shards = []
         with progress_bar(self.accelerator, "hashing", unit="shard", total=len(files)) as progress:
             for name, count in zip(files, counts, strict=True):
@@ -344,9 +398,8 @@ class Preparation:
                     shards.append({"file": name, "rows": count, "sha256": sha256_of(file)})
                 progress.update()
         vae_config = {name: value for name, value in self.vae.config.items() if not name.startswith("_")}
-        shape = self._moments(torch.zeros(1, 3, self.config.resolution, self.config.resolution)).shape[2:]
         manifest = Manifest(
-            shape=list(shape),
+            shape=self.shape,
             count=sum(counts),
             num_classes=blocks.num_classes,
             class_names=blocks.class_names,
@@ -367,7 +420,7 @@ class Preparation:
         with written_aside(self.output_dir / "README.md", "w") as file:
             file.write(card(manifest))
         manifest.save(self.output_dir)
-        shutil.rmtree(self.blocks_dir)
+        remove(self.blocks_dir)
 
 
 class Blocks:
@@ -382,7 +435,7 @@ class Blocks:
 
     def __init__(self, folder: Path, source: Source, seed: int):
         paths = sorted(folder.glob("*.arrow"))
-        units, _, counts = np.array([path.stem.split("-") for path in paths], np.int64).T
+        units, _, counts = np.array([path.stem.split("-")[:3] for path in paths], np.int64).T
         sizes = np.bincount(units, counts, source.units).astype(np.int64)
         before = sizes.cumsum() - sizes  # rows of the source before each unit
         self.source_rows = int(sizes.sum())
@@ -448,6 +501,14 @@ def write_shard(path: Path, table: pa.Table) -> None:
         )  # fmt: skip
 
 
+def holds(path: Path, table: pa.Table) -> bool:
+    """Whether a shard that a run before has written is that of a table."""
+    try:
+        return pq.read_table(path, page_checksum_verification=True).equals(table)
+    except (OSError, ValueError):  # pyarrow's errors are among the latter
+        return False
+
+
 def card(manifest: Manifest) -> str:
     """The dataset card: what the folder holds, and how it is read with and without this package."""
     c, h, w = manifest.shape
@@ -493,22 +554,21 @@ def verify(name: str) -> list[str]:
     if root is None:
         raise ValueError(f"There are no latents in {name}: it has no manifest.json.")
     manifest, problems = Manifest.read(root), []
-    width = 2 * int(np.prod(manifest.shape)) * 2
     for shard in tqdm(manifest.shards, desc="verifying", unit="shard", dynamic_ncols=True):
         try:
             with fsspec.open(f"{root}/{shard['file']}") as file:
                 if sha256_of(file) != shard["sha256"]:
                     raise ValueError("its content is not what was written")
                 file.seek(0)
-                rows = pq.read_table(file, columns=["moments"])["moments"]
-            if len(rows) != shard["rows"]:
-                raise ValueError(f"it has {len(rows)} rows, but {shard['rows']} were written")
-            for number, row in enumerate(rows):
-                values = np.frombuffer(row.as_buffer(), np.uint8)
-                if len(values) != width or not np.isfinite(values.view(np.float16)).all():
-                    raise ValueError(f"row {number} is not of {width // 2} finite values")
-        except (OSError, ValueError) as error:  # pyarrow's errors are among the latter
-            problems.append(f"{shard['file']}: {error}")
+                table = pq.read_table(file)
+            if len(table) != shard["rows"]:
+                raise ValueError(f"it has {len(table)} rows, but {shard['rows']} were written")
+            moments, _ = manifest.rows_of(table)
+            for number, row in enumerate(moments):
+                if not np.isfinite(row).all():
+                    raise ValueError(f"row {number} is not of {len(row)} finite values")
+        except Exception as error:  # pyarrow, fsspec and the Hub raise many kinds
+            problems.append(f"{shard['file']}: {one_line(error)}")
     return problems
 
 
@@ -516,7 +576,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser = Parser(
         PrepareConfig, prog="prepare_latents", description=__doc__.split("\n")[0], allow_abbrev=False
     )
-    try:
+    with one_line_errors(parser.prog, "What is written so far stays; the same command goes on with it."):
         config = PrepareConfig(**parser.parse_known_options(arguments))
         if not config.verify:
             Preparation(config).run()
@@ -524,10 +584,6 @@ def main(arguments: Iterable[str] | None = None) -> None:
             sys.exit("\n".join([f"{config.verify}: {len(problems)} damaged shards", *problems]))
         else:
             print(f"{config.verify}: every shard is as it was written, and every value finite.")
-    except ValueError as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.error(f"{error}. What is written so far stays; the same command goes on with it.")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from sddit_diffusers.data import (
     ImageDataset,
     UnreadableImageError,
     center_crop,
+    decode_image,
     generator_for,
     prefetch,
 )
@@ -190,7 +191,7 @@ def test_an_unreadable_picture_is_named_by_its_row(tmp_path, pictures):
 def test_a_label_out_of_range_is_named_by_its_row(tmp_path, pictures):
     files = [png(picture) for picture in pictures]
     folder = write_parquet(tmp_path / "a", {"image": files, "label": [0, 1, -1, 0, 0, 0]})
-    with pytest.raises(ValueError, match="Row 2 of .* has the label -1; allowed are 0 to 1"):
+    with pytest.raises(ValueError, match="Row 2 of .* has the label -1; allowed are 0 to 999999"):
         ImageDataset(folder, "image", "label", 3, 8)
 
 
@@ -230,3 +231,123 @@ def test_prefetch_passes_errors_on_and_closes_what_it_reads():
     next(ahead)
     ahead.close()
     assert closed == [True, True]
+
+
+# Pictures of more than 8 bits
+
+
+def decoded(image, format, mode="L", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return decode_image({"bytes": buffer.getvalue(), "path": None}, mode, None)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "PPM"])
+def test_pictures_of_16_bits_are_those_of_8(format, mode):
+    grey = np.random.default_rng(0).integers(0, 256, (5, 7), dtype=np.uint8)
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    np.testing.assert_array_equal(decoded(deep, format, mode), decoded(Image.fromarray(grey), "PNG", mode))
+
+
+def test_values_between_are_rounded():
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    expected = np.rint(values / 257).astype(np.uint8)
+    np.testing.assert_array_equal(decoded(Image.fromarray(values), "PNG")[0], expected)
+    swapped = Image.frombytes("I;16B", (256, 256), values.astype(">u2").tobytes())
+    np.testing.assert_array_equal(decoded(swapped, "TIFF")[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "word"), [(np.float32(0.5), "floating-point"), (np.int32(70_000), "32 bits")]
+)
+def test_pictures_of_no_known_range_are_refused(values, word):
+    with pytest.raises(ValueError, match=f"cannot be read as a picture: .*{word}"):
+        decoded(Image.fromarray(np.full((4, 4), values)), "TIFF")
+
+
+@pytest.mark.parametrize(
+    "column", [[[[0.5, 1.0], [0.0, 1.0]]] * 2, [[0.5, 1.0]] * 2, [[3, 4]] * 2, [0.5, 1.0]]
+)
+def test_lists_of_numbers_are_no_pictures(tmp_path, column):
+    folder = write_parquet(tmp_path / "a", {"image": column, "label": [0, 1]})
+    with pytest.raises(ValueError, match="Column 'image' of .* holds no pictures: .*"):
+        ImageDataset(folder, "image", "label", 3, 8)
+
+
+# What tells data from others
+
+
+def identity(folder, files, labels=(0, 1, 0)):
+    write_parquet(folder, {"image": files, "label": list(labels)})
+    return ImageDataset(str(folder), "image", "label", 3, 8).identity()
+
+
+def test_other_pictures_of_the_same_labels_are_other_data(tmp_path, pictures):
+    files = [png(picture) for picture in pictures]
+    first = identity(tmp_path / "a", files[:3])
+    assert first == identity(tmp_path / "b", files[:3])  # wherever they are
+    others = [identity(tmp_path / "c", files[3:]), identity(tmp_path / "d", [files[0], files[2], files[1]])]
+    assert all({**other, "pictures": ""} == {**first, "pictures": ""} for other in others)
+    assert len({first["pictures"], *(other["pictures"] for other in others)}) == 3
+
+
+def test_pictures_as_files_have_an_identity(tmp_path, pictures):
+    identities = []
+    for name, changed in (("a", 0), ("b", 0), ("c", 1)):
+        for i, picture in enumerate(pictures):
+            (tmp_path / name / str(i % 2)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture + changed * (i == 3)).save(tmp_path / name / str(i % 2) / f"{i}.png")
+        identities.append(ImageDataset(str(tmp_path / name), "image", "label", 3, 8).identity())
+    assert identities[0] == identities[1] != identities[2]
+
+
+def test_the_identity_of_digits_depends_on_no_library():
+    digits = load_digits()
+    pictures = (digits.images * 255 / 16).round().astype(np.uint8)
+    found = ImageDataset("digits", "image", "label", 1, 8).images[:]["image"]
+    assert [file["bytes"][-64:] for file in found] == [picture.tobytes() for picture in pictures]
+    assert {file["bytes"][:-64] for file in found} == {b"P5 8 8 255\n"}
+
+
+# Names and labels
+
+
+@pytest.mark.parametrize("name", ["a[1]", "[x]", "a*b", "what?", "a [b] *", "[!a]"])
+@pytest.mark.parametrize("kind", ["parquet", "pictures", "inside"])
+def test_names_are_no_patterns(tmp_path, pictures, name, kind):
+    folder = tmp_path / name
+    if kind == "parquet":
+        write_parquet(folder, {"image": [png(picture) for picture in pictures], "label": [0, 1, 0, 1, 0, 1]})
+    else:
+        folder = folder / "train" if kind == "inside" else folder
+        for i, picture in enumerate(pictures):
+            (folder / str(i % 2)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(folder / str(i % 2) / f"{i}[0].png")
+        (tmp_path / "a1").mkdir()
+        (tmp_path / "a1/other.png").write_bytes(png(pictures[0]))  # what the pattern would find
+    dataset = ImageDataset(str(folder), "image", "label", 3, 8)
+    assert len(dataset) == 6 and sorted(dataset.labels.tolist()) == [0, 0, 0, 1, 1, 1]
+    assert dataset.__getitems__([0, 5])[0].shape == (2, 3, 8, 8)
+
+
+def test_a_name_below_a_folder_that_looks_like_a_pattern(tmp_path, pictures, monkeypatch):
+    (tmp_path / "here[1]").mkdir()
+    monkeypatch.chdir(tmp_path / "here[1]")
+    write_parquet(tmp_path / "here[1]/data", {"image": [png(pictures[0])], "label": [0]})
+    assert len(ImageDataset("data", "image", "label", 3, 8)) == 1
+
+
+@pytest.mark.parametrize("label", [2**31, 10**12, 2**63 - 1, -(2**40), 1_000_000, None])
+def test_labels_that_no_table_has_room_for_are_refused(tmp_path, pictures, label):
+    labels = [0, 1, label, 0, 0, 0]
+    folder = write_parquet(tmp_path / "a", {"image": [png(picture) for picture in pictures], "label": labels})
+    with pytest.raises(ValueError, match=f"Row 2 of .* has the label {label}; allowed are 0 to "):
+        ImageDataset(folder, "image", "label", 3, 8)
+
+
+def test_a_name_that_is_missing_is_no_label(tmp_path, pictures):
+    labels = ["a", "b", None, "a", "b", "a"]
+    folder = write_parquet(tmp_path / "a", {"image": [png(picture) for picture in pictures], "label": labels})
+    with pytest.raises(ValueError, match="Row 2 of .* has the label None; allowed are names"):
+        ImageDataset(folder, "image", "label", 3, 8)

@@ -1,16 +1,22 @@
 """The stream of latents: its order, its resumption, and what it does with damaged shards."""
 
 import json
+import re
 import shutil
+import socket
 import subprocess
 import sys
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import global_batch, write_latents
+from huggingface_hub import HfFileSystem
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from sddit_diffusers import latents
 from sddit_diffusers.data import BatchSampler
@@ -143,12 +149,134 @@ def test_shards_outside_of_the_folder_are_refused(folder, tmp_path, name):
 def test_finds_latents(folder, tmp_path):
     assert find_latents(str(folder)) == str(folder)
     assert find_latents(str(tmp_path)) is None and find_latents("./nowhere") is None
-    assert find_latents("nobody/nothing") is None
+    assert find_latents("no name of the Hub!") is None
     with pytest.raises(ValueError, match="There are no latents in .*: it has no manifest.json"):
         LatentDataset(str(tmp_path))
     (tmp_path / "manifest.json").write_text('{"format": "other"}')
-    with pytest.raises(ValueError, match="is no manifest of latents"):
+    with pytest.raises(ValueError, match="has the format 'other'; this version reads 'sddit-latents-1'"):
         LatentDataset(str(tmp_path))
+
+
+def test_what_cannot_be_looked_at_is_told(monkeypatch, tmp_path):
+    """One process that did not see the manifest would train on pictures."""
+    with socket.socket() as closed:  # bound, and nobody listens
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"Nobody knows whether {address}/x holds latents: "):
+            find_latents(f"{address}/x")
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr(HfFileSystem, "_cache", {})
+        with pytest.raises(ValueError, match="whether somebody/latents holds latents: .*HF_HUB_OFFLINE=1"):
+            find_latents("somebody/latents")
+    with pytest.raises(ValueError, match="whether nosuch://x holds latents: .*nosuch"):
+        find_latents("nosuch://x")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert find_latents("somebody/latents") is None  # the reader knows what is in the cache
+
+
+@pytest.mark.parametrize("name", ["a[1]", "[x]", "a*b", "what?", "[!a] *"])
+def test_names_are_no_patterns(folder, tmp_path, name):
+    copy = shutil.copytree(folder, tmp_path / name / name)
+    assert find_latents(str(copy)) == str(copy)
+    assert read(copy, stop=5) == read(folder, stop=5)
+
+
+def test_a_relative_name_below_a_folder_that_looks_like_a_pattern(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "here[1]" / "out")
+    monkeypatch.chdir(tmp_path / "here[1]")
+    assert read("out", stop=5) == read(folder, stop=5)
+
+
+MISSING = object()
+
+
+def changed(manifest, path, value):
+    """A manifest with another value at a path, or without any."""
+    manifest = json.loads(json.dumps(manifest))
+    *way, last = path
+    inner = manifest
+    for step in way:
+        inner = inner[step]
+    if value is MISSING:
+        del inner[last]
+    else:
+        inner[last] = value
+    return manifest
+
+
+BAD_MANIFESTS = [
+    *(
+        (("shape",), value)
+        for value in ([2, 2], [2, 2, 2, 2], [2, 0, 2], [2, -2, -2], [2, 2, "2"], [2.0, 2, 2])
+    ),
+    *((("shape",), value) for value in (None, MISSING, {}, [True, 2, 2], [2, 2, 10**12], [])),
+    *((("count",), value) for value in (402, -1, 0, "403", 403.0, None, MISSING, 10**30)),
+    *((("num_classes",), value) for value in (-1, 10**12, 2**31, "10", None, MISSING, 9, 0)),
+    *((("class_names",), value) for value in (["a"], [1] * 10, "abc", {}, MISSING)),
+    *((("resolution",), value) for value in (0, -1, "256", 10**12, MISSING)),
+    *((("vae", "config", "scaling_factor"), value) for value in (None, "1", MISSING, 10**400, 0, True)),
+    *((("vae", "config", "shift_factor"), value) for value in ("1", [], 10**400)),
+    *((("vae",), value) for value in (None, [], {}, {"config": []}, MISSING)),
+    *((("source",), value) for value in (None, [], {}, {"name": 3}, MISSING)),
+    *((("settings",), value) for value in (None, [], "text", MISSING)),
+    *((("shards",), value) for value in (None, {}, [], [1], [{}], MISSING)),
+    *((("shards", 3, "rows"), value) for value in (-12, 0, 13, 12.0, "12", None, MISSING)),
+    *(
+        (("shards", 3, "file"), value)
+        for value in ("", ".", "..", "/x", "a/../b", "a::file://x", "a\0b", 3, None)
+    ),
+    (("shards", 3, "file"), "data/train-00002-of-00034.parquet"),  # twice
+    *((("shards", 3, "sha256"), value) for value in (None, 3, MISSING)),
+    *((("unreadable",), value) for value in (None, {}, [1], "text")),
+    *((("format",), value) for value in ("other", None, 1, MISSING)),
+]
+
+
+@pytest.mark.parametrize(("path", "value"), BAD_MANIFESTS)
+def test_manifests_of_another_structure_are_refused(folder, tmp_path, path, value):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(changed(manifest, path, value)))
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))) as refused:
+        Manifest.read(str(tmp_path))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"3", b"null", b"\xff\xfe", b"{", b"[" * 10**5, b'{"count": NaN}', b"1" * 10**4]
+)
+def test_manifests_that_are_none_are_refused(tmp_path, content):
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"{tmp_path}.* is no manifest of latents"):
+        Manifest.read(str(tmp_path))
+
+
+def test_what_a_later_version_adds_is_left_alone(folder, tmp_path):
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"new": 3}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert Manifest.read(str(tmp_path)) == Manifest.read(str(folder))
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+PATHS = st.sampled_from(sorted({path for path, _ in BAD_MANIFESTS}, key=str))
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(path=PATHS, value=VALUES)
+def test_no_manifest_ends_in_anything_but_a_message(folder, path, value):
+    place = folder.parent / "mutated"
+    place.mkdir(exist_ok=True)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (place / "manifest.json").write_text(json.dumps(changed(manifest, path, value)))
+    try:
+        manifest = Manifest.read(str(place))
+    except ValueError as error:
+        assert str(place) in str(error)
+    else:
+        assert len(manifest.shape) == 3 and manifest.count == sum(shard["rows"] for shard in manifest.shards)
 
 
 def shard_of(folder, number):
@@ -190,6 +318,24 @@ def test_a_shard_of_other_latents_is_named(damaged):
     with pytest.raises(
         UnreadableShardError, match="train-00006-of-00034.* its rows are not of 32 bytes each"
     ):
+        read(damaged, stop=32)
+
+
+@pytest.mark.parametrize("label", [-1, 10, 2**40, None])
+def test_a_label_beyond_the_classes_is_named(damaged, label):
+    path = shard_of(damaged, 6)
+    table = pq.read_table(path)
+    labels = pa.array([0] * 5 + [label] + [0] * (len(table) - 6), pa.int64())
+    pq.write_table(table.set_column(table.schema.get_field_index("label"), "label", labels), path)
+    message = f"train-00006-of-00034.* has the label {label}; allowed are 0 to 9"
+    with pytest.raises(UnreadableShardError, match=message):
+        read(damaged, stop=32)
+
+
+def test_a_shard_without_labels_is_named(damaged):
+    path = shard_of(damaged, 6)
+    pq.write_table(pq.read_table(path).drop_columns("label"), path)
+    with pytest.raises(UnreadableShardError, match="train-00006-of-00034"):
         read(damaged, stop=32)
 
 

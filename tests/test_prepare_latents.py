@@ -1,20 +1,23 @@
 """Latents prepared from small pictures by a small VAE, as its users would."""
 
+import errno
 import io
 import json
 import tarfile
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from bad_input import refusal
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 
 from sddit_diffusers import files, prepare_latents
-from sddit_diffusers.latents import Manifest
+from sddit_diffusers.latents import LatentDataset, Manifest
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -191,6 +194,9 @@ def test_without_labels_and_with_a_tiny_autoencoder(source, tmp_path):
     assert (moments_of(rows[0])[1] == 0).all() and moments_of(rows[0])[0].std() > 0
 
 
+DEAD = 2**22 + 1  # a number that no process has
+
+
 class Killed(BaseException):
     pass
 
@@ -204,7 +210,7 @@ def test_stopped_at_any_moment_it_ends_with_the_same_bytes(vae, source, tmp_path
         def stopping(aside, path, writes=writes, moment=moment):
             writes.append(path)
             if len(writes) == moment + 1:
-                aside.with_name(f".{path.name}.tmp.kept").write_bytes(aside.read_bytes()[:100])
+                aside.with_name(f".{path.name}.{DEAD}.tmp.kept").write_bytes(aside.read_bytes()[:100])
                 raise Killed
             replace(aside, path)
 
@@ -219,8 +225,7 @@ def test_stopped_at_any_moment_it_ends_with_the_same_bytes(vae, source, tmp_path
         for kept in folder.rglob("*.kept"):  # what a kill leaves is half of a file
             kept.rename(kept.with_suffix(""))
         prepare(vae, source, folder)
-        result = {name: data for name, data in content(folder).items() if not name.endswith(".tmp")}
-        assert result == expected, moment
+        assert content(folder) == expected, moment
 
 
 def test_a_complete_folder_is_left_alone(vae, source, tmp_path):
@@ -231,10 +236,8 @@ def test_a_complete_folder_is_left_alone(vae, source, tmp_path):
 
 
 def fails(capsys, message, *arguments):
-    with pytest.raises(SystemExit) as stopped:
+    with refusal(capsys, message):
         prepare(*arguments)
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -338,9 +341,8 @@ def test_verify_names_what_is_damaged(vae, source, tmp_path, capsys):
     lines = stopped.value.code.splitlines()
     assert lines[0].endswith("3 damaged shards")
     assert [line.split(":")[0] for line in lines[1:]] == [f"data/{shards[i].name}" for i in (0, 1, 3)]
-    with pytest.raises(SystemExit):
+    with refusal(capsys, "There are no latents in"):
         prepare_latents.main(["--verify", str(tmp_path / "nowhere")])
-    assert "There are no latents in" in capsys.readouterr().err
 
 
 def test_verify_finds_values_that_are_not_finite(vae, source, tmp_path):
@@ -356,3 +358,165 @@ def test_verify_finds_values_that_are_not_finite(vae, source, tmp_path):
     manifest.save(tmp_path / "out")
     with pytest.raises(SystemExit, match="train-00002-of-00004.parquet: row 5 is not of 512 finite values"):
         prepare_latents.main(["--verify", str(tmp_path / "out")])
+
+
+# Two at once, stopped, and damaged
+
+
+def test_two_runs_do_not_write_in_one_folder(vae, source, tmp_path, capsys, monkeypatch):
+    """The second begins while the first encodes."""
+    monkeypatch.setattr(files, "_PATIENCE", 0.1)
+    encode, refused = prepare_latents.Preparation.encode, []
+
+    def meanwhile(self):
+        if not refused:
+            refused.append(True)
+            with refusal(capsys, f"{tmp_path / 'out'} is in use by process", untouched=tmp_path):
+                second = prepare_latents.main
+                second(
+                    [
+                        *ARGUMENTS,
+                        "--dataset_name",
+                        source,
+                        "--vae",
+                        vae,
+                        "--output_dir",
+                        str(tmp_path / "out"),
+                    ]
+                )
+        encode(self)
+
+    monkeypatch.setattr(prepare_latents.Preparation, "encode", meanwhile)
+    rows, _ = prepare(vae, source, tmp_path / "out")
+    assert refused and len(rows) == 30 and not list((tmp_path / "out").glob(".*"))
+
+
+ARGUMENTS = "--resolution 16 --batch_size 4 --block_size 6 --shard_size 8".split()
+
+
+def test_what_a_killed_run_leaves_of_its_lock_is_no_other_file(vae, source, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.lock").write_text("process 1")
+    prepare(vae, source, tmp_path / "out")
+    (tmp_path / "out/.lock").write_text("process 1")
+    prepare(vae, source, tmp_path / "out")
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_killed_before_it_cleans_up_the_next_start_does(vae, source, tmp_path, monkeypatch, capsys):
+    prepare(vae, source, tmp_path / "whole")
+
+    def killed(path):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_latents, "remove", killed)
+        with pytest.raises(Killed):
+            prepare(vae, source, tmp_path / "out")
+    assert (tmp_path / "out/manifest.json").is_file() and (tmp_path / "out/.preparing").is_dir()
+    prepare(vae, source, tmp_path / "out")
+    assert "holds 30 latents" in capsys.readouterr().out
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def stopped_before(method, vae, source, folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_latents.Preparation, method, lambda self, *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(vae, source, folder)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "empty", "of an earlier version"])
+def test_damaged_blocks_are_encoded_again(vae, source, tmp_path, damage):
+    prepare(vae, source, tmp_path / "whole")
+    stopped_before("write_shards", vae, source, tmp_path / "out")
+    blocks = sorted((tmp_path / "out/.preparing").glob("*.arrow"))
+    assert len(blocks) == 6
+    data = bytearray(blocks[1].read_bytes())
+    if damage == "flipped":
+        data[len(data) // 2] ^= 1
+    blocks[1].write_bytes(
+        {"flipped": data, "truncated": data[:-100]}.get(damage, data if "v" in damage else b"")
+    )
+    if damage == "of an earlier version":
+        blocks[1].rename(blocks[1].with_name("-".join(blocks[1].stem.split("-")[:3]) + ".arrow"))
+    prepare(vae, source, tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_blocks_damaged_before_they_are_used_are_encoded_again(vae, source, tmp_path, monkeypatch):
+    prepare(vae, source, tmp_path / "whole")
+    encode, damaged = prepare_latents.Preparation.encode, []
+
+    def damaging(self):
+        encode(self)
+        if not damaged:
+            damaged.extend(sorted((tmp_path / "out/.preparing").glob("*.arrow"))[2:3])
+            data = bytearray(damaged[0].read_bytes())
+            data[-600] ^= 8
+            damaged[0].write_bytes(data)
+
+    monkeypatch.setattr(prepare_latents.Preparation, "encode", damaging)
+    prepare(vae, source, tmp_path / "out")
+    assert damaged and content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_shards_damaged_before_they_are_hashed_are_written_again(vae, source, tmp_path):
+    prepare(vae, source, tmp_path / "whole")
+    stopped_before("_finish", vae, source, tmp_path / "out")
+    shard = sorted((tmp_path / "out/data").iterdir())[1]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    prepare(vae, source, tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_full_disk_is_told_with_the_file(vae, source, tmp_path, capsys, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with refusal(capsys, "No space left on device", str(tmp_path / "out"), "the same command goes on"):
+        prepare(vae, source, tmp_path / "out")
+
+
+# One check of a folder
+
+
+@pytest.mark.parametrize("column", ["label", "moments"])
+def test_verify_refuses_what_training_refuses(vae, source, tmp_path, column):
+    _, manifest = prepare(vae, source, tmp_path / "out")
+    path = tmp_path / "out" / manifest.shards[2]["file"]
+    table = pq.read_table(path)
+    values = {"label": pa.array([0, 1, 2, 3, 0, 0, 0, 0], pa.int64()), "moments": [b"1234"] * 8}[column]
+    pq.write_table(table.set_column(table.schema.get_field_index(column), column, [values]), path)
+    with path.open("rb") as file:
+        manifest.shards[2]["sha256"] = files.sha256_of(file)
+    manifest.save(tmp_path / "out")
+    word = {"label": "has the label 3; allowed are 0 to 2", "moments": "not of 1024 bytes each"}[column]
+    with pytest.raises(SystemExit, match=f"train-00002-of-00004.parquet: .*{word}"):
+        prepare_latents.main(["--verify", str(tmp_path / "out")])
+
+
+def test_verify_refuses_a_manifest_that_does_not_hold_together(vae, source, tmp_path, capsys):
+    _, manifest = prepare(vae, source, tmp_path / "out")
+    manifest.count += 1
+    manifest.save(tmp_path / "out")
+    with refusal(capsys, "its count is 31, and its shards have 30 rows", untouched=tmp_path):
+        prepare_latents.main(["--verify", str(tmp_path / "out")])
+
+
+# Names
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_names_are_no_patterns(vae, tmp_path, streaming):
+    folder = tmp_path / "a[1] *"
+    folder.mkdir()
+    source = write_source(folder / "[in]", pictures(6), [0, 1, 2, 0, 1, 2])
+    options = ["--dataset_name", source, "--vae", vae, "--output_dir", str(folder / "out[!x]")]
+    prepare_latents.main([*ARGUMENTS, *options, "--streaming", str(streaming)])
+    prepare_latents.main(["--verify", str(folder / "out[!x]")])
+    assert Manifest.read(str(folder / "out[!x]")).count == 6
+    assert len(LatentDataset(str(folder / "out[!x]"))) == 6
