@@ -150,10 +150,9 @@ def _blocks(a: Tensor, b: Tensor, half: bool, upper: bool = False) -> Iterator[t
         for left in range(top if upper else 0, len(b), side):
             columns = slice(left, left + side)
             rounded = [_half_distances(a[rows].half(), b[columns].half()) for rows in strips if half]
-            if half and all(strip.isfinite().all() for strip in rounded):
-                yield from ((rows, columns, strip.float()) for rows, strip in zip(strips, rounded))
-            else:
-                yield from ((rows, columns, distances(a[rows], b[columns])) for rows in strips)
+            finite = half and all(strip.isfinite().all() for strip in rounded)
+            for i, rows in enumerate(strips):
+                yield rows, columns, rounded[i].float() if finite else distances(a[rows], b[columns])
 
 
 def _half_distances(a: Tensor, b: Tensor) -> Tensor:

@@ -232,7 +232,9 @@ def test_a_classifier_of_other_data_under_the_name_is_trained_again(digits, tmp_
     path = train_classifier(digits, tmp_path, steps=2)
     weights = load(path.read_bytes())  # and no map of a file that is to change
     path.write_bytes(train_classifier(digits, tmp_path, steps=3).read_bytes())
-    torch.testing.assert_close(load_file(train_classifier(digits, tmp_path, steps=2)), weights, rtol=0, atol=0)
+    torch.testing.assert_close(
+        load_file(train_classifier(digits, tmp_path, steps=2)), weights, rtol=0, atol=0
+    )
     assert "its hash is another" in capsys.readouterr().err
 
 
