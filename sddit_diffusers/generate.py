@@ -51,7 +51,7 @@ from .launching import check_machine, on_main_process, progress_bar
 from .pipeline_sddit import SDDiTPipeline
 
 # Matrix products of a CPU round the rows of an odd remainder otherwise: batches are filled up there.
-_MULTIPLE = 16
+MULTIPLE = 16
 _DTYPES = ("float32", "bfloat16", "float16")
 _MOST_SEED = 2**63 - 1
 _UINT8_RULE = "127.5 x + 128, clamped and truncated, of x in -1..1"
@@ -209,7 +209,7 @@ def sample(pipe: SDDiTPipeline, seeds: Sequence[int], labels: Sequence[int], **a
         FloatingPointError: an image is not finite.
     """
     null = pipe.transformer.config.num_classes
-    extra = -len(seeds) % _MULTIPLE if pipe.device.type == "cpu" else 0
+    extra = -len(seeds) % MULTIPLE if pipe.device.type == "cpu" else 0
     seeds, labels = list(seeds), [None if label == null else label for label in labels]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds + seeds[-1:] * extra]
     images = pipe(labels + labels[-1:] * extra, generator=generators, output_type="pt", **arguments).images
