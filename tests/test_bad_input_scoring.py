@@ -57,7 +57,7 @@ def generation(model, folder, *options):
         (
             "scheduler_options",
             ['{"rho": "x"}'],
-            "rho of scheduler_options is 'x'; it must be a number above 0",
+            "rho of scheduler_options is 'x'; it must be a number",
         ),
         ("scheduler_options", ['{"rho": true}'], "rho of scheduler_options is True"),
         ("scheduler_options", ['{"sigma_max": -1}'], "sigma_max of scheduler_options is -1"),
