@@ -21,12 +21,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from .cli import Parser, option, options
+from .cli import Parser, check_options, one_line_errors, option, options
 from .configuration import EXTRACTORS
 from .data import ImageDataset
 from .extractors import DinoExtractor, Extractor, InceptionExtractor
 from .features import Features, default_cache, features_of_set
-from .files import sha256_of, written_aside
+from .files import read_json, sha256_of, written_aside
 from .generate import load_pipeline
 from .image_sets import KEYS, open_images, save_statistics
 from .launching import check_machine
@@ -50,42 +50,47 @@ SCORES = {
 class EvaluateConfig:
     """The settings of an evaluation."""
 
-    metrics: list[str] = options([], f"of {', '.join(SCORES)}; all that can be had if not given")
+    metrics: list[str] = options(
+        [], f"of {', '.join(SCORES)}; all that can be had if not given", choices=tuple(SCORES)
+    )
     fd_dinov2: bool = option(False, "FD-DINOv2 too")
-    extractor: str = option("inception", "'inception', or without downloads 'classifier' or 'pixels'")
+    extractor: str = option(
+        "inception", "'inception', or without downloads 'classifier' or 'pixels'", choices=EXTRACTORS
+    )
     inception_weights: str = option(
         "", "file of Inception's weights; from torch's hub cache or downloaded if ''"
     )
     dinov2: str = option("facebook/dinov2-large", "DINOv2: a folder or a name on the Hub")
     half: bool = option(False, "precision and recall by distances in float16, as ADM's on a GPU")
-    resolution: int = option(0, "side to which the reference's pictures are cropped and resized")
+    resolution: int = option(
+        0, "side to which the reference's pictures are cropped and resized", low=0, high=16_384
+    )
     image_column: str = option("image", "column of the images of a dataset")
     label_column: str = option("", "column of their labels, for the classifier and the probe")
     split: str = option("train", "split of a dataset")
-    batch_size: int = option(64, "images that go through the extractor at once")
+    batch_size: int = option(64, "images that go through the extractor at once", low=1)
     save_stats: str = option("", "write the statistics of SAMPLES to this .npz, to be a REFERENCE")
     output: str = option("", "write the scores, and all that made them, to this JSON file")
     cache_dir: str = option("", f"where features are kept; {default_cache()} if not given, 'none' keeps none")
     probe: str = option("", "a pipeline, whose encoder is probed on the labelled pictures of DATASET instead")
-    probe_samples: int = option(10_000, "pictures that the probe uses at most; a fifth of them is held out")
+    probe_samples: int = option(
+        10_000, "pictures that the probe uses at most; a fifth of them is held out", low=5
+    )
     probe_sigmas: list[float] = options([0.002, 0.1, 0.3, 1.0, 3.0], "noise levels of the probe")
 
     def __post_init__(self):
-        for name in ("batch_size", "probe_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if unknown := [name for name in self.metrics if name not in SCORES]:
-            raise ValueError(f"There is no score {unknown[0]!r}; there are {', '.join(SCORES)}.")
-        if self.extractor not in EXTRACTORS:
-            raise ValueError(f"extractor is {self.extractor!r}; it must be one of {', '.join(EXTRACTORS)}.")
+        check_options(self)
         if self.fd_dinov2 and self.metrics and "fd_dinov2" not in self.metrics:
             self.metrics = [*self.metrics, "fd_dinov2"]
         self.fd_dinov2 = self.fd_dinov2 or "fd_dinov2" in self.metrics
         if self.save_stats and Path(self.save_stats).suffix != ".npz":
             raise ValueError(f"save_stats is {self.save_stats!r}; its name must end in .npz.")
         for name in ("save_stats", "output"):
-            if not Path(getattr(self, name)).absolute().parent.is_dir():
+            path = Path(getattr(self, name)).absolute()
+            if not path.parent.is_dir():
                 raise ValueError(f"{name} is {getattr(self, name)!r}, whose folder is not there.")
+            if getattr(self, name) and path.is_dir():
+                raise ValueError(f"{name} is {getattr(self, name)!r}, which is a folder; it must be a file.")
         if self.save_stats and self.extractor != "inception":
             raise ValueError(f"Statistics are saved of Inception's features, not of {self.extractor}.")
         if min(self.probe_sigmas, default=0) <= 0:
@@ -105,12 +110,16 @@ class Evaluation:
         self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
         check_machine(self.accelerator)
         self.samples = open_images(samples, image_column=config.image_column, split=config.split)
+        self.generation = self._record_of_samples()
         self.reference_images, self.statistics = None, {}
         if reference is not None:
             self.reference_images, self.statistics = open_reference(
                 reference, self.samples.size, config.extractor, config.resolution,
                 config.image_column, config.label_column, config.split,
             )  # fmt: skip
+        for images in (self.samples, self.reference_images):
+            if images is not None and len(images) < 2:
+                raise ValueError(f"{images.name} has {len(images)} images; scores need at least 2.")
         self.wanted = self._choose()
         self.extractors: dict[Extractor, list[str]] = {}  # and the scores that each is for
         usual = [name for name in self.wanted if name != "fd_dinov2"]
@@ -119,6 +128,13 @@ class Evaluation:
         if "fd_dinov2" in self.wanted:
             dinov2 = DinoExtractor("sddit-dinov2", ["features"], feature_extractor_weights_path=config.dinov2)
             self.extractors[dinov2.to(self.accelerator.device)] = ["fd_dinov2"]
+
+    def _record_of_samples(self) -> dict | None:
+        """What `generate` wrote of them, where it made them."""
+        name = Path(self.samples.name)
+        path = (name if name.is_dir() else name.parent) / "generation.json"
+        is_there = name.exists() and path.exists()
+        return read_json(path, dict, "record of a generation") if is_there else None
 
     def _usual_extractor(self) -> Extractor:
         config = self.config
@@ -226,8 +242,6 @@ class Evaluation:
 
     def _record(self, scores: dict[str, float], warnings: list[str]) -> dict:
         """The scores and all that made them."""
-        name = Path(self.samples.name)
-        generation = (name if name.is_dir() else name.parent) / "generation.json"
         reference = None
         if self.reference_images is not None:
             reference = self.reference_images.sha256
@@ -245,7 +259,7 @@ class Evaluation:
             "precision_recall": {"k": 3, "distances": "float16" if self.config.half else "float32"},
             "warnings": warnings,
             "versions": {name: version(name) for name in ("sddit-diffusers", "torch", "torch-fidelity")},
-            "generation": json.loads(generation.read_text()) if generation.is_file() else None,
+            "generation": self.generation,
         }
 
 
@@ -283,18 +297,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(EvaluateConfig, prog="evaluate", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("samples", nargs="?", help="images; with --probe a labelled dataset")
     parser.add_argument("reference", nargs="?", help="images or statistics that they are scored against")
-    try:
-        chosen = parser.parse_known_options(arguments)
-        samples, reference = chosen.pop("samples"), chosen.pop("reference")
-        config = EvaluateConfig(**chosen)
-        if samples is None:
-            raise ValueError("SAMPLES are missing: a folder of pictures, an .npz file or a dataset.")
+    with one_line_errors("evaluate"):
+        try:
+            chosen = parser.parse_known_options(arguments)
+            samples, reference = chosen.pop("samples"), chosen.pop("reference")
+            config = EvaluateConfig(**chosen)
+            if samples is None:
+                raise ValueError("SAMPLES are missing: a folder of pictures, an .npz file or a dataset.")
+        except ValueError as error:
+            parser.error(str(error))
         if config.probe:
             run_probe(config, samples)
         else:
             Evaluation(config, samples, reference).run()
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

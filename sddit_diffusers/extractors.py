@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -23,6 +24,7 @@ from torch_fidelity.registry import register_feature_extractor
 from tqdm.auto import tqdm
 from transformers import Dinov2Model
 
+from .cli import one_line
 from .data import generator_for, prefetch
 from .files import save_tensors, sha256_of
 from .image_sets import DatasetImages
@@ -192,7 +194,11 @@ class PixelExtractor(Extractor):
 
 
 class ClassifierExtractor(Extractor):
-    """The 128 features and the logits of a small convolutional classifier; see [`train_classifier`]."""
+    """The 128 features and the logits of a small convolutional classifier; see [`train_classifier`].
+
+    Raises:
+        ValueError: the file does not hold its weights.
+    """
 
     provided = ("features", "logits")
 
@@ -200,17 +206,57 @@ class ClassifierExtractor(Extractor):
         super().__init__(name, features_list)
         if not feature_extractor_weights_path:
             raise ValueError("The classifier has weights of its own data: train_classifier makes them.")
-        weights = load_file(feature_extractor_weights_path)
-        self.net = SmallClassifier(len(weights["head.bias"]))
-        self.net.load_state_dict(weights)
+        try:
+            weights = load_file(feature_extractor_weights_path)
+            self.net = SmallClassifier(len(weights["head.bias"]))
+            self.net.load_state_dict(weights)
+        except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"{feature_extractor_weights_path} does not hold a classifier's weights: {one_line(error)}."
+            ) from None
         self.requires_grad_(False).eval()
-        with open(feature_extractor_weights_path, "rb") as file:
-            self.identity = f"classifier-{sha256_of(file)}"
+        self.identity = f"classifier-{_hash_of('', weights)}"
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         features = self.net.features(images)
         found = {"features": features, "logits": self.net.head(features)}
         return tuple(found[name] for name in self.features_list)
+
+
+def keep_tensors(path: Path, tensors: dict[str, Tensor], **about: str) -> None:
+    """Writes a file of a cache, with the hash that [`kept_tensors`] asks of it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    save_tensors(path, tensors, sha256=_hash_of(path.name, tensors), **about)
+
+
+def kept_tensors(path: Path) -> dict[str, Tensor] | None:
+    """What a file of a cache holds; None, with a warning, where it is not what was written under its name."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            written = (file.metadata() or {}).get("sha256")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    except (SafetensorError, OSError) as error:
+        problem = one_line(error)
+    else:
+        if written == _hash_of(path.name, tensors):
+            return tensors
+        problem = "its hash is another" if written else "it has no hash"
+    print(f"{path} is damaged or of another version ({problem}); it is made again.", file=sys.stderr)
+    return None
+
+
+def _hash_of(name: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(name.encode())
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
 
 
 class SmallClassifier(nn.Module):
@@ -248,9 +294,9 @@ def train_classifier(
     if images.labels is None:
         raise ValueError(f"The classifier needs labelled pictures, and {images.name} has no labels.")
     path = cache_dir / f"classifier-{images.sha256[:16]}-{steps}.safetensors"
-    if not path.is_file():
+    if kept_tensors(path) is None:
         weights, accuracy = _fit_classifier(images, device, steps)
-        save_tensors(path, weights, accuracy=f"{accuracy:.4f}", data=images.name)
+        keep_tensors(path, weights, accuracy=f"{accuracy:.4f}", data=images.name)
         print(f"Classifier of {images.name}: {accuracy:.1%} of held-out pictures right", file=sys.stderr)
     return path
 

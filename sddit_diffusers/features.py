@@ -10,11 +10,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 from torch import Tensor
 
-from .extractors import Extractor
-from .files import save_tensors
+from .extractors import Extractor, keep_tensors, kept_tensors
 from .image_sets import ImageSet, batches
 from .launching import on_main_process, progress_bar
 from .scores import Gaussian, Moments
@@ -42,18 +40,24 @@ class Features:
         return Gaussian.of(self.features)
 
     def save(self, path: Path) -> None:
-        """Writes them as a safetensors file, complete or absent."""
+        """Writes them as a safetensors file, complete or absent.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         tensors = {"features": self.features}
         if self.logits is not None:
             tensors["logits"] = self.logits
         if self.spatial is not None:
             tensors |= {"spatial.mean": self.spatial.mean, "spatial.covariance": self.spatial.covariance}
-        save_tensors(path, {name: tensor.contiguous() for name, tensor in tensors.items()})
+        keep_tensors(path, {name: tensor.contiguous() for name, tensor in tensors.items()})
 
     @classmethod
-    def load(cls, path: Path) -> "Features":
-        """Reads what `save` wrote."""
-        found, spatial = load_file(path), None
+    def load(cls, path: Path) -> "Features | None":
+        """Reads what `save` wrote; None, with a warning unless it is missing, where that is not there."""
+        found, spatial = kept_tensors(path), None
+        if found is None:
+            return None
         if "spatial.mean" in found:
             spatial = Gaussian(found["spatial.mean"], found["spatial.covariance"])
         return cls(found["features"], found.get("logits"), spatial)
@@ -65,23 +69,22 @@ def features_of_set(
     """The features of all images, from the cache if they are there; None but on the main process.
 
     Raises:
-        ValueError: an image that cannot be read.
+        ValueError: an image that cannot be read, or there is none.
         OSError: the cache cannot be written.
     """
+    if len(images) == 0:
+        raise ValueError(f"{images.name} has no images.")
 
-    if len(images) < accelerator.num_processes:
-        raise ValueError(f"{images.name} has {len(images)} images for {accelerator.num_processes} processes.")
-
-    def find() -> tuple[Path | None, bool]:
+    def path_of_cache() -> Path | None:
         if cache is None:
-            return None, False
+            return None
         key = f"{images.sha256} {extractor.identity} {' '.join(extractor.features_list)}"
-        path = cache / f"features-{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
-        return path, path.is_file()
+        return cache / f"features-{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
-    path, is_there = on_main_process(find, accelerator)
-    if is_there:
-        return Features.load(path) if accelerator.is_main_process else None
+    path = on_main_process(path_of_cache, accelerator)
+    known = Features.load(path) if path is not None and accelerator.is_main_process else None
+    if on_main_process(lambda: known is not None, accelerator):
+        return known
     rank, processes = accelerator.process_index, accelerator.num_processes
     mine = range(len(images) * rank // processes, len(images) * (rank + 1) // processes)
     with (
@@ -97,8 +100,8 @@ def features_of_set(
                 progress.update(len(part))
 
         found = extract(counted(), extractor, accelerator)
-    if found is not None and path is not None:
-        found.save(path)
+    if path is not None:
+        on_main_process(lambda: found.save(path), accelerator)
     return found
 
 
@@ -106,22 +109,29 @@ def extract(parts: Iterable[Tensor], extractor: Extractor, accelerator: Accelera
     """The features of every process's images, in the order of the processes; None but on the main process.
 
     Args:
-        parts: this process's images, uint8 `[b, 3, h, w]` each.
+        parts: this process's images, uint8 `[b, 3, h, w]` each; there may be none.
     """
-    rows, moments = {name: [] for name in extractor.features_list if name != "spatial"}, Moments()
+    rows, moments = {name: [] for name in extractor.features_list}, Moments()
+    widths = dict.fromkeys(rows, 0)
     with torch.inference_mode(), full_precision():
         for images in parts:
             outputs = extractor(images.to(accelerator.device))
             for name, values in extractor.convert_features_tuple_to_dict(outputs).items():
+                widths[name] = values.shape[1]
                 if name == "spatial":
                     moments.add(values)
                 else:
                     rows[name].append(values.float().cpu())
-    whole = {name: _gather(torch.cat(values), accelerator) for name, values in rows.items()}
+    # A process without images has none of the others' shapes.
+    shared = torch.tensor([list(widths.values())], device=accelerator.device)
+    for name, width in zip(widths, accelerator.gather(shared).amax(0).tolist(), strict=True):
+        rows[name].append(torch.zeros(0, width))
     spatial = None
-    if "spatial" in extractor.features_list:
+    if "spatial" in rows:
+        moments.add(rows.pop("spatial")[0].to(accelerator.device))
         moments.sums = accelerator.reduce(moments.sums, "sum")
         spatial = moments.gaussian()
+    whole = {name: _gather(torch.cat(values), accelerator) for name, values in rows.items()}
     if not accelerator.is_main_process:
         return None
     return Features(whole["features"], whole.get("logits"), spatial)

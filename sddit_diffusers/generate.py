@@ -13,11 +13,13 @@ with the files of one that was not.
 import dataclasses
 import json
 import math
+import re
 import shutil
 import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -28,17 +30,30 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from diffusers import SchedulerMixin
 from PIL import Image
 
-from .cli import Parser, differences, json_object, option, options
+from .cli import (
+    Parser,
+    check_options,
+    differences,
+    json_object,
+    one_line,
+    one_line_errors,
+    option,
+    options,
+    shortened,
+)
 from .data import generator_for
-from .files import sha256_of, written_aside
+from .files import LOCK, locked, read_json, remove, sha256_of, written_aside
 from .latents import sha256_of_weights
 from .launching import check_machine, on_main_process, progress_bar
 from .pipeline_sddit import SDDiTPipeline
 
 # Matrix products of a CPU round the rows of an odd remainder otherwise: batches are filled up there.
-_MULTIPLE = 16
+MULTIPLE = 16
+_DTYPES = ("float32", "bfloat16", "float16")
+_MOST_SEED = 2**63 - 1
 _UINT8_RULE = "127.5 x + 128, clamped and truncated, of x in -1..1"
 
 
@@ -48,43 +63,57 @@ class GenerateConfig:
 
     model: str = option("", "the pipeline: a folder or a name on the Hub")
     output_dir: str = option("", "where the images go")
-    num_samples: int = option(50_000, "images")
+    num_samples: int = option(50_000, "images", low=1)
     class_labels: list[str] = options(
         ["random"],
         "'random', 'balanced' (equally many of each class, shuffled), 'none' (unconditional), "
         "or numbers or names of classes, which are taken in turn",
     )
-    seed: int = option(0, "of the first image; the next ones have the next seeds")
-    num_inference_steps: int = option(40, "steps N; Heun's sampler evaluates the network 2 N - 1 times")
+    seed: int = option(0, "of the first image; the next ones have the next seeds", low=0, high=_MOST_SEED)
+    num_inference_steps: int = option(
+        40, "steps N; Heun's sampler evaluates the network 2 N - 1 times", low=1, high=10_000
+    )
     guidance_scale: float = option(1.0, "1 is off")
-    guidance_interval: list[float] = options([0.0, math.inf], "the lowest and highest sigma that are guided")
+    guidance_interval: list[float] = options(
+        [0.0, math.inf], "the lowest and highest sigma that are guided", low=0, infinite=True
+    )
+    s_churn: float = option(0.0, "EDM's stochastic sampler; 0 is off", low=0)
+    s_tmin: float = option(0.0, "the lowest sigma at which noise is added", low=0)
+    s_tmax: float = option(math.inf, "the highest", low=0, infinite=True)
+    s_noise: float = option(1.0, "what the added noise is multiplied by", low=0)
     scheduler: str = option("", "one of diffusers' EDM schedulers; the pipeline's own if not given")
     scheduler_options: str = option("{}", "JSON of the scheduler's settings that differ from the pipeline's")
-    dtype: str = option("float32", "of the transformer: 'float32', 'bfloat16' or 'float16'")
-    format: list[str] = options(["npz"], "'npz' (samples.npz, as ADM's), 'png' (images/), or both")
-    batch_size: int = option(64, "images that are made at once in a process")
+    dtype: str = option("float32", "of the transformer: 'float32', 'bfloat16' or 'float16'", choices=_DTYPES)
+    format: list[str] = options(
+        ["npz"], "'npz' (samples.npz, as ADM's), 'png' (images/), or both", choices=("npz", "png")
+    )
+    batch_size: int = option(64, "images that are made at once in a process", low=1)
 
     def __post_init__(self):
-        for name in ("model", "output_dir"):
+        check_options(self)
+        for name in ("model", "output_dir", "class_labels", "format"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is missing.")
-        for name in ("num_samples", "num_inference_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must be at least 0.")
+        if self.seed > _MOST_SEED - self.num_samples + 1:
+            raise ValueError(f"seed is {self.seed}; that of the last image must be at most {_MOST_SEED}.")
         low, high = (*self.guidance_interval, 0, 0)[:2]
         if len(self.guidance_interval) != 2 or not low <= high:
             raise ValueError(f"guidance_interval is {self.guidance_interval}; it must be two rising sigmas.")
-        dtype_named(self.dtype)
-        if not self.format or set(self.format) - {"npz", "png"}:
-            raise ValueError(f"format is {self.format}; it must be 'npz', 'png' or both.")
+        if self.s_tmin > self.s_tmax:
+            raise ValueError(f"s_tmin is {self.s_tmin}; it must be at most s_tmax, {self.s_tmax}.")
+
+    @property
+    def churn(self) -> dict[str, float]:
+        """The arguments of the stochastic sampler; none where it is off."""
+        names = ("s_churn", "s_tmin", "s_tmax", "s_noise") if self.s_churn else ()
+        return {name: getattr(self, name) for name in names}
 
     def decisive(self) -> dict:
-        """The settings that decide the images, except for the model's weights."""
-        others = ("model", "output_dir", "batch_size")
+        """The settings that decide the images, except for the model's weights; of churn, if it is on."""
+        others = ("model", "output_dir", "batch_size", "s_churn", "s_tmin", "s_tmax", "s_noise")
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
-        settings["guidance_interval"] = [str(sigma) for sigma in self.guidance_interval]  # JSON has no inf
+        settings |= {name: str(value) for name, value in self.churn.items()}  # JSON has no inf
+        settings["guidance_interval"] = [str(sigma) for sigma in self.guidance_interval]
         return settings | {"format": sorted(self.format)}
 
 
@@ -103,7 +132,8 @@ def class_of(pipe: SDDiTPipeline, labels: Sequence[str], seed: int, index: int) 
         block, place = divmod(index, count)
         return int(torch.randperm(count, generator=generator_for(seed, 2, block))[place])
     label = labels[index % len(labels)]
-    return pipe.get_label_ids([int(label) if label.isdecimal() else label])[0]
+    is_number = re.fullmatch("-?[0-9]{1,18}", label)
+    return pipe.get_label_ids([int(label) if is_number else label])[0]
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -112,7 +142,7 @@ def dtype_named(name: str) -> torch.dtype:
     Raises:
         ValueError: another name.
     """
-    if name not in ("float32", "bfloat16", "float16"):
+    if name not in _DTYPES:
         raise ValueError(f"dtype is {name!r}; it must be 'float32', 'bfloat16' or 'float16'.")
     return getattr(torch, name)
 
@@ -131,10 +161,55 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> SDDiTPipelin
         raise ValueError(f"The pipeline {name!r} cannot be loaded: {problem}") from None
 
 
+def scheduler_of(pipe: SDDiTPipeline, config: GenerateConfig) -> SchedulerMixin:
+    """The scheduler that the settings ask for: the pipeline's own, or made of its settings and others.
+
+    Raises:
+        ValueError: there is none, or its settings make no schedule.
+    """
+    known = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    changes = json_object("scheduler_options", config.scheduler_options)
+    for name, value in changes.items():
+        if name not in known:
+            raise ValueError(f"The scheduler has no setting {shortened(name)}; it has {', '.join(known)}.")
+        if problem := _setting_problem(known[name], value):
+            raise ValueError(f"{name} of scheduler_options is {shortened(value)}; {problem}.")
+    kind = type(pipe.scheduler)
+    if config.scheduler:
+        kind = getattr(diffusers, config.scheduler, None)
+        if not config.scheduler.startswith("EDM") or kind is None:
+            names = ", ".join(name for name in dir(diffusers) if name.startswith("EDM"))
+            raise ValueError(
+                f"There is no EDM scheduler {shortened(config.scheduler)}; diffusers has {names}."
+            )
+    try:
+        scheduler = kind.from_config(pipe.scheduler.config, **changes)
+        scheduler.set_timesteps(config.num_inference_steps)
+    except Exception as error:  # whatever the schedulers' arithmetic raises
+        raise ValueError(f"The scheduler's settings cannot be used: {one_line(error)}") from None
+    if not scheduler.sigmas.isfinite().all() or not (scheduler.sigmas.diff() <= 0).all():
+        raise ValueError("The scheduler's settings cannot be used: its noise levels do not fall.")
+    return scheduler
+
+
+def _setting_problem(usual, value) -> str:
+    """What a setting of a scheduler must be and is not, going by its usual value."""
+    if isinstance(usual, (bool, str)) or usual is None:
+        return "" if isinstance(value, type(usual)) else f"it must be such as {json.dumps(usual)}"
+    allowed = int if isinstance(usual, int) else (int, float)
+    if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < math.inf:
+        return f"it must be a {'whole ' * (allowed is int)}number above 0"
+    return ""
+
+
 def sample(pipe: SDDiTPipeline, seeds: Sequence[int], labels: Sequence[int], **arguments) -> np.ndarray:
-    """Images of seeds and classes, as bytes `[n, h, w, channels]`; `arguments` go to the pipeline."""
+    """Images of seeds and classes, as bytes `[n, h, w, channels]`; `arguments` go to the pipeline.
+
+    Raises:
+        FloatingPointError: an image is not finite.
+    """
     null = pipe.transformer.config.num_classes
-    extra = -len(seeds) % _MULTIPLE if pipe.device.type == "cpu" else 0
+    extra = -len(seeds) % MULTIPLE if pipe.device.type == "cpu" else 0
     seeds, labels = list(seeds), [None if label == null else label for label in labels]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds + seeds[-1:] * extra]
     images = pipe(labels + labels[-1:] * extra, generator=generators, output_type="pt", **arguments).images
@@ -156,24 +231,10 @@ class Generation:
         labels = config.class_labels
         self.labels = [class_of(self.pipe, labels, config.seed, i) for i in range(config.num_samples)]
         self.settings = json.loads(json.dumps(self._settings()))  # as they come back from a file
-        self.complete = on_main_process(self._begin, self.accelerator)
 
     def _load(self) -> SDDiTPipeline:
         config, pipe = self.config, load_pipeline(self.config.model, dtype_named(self.config.dtype))
-        changes = json_object("scheduler_options", config.scheduler_options)
-        unknown = [name for name in changes if name not in pipe.scheduler.config]
-        if unknown:
-            allowed = ", ".join(name for name in pipe.scheduler.config if not name.startswith("_"))
-            raise ValueError(f"The scheduler has no setting {unknown[0]!r}; it has {allowed}.")
-        kind = type(pipe.scheduler)
-        if config.scheduler:
-            kind = getattr(diffusers, config.scheduler, None)
-            if not config.scheduler.startswith("EDM") or kind is None:
-                known = [name for name in dir(diffusers) if name.startswith("EDM")]
-                raise ValueError(
-                    f"There is no EDM scheduler {config.scheduler!r}; diffusers has {', '.join(known)}."
-                )
-        pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
+        pipe.scheduler = scheduler_of(pipe, config)
         pipe.to(self.accelerator.device)
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -187,46 +248,93 @@ class Generation:
             | {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")},
         }
 
-    def _begin(self) -> bool:
+    def _begin(self, held: ExitStack) -> bool:
         """Begins a generation or finds one of the same settings; says whether it is complete.
 
+        Args:
+            held: gets the folder's lock.
+
         Raises:
-            ValueError: the folder holds something else, or cannot be written.
+            ValueError: the folder holds something else, is in use, or cannot be written.
         """
-        record, path = self.output_dir / "generation.json", self.batches_dir / "settings.json"
-        for file in (record, path):
-            if not file.is_file():
-                continue
-            earlier = json.loads(file.read_text())["settings"]
-            if changed := differences(earlier, self.settings):
-                raise ValueError(
-                    f"{self.output_dir} holds other images ({'; '.join(changed)}); "
-                    "choose another --output_dir."
-                )
-            return file == record
-        if self.output_dir.exists() and any(entry != self.batches_dir for entry in self.output_dir.iterdir()):
-            raise ValueError(f"{self.output_dir} holds other files; choose an empty or a new --output_dir.")
         try:
-            self.batches_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(self.output_dir))
+            record, path = self.output_dir / "generation.json", self.batches_dir / "settings.json"
+            for file in (record, path):
+                if file.exists():
+                    self._compare(file)
+                    if file == path:
+                        self._remove_damaged()
+                    return file == record
+            if any(entry.name not in (LOCK, ".generating") for entry in self.output_dir.iterdir()):
+                raise ValueError(
+                    f"{self.output_dir} holds other files; choose an empty or a new --output_dir."
+                )
+            remove(self.batches_dir)  # nobody knows what it would be of
+            self.batches_dir.mkdir()
             with written_aside(path, "w") as file:
                 file.write(json.dumps({"settings": self.settings}, indent=1) + "\n")
         except OSError as error:
             raise ValueError(f"{self.output_dir} cannot be written: {error.strerror}.") from None
         return False
 
+    def _compare(self, file: Path) -> None:
+        """Makes sure that what is there was made with the same settings."""
+        earlier = read_json(file, {"settings": dict}, "record of a generation")["settings"]
+        if changed := differences(earlier, self.settings):
+            raise ValueError(
+                f"{self.output_dir} holds other images ({'; '.join(changed)}); choose another --output_dir."
+            )
+
+    def _remove_damaged(self) -> None:
+        """Removes batches that are not whole, with a warning: they are made again."""
+        problems = {path: self._problem(path) for path in sorted(self.batches_dir.glob("*.npy"))}
+        files = np.zeros(self.config.num_samples, int)  # that have an image
+        for path, problem in problems.items():
+            if not problem:
+                files[_numbers_of(path)] += 1
+        for path, problem in problems.items():
+            if not problem and (files[_numbers_of(path)] > 1).any():
+                problem = "another file has its images too"
+            if problem:
+                print(f"{path} is damaged ({problem}); it is made again.", file=sys.stderr)
+                remove(path)
+
+    def _problem(self, path: Path) -> str:
+        """What is wrong with a batch's file; empty where it can be used."""
+        numbers, transformer = _numbers_of(path), self.pipe.transformer.config
+        if not numbers or numbers.stop > self.config.num_samples:
+            return "its name has no images of this generation"
+        side = transformer.sample_size * self.pipe.vae_scale_factor
+        channels = transformer.in_channels if self.pipe.vae is None else self.pipe.vae.config.out_channels
+        shape = (len(numbers), side, side, channels)
+        try:
+            images = np.load(path, mmap_mode="r", allow_pickle=False)
+            found = images.dtype, images.shape
+        except (OSError, EOFError, ValueError, AttributeError) as error:  # AttributeError: an archive
+            return one_line(error)
+        return (
+            ""
+            if found == (np.uint8, shape)
+            else f"it is {found[0]} of shape {found[1]}, not uint8 of {shape}"
+        )
+
     def run(self) -> None:
         """Does what is missing.
 
         Raises:
+            ValueError: the folder holds something else, or another run writes in it.
+            FloatingPointError: an image is not finite; what was made before it stays.
             OSError: the disk is full.
         """
-        if not self.complete:
-            self.make()
-            if "png" in self.config.format:
-                self._write_pictures()
-            on_main_process(self._finish, self.accelerator)
-        if self.accelerator.is_main_process:
-            shutil.rmtree(self.batches_dir, ignore_errors=True)
+        with ExitStack() as held:
+            if not on_main_process(lambda: self._begin(held), self.accelerator):
+                self.make()
+                if "png" in self.config.format:
+                    self._write_pictures()
+                on_main_process(self._finish, self.accelerator)
+            if self.accelerator.is_main_process:
+                shutil.rmtree(self.batches_dir, ignore_errors=True)
         what = {"npz": "samples.npz", "png": "images/"}
         self.accelerator.print(
             f"{self.config.num_samples} images are in {self.output_dir}/ "
@@ -254,6 +362,7 @@ class Generation:
                     num_inference_steps=config.num_inference_steps,
                     guidance_scale=config.guidance_scale,
                     guidance_interval=tuple(config.guidance_interval),
+                    **config.churn,
                 )
                 with written_aside(self.batches_dir / f"{batch.start:09d}-{batch.stop:09d}.npy") as file:
                     np.save(file, images)
@@ -262,8 +371,7 @@ class Generation:
 
     def _batches(self) -> list[tuple[range, Path]]:
         """The batches that are there, in the order of their images."""
-        paths = sorted(self.batches_dir.glob("*.npy"))
-        return [(range(*map(int, path.stem.split("-"))), path) for path in paths]
+        return [(_numbers_of(path), path) for path in sorted(self.batches_dir.glob("*.npy"))]
 
     def _missing(self) -> Iterator[range]:
         """The images that are missing, in ranges of the batch size at most."""
@@ -348,18 +456,24 @@ class Generation:
                 np.lib.format.write_array(member, np.array(self.labels, np.int64))
 
 
+def _numbers_of(path: Path) -> range:
+    """The images of a batch, by its file's name; none where it is no such name."""
+    match = re.fullmatch("([0-9]{9,10})-([0-9]{9,10})", path.stem)
+    return range(*map(int, match.groups())) if match else range(0)
+
+
 def _save_picture(image: np.ndarray, path: Path) -> None:
     Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(GenerateConfig, prog="generate", description=__doc__.split("\n")[0], allow_abbrev=False)
-    try:
-        Generation(GenerateConfig(**parser.parse_known_options(arguments))).run()
-    except ValueError as error:
-        parser.error(str(error))
-    except OSError as error:
-        sys.exit(f"generate: error: {error}. What is done so far stays; the same command goes on with it.")
+    with one_line_errors("generate", "What is done so far stays; the same command goes on with it."):
+        try:
+            config = GenerateConfig(**parser.parse_known_options(arguments))
+        except ValueError as error:
+            parser.error(str(error))
+        Generation(config).run()
 
 
 if __name__ == "__main__":

@@ -67,8 +67,7 @@ def build_extractor(
                 "The classifier is trained on a reference that is a labelled dataset (with --label_column)."
             )
         arguments = images, cache or default_cache(), accelerator.device
-        on_main_process(lambda: train_classifier(*arguments), accelerator)  # the others find it in the cache
-        path = train_classifier(*arguments)
+        path = on_main_process(lambda: train_classifier(*arguments), accelerator)
         extractor = ClassifierExtractor(
             "sddit-classifier", ["features", "logits"], feature_extractor_weights_path=str(path)
         )
@@ -141,13 +140,15 @@ class Judge:
         num_samples: images that are made each time, of the same seeds and classes.
 
     Raises:
-        ValueError: as [`open_reference`] and [`build_extractor`] do.
+        ValueError: as [`open_reference`] and [`build_extractor`] do, or fewer than two samples.
     """
 
     def __init__(
         self, reference: str, extractor: str, size: tuple[int, int], num_samples: int,
         image_column: str, label_column: str, accelerator: Accelerator,
     ):  # fmt: skip
+        if num_samples < 2:
+            raise ValueError(f"{num_samples} sample has no covariance; a score needs at least 2.")
         label_column = label_column if extractor == "classifier" else ""  # others need none
         images, statistics = open_reference(reference, size, extractor, size[0], image_column, label_column)
         self.num_samples, self.accelerator = num_samples, accelerator
@@ -168,6 +169,9 @@ class Judge:
         """The scores, on the main process; their names end in the extractor's unless it is Inception.
 
         `arguments` go to the pipeline's call.
+
+        Raises:
+            FloatingPointError: a sample is not finite.
         """
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         mine = range(self.num_samples * rank // processes, self.num_samples * (rank + 1) // processes)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 _BLOCK = 2048  # rows and columns of the distances that are held at once
+_ADMS_BATCH = 10_000  # rows and columns of those that ADM's evaluator computes in one precision
 
 
 @dataclass
@@ -121,28 +122,37 @@ class Manifold:
     @cached_property
     def radii(self) -> Tensor:
         """The squared distance of each point to its k-th nearest neighbour, `[images]`."""
-        nearest = self.features.new_full((len(self.features), self.k + 1), torch.inf)  # the point itself too
-        for rows, columns, distances in self._blocks():
-            nearest[rows] = _smallest(nearest[rows], distances)
-            if rows != columns and not self.half:  # half of the distances are the other half's
-                nearest[columns] = _smallest(nearest[columns], distances.T.contiguous())
+        features, half = self.features, self.half
+        nearest = features.new_full((len(features), self.k + 1), torch.inf)  # the point itself too
+        for rows, columns, found in _blocks(features, features, half, upper=not half):
+            nearest[rows] = _smallest(nearest[rows], found)
+            # In float16 the distance of a to b is not rounded as that of b to a.
+            if rows != columns and not half:
+                nearest[columns] = _smallest(nearest[columns], found.T.contiguous())
         return nearest.amax(1)
 
-    def _blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        for i in range(0, len(self.features), _BLOCK):
-            # In float16 the distance of a to b is not rounded as that of b to a.
-            for j in range(0 if self.half else i, len(self.features), _BLOCK):
-                rows, columns = slice(i, i + _BLOCK), slice(j, j + _BLOCK)
-                yield rows, columns, self.distances(self.features[rows], self.features[columns])
 
-    def distances(self, a: Tensor, b: Tensor) -> Tensor:
-        """Squared distances `[len(a), len(b)]` as ADM computes them, |a|^2 - 2 ab + |b|^2, at least 0."""
-        if self.half:
-            in_half = _half_distances(a.half(), b.half())
-            if in_half.isfinite().all():
-                return in_half.float()
-        distances = torch.addmm(b.square().sum(1), a, b.T, alpha=-2)
-        return distances.add_(a.square().sum(1, keepdim=True)).clamp_(min=0)
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """Squared distances `[len(a), len(b)]` as ADM computes them, |a|^2 - 2 ab + |b|^2, at least 0."""
+    products = torch.addmm(b.square().sum(1), a, b.T, alpha=-2)
+    return products.add_(a.square().sum(1, keepdim=True)).clamp_(min=0)
+
+
+def _blocks(a: Tensor, b: Tensor, half: bool, upper: bool = False) -> Iterator[tuple[slice, slice, Tensor]]:
+    """All distances of a to b, some rows and columns at a time.
+
+    With `half` they are rounded to float16, but for batches of ADM's in which one is not finite there: all
+    of such a batch are as in float32. `upper` leaves out the blocks below the diagonal.
+    """
+    side = _ADMS_BATCH if half else _BLOCK
+    for top in range(0, len(a), side):
+        strips = [slice(i, min(i + _BLOCK, top + side)) for i in range(top, min(top + side, len(a)), _BLOCK)]
+        for left in range(top if upper else 0, len(b), side):
+            columns = slice(left, left + side)
+            rounded = [_half_distances(a[rows].half(), b[columns].half()) for rows in strips if half]
+            finite = half and all(strip.isfinite().all() for strip in rounded)
+            for i, rows in enumerate(strips):
+                yield rows, columns, rounded[i].float() if finite else distances(a[rows], b[columns])
 
 
 def _half_distances(a: Tensor, b: Tensor) -> Tensor:
@@ -163,12 +173,9 @@ def precision_recall(samples: Manifold, reference: Manifold) -> tuple[float, flo
     """The share of samples in the reference's balls, and of the reference in the samples' balls."""
     inside = torch.zeros(len(samples.features), dtype=torch.bool, device=samples.features.device)
     covered = torch.zeros(len(reference.features), dtype=torch.bool, device=samples.features.device)
-    for i in range(0, len(reference.features), _BLOCK):
-        for j in range(0, len(samples.features), _BLOCK):
-            rows, columns = slice(i, i + _BLOCK), slice(j, j + _BLOCK)
-            distances = samples.distances(reference.features[rows], samples.features[columns])
-            inside[columns] |= (distances <= reference.radii[rows, None]).any(0)
-            covered[rows] |= (distances <= samples.radii[columns]).any(1)
+    for rows, columns, found in _blocks(reference.features, samples.features, samples.half):
+        inside[columns] |= (found <= reference.radii[rows, None]).any(0)
+        covered[rows] |= (found <= samples.radii[columns]).any(1)
     return inside.double().mean().item(), covered.double().mean().item()
 
 

@@ -48,6 +48,25 @@ def half_distances(a, b):
     return np.maximum((norms[0][:, None] - np.float16(2) * products) + norms[1], np.float16(0))
 
 
+def in_batches(size):
+    """Distances in float16 by batches of rows and columns; in float32 in those where one is not finite."""
+
+    def compared(a, b):
+        found = np.empty((len(a), len(b)), np.float32)
+        for i in range(0, len(a), size):
+            for j in range(0, len(b), size):
+                batch = a[i : i + size], b[j : j + size]
+                with np.errstate(over="ignore", invalid="ignore"):
+                    half = half_distances(*batch)
+                finite = np.isfinite(half).all()
+                compared.precisions.add("half" if finite else "single")
+                found[i : i + size, j : j + size] = half if finite else distances(*batch)
+        return found
+
+    compared.precisions = set()
+    return compared
+
+
 def precision_recall(samples, reference, distances=distances, k=3):
     """A loop over points; the point itself is the nearest of its own neighbours."""
     radii = []

@@ -1,3 +1,4 @@
+import re
 import urllib.error
 
 import numpy as np
@@ -6,7 +7,7 @@ import torch
 import torch.nn.functional as F
 import torch_fidelity
 from conftest import Touch, randomize
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file, save, save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from transformers import Dinov2Config, Dinov2Model
 
@@ -188,3 +189,60 @@ def test_torch_fidelity_knows_them_by_name(digits):
         theirs["frechet_inception_distance"], rel=1e-4
     )
     assert kernel_distance(a, b) == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def reshaped(path):
+    tensors = load_file(path)
+    save_file({name: tensor[:1].contiguous() for name, tensor in tensors.items()}, path)
+
+
+def without_hash(path):
+    save_file(load_file(path), path)
+
+
+DAMAGES = [truncated, flipped, emptied, reshaped, without_hash]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_classifier_is_trained_again(digits, tmp_path, capsys, damage):
+    path = train_classifier(digits, tmp_path, steps=2)
+    weights = load(path.read_bytes())  # and no map of a file that is to change
+    damage(path)
+    capsys.readouterr()
+    assert train_classifier(digits, tmp_path, steps=2) == path
+    torch.testing.assert_close(load_file(path), weights, rtol=0, atol=0)
+    assert re.search(rf"^{re.escape(str(path))} is damaged or .*; it is made again", capsys.readouterr().err)
+
+
+def test_a_classifier_of_other_data_under_the_name_is_trained_again(digits, tmp_path, capsys):
+    path = train_classifier(digits, tmp_path, steps=2)
+    weights = load(path.read_bytes())  # and no map of a file that is to change
+    path.write_bytes(train_classifier(digits, tmp_path, steps=3).read_bytes())
+    torch.testing.assert_close(
+        load_file(train_classifier(digits, tmp_path, steps=2)), weights, rtol=0, atol=0
+    )
+    assert "its hash is another" in capsys.readouterr().err
+
+
+def test_weights_of_something_else_are_no_classifier(tmp_path):
+    for content in (b"", b"x" * 100, save({"head.bias": torch.zeros(3)}), save({"x": torch.zeros(3)})):
+        (tmp_path / "a.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match="a.safetensors does not hold a classifier's weights"):
+            ClassifierExtractor(
+                "sddit-classifier", ["features"],
+                feature_extractor_weights_path=str(tmp_path / "a.safetensors"),
+            )  # fmt: skip

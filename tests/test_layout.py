@@ -15,9 +15,9 @@ LAYERS = [
     {"discrimination", "denoising", "transformer_baselines", "files", "launching", "scores", "sharding"}
     | {"attention_cpu", "studies", "hub"},
     {"objective", "baselines", "configuration", "data", "checkpointing", "reporting", "memory"},
-    {"latents", "image_sets", "probe", "originals"},
+    {"latents", "image_sets", "originals"},
     {"prepare_latents", "generate", "extractors", "sharing"},
-    {"features", "plot", "methods"},
+    {"features", "probe", "plot", "methods"},
     {"references"},
     {"evaluate", "reproduce", "convert", "app"},
 ]

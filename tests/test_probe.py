@@ -5,9 +5,11 @@ import re
 import numpy as np
 import pytest
 import torch
+from bad_input import refusal
 from conftest import TINY, randomize
 from diffusers import AutoencoderKL
 
+import sddit_diffusers.probe as probe_module
 from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline, SDDiTTransformer2DModel, evaluate
 from sddit_diffusers.data import ImageDataset
 from sddit_diffusers.probe import encoder_features, linear, nearest_neighbours, probe, read_samples
@@ -22,8 +24,8 @@ def grey_pipe():
 @torch.no_grad()
 def test_features_are_the_encoders_with_the_null_label(grey_pipe):
     x0 = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    found = encoder_features(grey_pipe, x0, 0.3, torch.Generator().manual_seed(1))
     noised = x0 + 0.3 * torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    found = encoder_features(grey_pipe, noised, 0.3)
     c_in = 1 / math.sqrt(0.3**2 + 0.5**2)
 
     def encoded(labels):
@@ -65,6 +67,35 @@ def test_accuracies_are_of_held_out_pictures_by_noise_level(grey_pipe):
         probe(grey_pipe, ImageDataset("digits", "image", "", 1, 8), [1.0], num_samples=40)
 
 
+def test_figures_do_not_depend_on_the_batch_size_or_on_other_levels(monkeypatch):
+    """To the bit of the features, for widths that are multiples of 16 and samples of any size."""
+    widths = {"in_channels": 1, "attention_head_dim": 16, "sample_size": 6}
+    pipe = SDDiTPipeline(randomize(SDDiTTransformer2DModel(**TINY | widths)), EDMHeunScheduler())
+    digits = ImageDataset("digits", "image", "label", 1, 6)
+    seen = {}
+    monkeypatch.setitem(probe_module.PROBES, "linear", lambda features, labels, held_out: seen.setdefault(
+        key, []
+    ).append((features, held_out)) or labels[: len(held_out)])  # fmt: skip
+    for key, sigmas, batch_size in (  # noqa: B007, the probe's stand-in reads key
+        ("a", [1.0], 64),
+        ("b", [1.0], 7),
+        ("c", [3.0, 1.0], 100),
+    ):
+        probe(pipe, digits, sigmas, 120, batch_size)
+    assert [len(parts) for parts in seen.values()] == [3, 3, 6]
+    for one, other, third in zip(seen["a"], seen["b"], seen["c"][3:], strict=True):
+        for i in range(2):
+            np.testing.assert_array_equal(one[i], other[i])
+            np.testing.assert_array_equal(one[i], third[i])
+
+
+def test_an_encoder_that_is_not_finite_has_no_figures(grey_pipe):
+    for parameter in grey_pipe.transformer.parameters():
+        torch.nn.init.constant_(parameter, torch.nan)
+    with pytest.raises(FloatingPointError, match="at sigma 0.3 is not finite"):
+        probe(grey_pipe, ImageDataset("digits", "image", "label", 1, 8), [0.3], 20)
+
+
 def test_pictures_are_encoded_where_the_pipeline_has_a_vae():
     vae = AutoencoderKL(
         block_out_channels=(4, 4), down_block_types=["DownEncoderBlock2D"] * 2, norm_num_groups=2,
@@ -88,6 +119,5 @@ def test_the_program_prints_and_saves_them(grey_pipe, tmp_path, capsys):
     record = json.loads((tmp_path / "probe.json").read_text())
     first = record["accuracies"][0]
     assert re.search(rf"^0.1 +{first['accuracy']:.1%}", printed, re.M) and first["sigma"] == 0.1
-    with pytest.raises(SystemExit):
+    with refusal(capsys, "The pipeline '/none' cannot be loaded"):
         evaluate.main(["--probe", "/none", "digits"])
-    assert "The pipeline '/none' cannot be loaded" in capsys.readouterr().err

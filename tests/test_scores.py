@@ -97,20 +97,24 @@ def test_half_distances_are_adms_on_a_gpu(block, monkeypatch):
     monkeypatch.setattr(scores, "_BLOCK", block)
     # Large norms, whose rounding shows; of sixteenths, so that sums in float32 are exact in any order.
     samples, reference = (np.round(64 * x + 32) / 16 for x in (SAMPLES, REFERENCE))
-    manifolds = [Manifold(torch.from_numpy(x), half=True) for x in (samples, reference)]
-    distances = manifolds[0].distances(manifolds[1].features, manifolds[0].features)
-    np.testing.assert_array_equal(distances, adm.half_distances(reference, samples).astype(np.float32))
-    ours = precision_recall(*manifolds)
+    ours = precision_recall(*(Manifold(torch.from_numpy(x), half=True) for x in (samples, reference)))
     assert ours == adm.precision_recall(samples, reference, adm.half_distances)
     assert ours != adm.precision_recall(samples, reference)
 
 
-def test_half_distances_that_overflow_are_in_float32():
-    features = torch.from_numpy(300 * SAMPLES)
-    overflowed, single = (
-        Manifold(features, half=half).distances(features, features) for half in (True, False)
-    )
-    assert torch.equal(overflowed, single) and single.max() > 65504
+@pytest.mark.parametrize("block", [2048, 30])
+def test_half_distances_that_overflow_are_in_float32_by_adms_batches(block, monkeypatch):
+    """One distance that overflows makes its whole batch float32, and no other; here batches are of 90."""
+    monkeypatch.setattr(scores, "_BLOCK", block)
+    monkeypatch.setattr(scores, "_ADMS_BATCH", 90)
+    samples, reference = (np.round(64 * x + 32) / 16 for x in (SAMPLES, REFERENCE))
+    samples[95] *= 100  # in the second batch of four
+    samples, reference = samples.astype(np.float32), reference.astype(np.float32)
+    compared = adm.in_batches(90)
+    ours = precision_recall(*(Manifold(torch.from_numpy(x), half=True) for x in (samples, reference)))
+    assert ours == adm.precision_recall(samples, reference, compared)
+    assert compared.precisions == {"half", "single"}
+    assert ours != adm.precision_recall(samples, reference)
 
 
 def test_a_set_covers_itself():
