@@ -142,7 +142,8 @@ def _ours(weights: dict[str, Tensor], config: dict) -> Source:
     network = {name: value for name, value in config.items() if not name.startswith("_")}
     kind = config.get("_class_name")
     if not isinstance(kind, str) or kind not in _METHODS:
-        raise ValueError(f"The file holds a {shortened(kind)[1:-1]}; allowed are {', '.join(_METHODS)}.")
+        shown = shortened(kind).strip("'")
+        raise ValueError(f"The file holds a {shown}; allowed are {', '.join(_METHODS)}.")
     return Source(weights, network, _METHODS[kind])
 
 

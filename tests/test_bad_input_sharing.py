@@ -6,11 +6,20 @@ from pathlib import Path
 
 import pytest
 from bad_input import refusal
+from conftest import TINY, randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from test_reproduce import STUDY
 
-from sddit_diffusers import reproduce
+from sddit_diffusers import (
+    EDMHeunScheduler,
+    SDDiTPipeline,
+    SDDiTTransformer2DModel,
+    convert,
+    plot,
+    reproduce,
+)
 from sddit_diffusers.reproduce import ReproduceConfig, Reproduction
 from sddit_diffusers.studies import Results, draw, markdown, read_study, slug
 
@@ -280,3 +289,111 @@ def test_a_folder_that_cannot_be_written_is_named(begun, capsys):
             report(begun)
     finally:
         begun.chmod(0o700)
+
+
+# Conversions and plots
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipelines") / "a[1]*"
+    SDDiTPipeline(randomize(SDDiTTransformer2DModel(**TINY)), EDMHeunScheduler()).save_pretrained(folder)
+    return folder
+
+
+SINGLE = {"_class_name": "SDDiTTransformer2DModel", **TINY}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"_class_name": ["x"]}, ("holds a ['x']", "allowed")),
+        ({"_class_name": 5}, ("holds a", "allowed")),
+        ({"num_layers": -1}, ("num_layers is -1", "1..65535")),
+        ({"num_layers": 10**12}, ("num_layers is 1000000000000", "1..65535")),
+        ({"num_layers": 60_000}, ("num_layers is 60000", "weights")),
+        ({"num_layers": "3"}, ("num_layers is '3'", "whole number")),
+        ({"num_layers": True}, ("num_layers is True",)),
+        ({"num_attention_heads": 0}, ("num_attention_heads is 0",)),
+        ({"attention_head_dim": [8]}, ("attention_head_dim is [8]",)),
+        ({"sample_size": 65_000, "patch_size": 1}, ("sample_size is 65000", "1024")),
+        ({"sample_size": 1, "patch_size": 2}, ("sample_size is 1",)),
+        ({"mlp_ratio": 1e12}, ("mlp_ratio is 1000000000000.0", "64")),
+        ({"mlp_ratio": float("nan")}, ("NaN",)),
+        ({"mlp_ratio": -4}, ("mlp_ratio is -4",)),
+        ({"num_classes": None}, ("num_classes is None",)),
+        ({"out_channels": "x"}, ("out_channels is 'x'",)),
+    ],
+)
+def test_single_files_of_impossible_networks(changes, words, transformer, tmp_path, capsys):
+    path = tmp_path / "a.safetensors"
+    save_file(transformer.state_dict(), path, {"config": json.dumps(SINGLE | changes)})
+    with refusal(capsys, *words, untouched=tmp_path):
+        convert.main([str(path), str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--method", "mdt"], ("method is 'mdt'", "'maskdit'")),
+        (["--num_classes", "-1"], ("num_classes is -1", "at least 0")),
+        (["--num_classes", "1000000000000"], ("num_classes is 1000000000000", "at most")),
+        (["--vae", "a\0b"], ("vae is 'a\\x00b'", "null")),
+        (
+            ["--transformer", '{"num_decoder_layers": 1000000000000}'],
+            ("num_decoder_layers is 1000000000000",),
+        ),
+        (["--transformer", '{"num_layers": Infinity}'], ("num_layers", "inf")),
+    ],
+)
+def test_wrong_options_of_convert(options, words, pipeline, tmp_path, capsys):
+    with refusal(capsys, *words, untouched=tmp_path):
+        convert.main([str(pipeline), str(tmp_path / "out"), *options])
+
+
+def test_a_full_disk_is_told_with_the_path(pipeline, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(EDMHeunScheduler, "save_pretrained", full)
+    with refusal(capsys, "No space left on device", str(tmp_path / "out"), untouched=tmp_path):
+        convert.main([str(pipeline), str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--columns", "0"], ("columns is 0", "1..1000")),
+        (["--columns", "1000000000000"], ("columns is 1000000000000", "1..1000")),
+        (["--num_inference_steps", "0"], ("num_inference_steps is 0", "at least 1")),
+        (["--num_inference_steps", "1000000000000"], ("num_inference_steps is 1000000000000", "at most")),
+        (["--guidance_scale", "nan"], ("guidance_scale is nan", "finite")),
+        (["--guidance_scale", "inf"], ("guidance_scale is inf", "finite")),
+        (["--guidance_interval", "nan", "1"], ("guidance_interval is nan",)),
+        (["--guidance_interval", "5", "1"], ("guidance_interval is [5.0, 1.0]", "rising")),
+        (["--guidance_interval", "5"], ("guidance_interval is [5.0]", "rising")),
+        (["--class_labels", "x\0"], ("class_labels is 'x\\x00'", "null")),
+        (["--class_labels", "99"], ("99", "0 to 3")),
+        (["--output", "grid"], ("output is grid", ".png")),
+        (["--output", "a\0.png"], ("null",)),
+        (["--output", "none/grid.png", "--num_inference_steps", "1", "--columns", "1"], ("none/", "No such")),
+    ],
+)
+def test_wrong_options_of_plot(options, words, pipeline, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with refusal(capsys, "plot: error: ", *words, untouched=tmp_path):
+        plot.main(["grid", str(pipeline), *options])
+
+
+def test_a_picture_replaces_a_link_and_not_what_it_leads_to(pipeline, tmp_path):
+    mine, link = tmp_path / "mine.png", tmp_path / "grid[1]*.png"
+    mine.write_text("mine")
+    link.symlink_to(mine)
+    plot.main(["grid", str(pipeline), "--output", str(link), "--columns", "1", "--num_inference_steps", "1"])
+    assert mine.read_text() == "mine" and link.is_file() and not link.is_symlink()
+
+
+def test_brackets_and_stars_in_paths_are_letters(pipeline, tmp_path):
+    convert.main([str(pipeline), str(tmp_path / "[b]*.safetensors")])
+    convert.main([str(tmp_path / "[b]*.safetensors"), str(tmp_path / "c[*]")])
+    assert (tmp_path / "c[*]/model_index.json").is_file()
