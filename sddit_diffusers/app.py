@@ -42,6 +42,7 @@ _PROGRESS = gr.Progress()  # the default of an argument: gradio's way to ask for
 _WAITING = 16  # calls in the queue
 _CALLS = 4  # of one client, waiting or under way
 _PATIENCE = 10.0  # seconds in which somebody must begin to read a call's answer
+_ENDS = 2  # of a slider from 1, which gradio wants to have two
 _MESSAGE = 500  # characters on the page, at most
 _SESSIONS = 32  # whose last images are kept
 _FONTS = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -324,7 +325,7 @@ class Page:
         columns = min(8, images * max(1, wanted // images))  # rows of whole classes
         return [
             *self.show(made, last, columns=columns),
-            gr.Slider(maximum=last, value=last, interactive=last > 1),
+            gr.Slider(maximum=max(_ENDS, last), value=last, interactive=last > 1),
             "" if made.stopped else code_of(self.model, self.pipe, arguments, seeds),
             made,
         ]
@@ -364,9 +365,11 @@ def build(page: Page) -> gr.Blocks:
                     info="Type to search. None: unconditional images.",
                 )  # fmt: skip
                 most = config.max_images
-                images = gr.Slider(1, most, min(4, most), step=1, label="Images per class")
+                images = gr.Slider(
+                    1, max(_ENDS, most), min(4, most), step=1, visible=most > 1, label="Images per class"
+                )
                 default = min(40, config.max_steps)
-                steps = gr.Slider(1, config.max_steps, default, step=1, label="Steps")
+                steps = gr.Slider(1, max(_ENDS, config.max_steps), default, step=1, label="Steps")
                 guidance = gr.Slider(0, MAX_GUIDANCE_SCALE, 1, step=0.1, label="Guidance scale (1 is off)")
                 with gr.Accordion("Guidance interval", open=False), gr.Row():
                     low = gr.Number(0, label="Lowest sigma", min_width=100)
@@ -384,8 +387,13 @@ def build(page: Page) -> gr.Blocks:
                 )  # fmt: skip
                 about = gr.Markdown("Choose classes and generate.")
                 position = gr.Slider(
-                    1, default, default, step=1, interactive=False, label="How the images come about (step)"
-                )
+                    1,
+                    max(_ENDS, default),
+                    default,
+                    step=1,
+                    interactive=False,
+                    label="How the images come about (step)",
+                )  # fmt: skip
                 code = gr.Code(
                     label="The code that makes these images", language="python", interactive=False,
                     show_line_numbers=False, wrap_lines=True,

@@ -178,6 +178,15 @@ def test_stop_ends_the_call_of_its_session_alone(pipe):
     assert len(evaluations) == 7 and about.startswith("Made in") and "range(7, 11)" in code
 
 
+def test_one_step_and_one_image_are_a_page(pipe):
+    """gradio has no sliders of one place."""
+    config = AppConfig(max_images=1, max_steps=1)
+    app.build(Page(pipe, "model", config))
+    values = changed(classes=[1], images=1, steps=1)
+    slider = Page(pipe, "model", config).generate(*values, session("a"), lambda *_, **__: None)[2]
+    assert (slider.maximum, slider.value, slider.interactive) == (2, 1, False)
+
+
 def test_names_of_several_classes_have_their_number(pipe):
     pipe.id2label = {0: "crane", 1: "cat", 2: "crane"}
     assert Page(pipe, "model", AppConfig()).choices() == [
@@ -329,6 +338,11 @@ def call(served, **changes):
     url = f"{served}/gradio_api/call/generate"
     body = {"data": changed(**changes), "session_hash": os.urandom(8).hex()}
     return f"{url}/{json.loads(post(url, json.dumps(body).encode()))['event_id']}"
+
+
+def test_one_step_is_a_call(served):
+    answer = urllib.request.urlopen(call(served, steps=1, classes=[0], images=1), timeout=60).read().decode()
+    assert "event: complete" in answer
 
 
 def test_a_client_that_reads_nothing_does_not_fill_the_queue(served):
