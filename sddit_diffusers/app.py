@@ -17,6 +17,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from urllib.parse import parse_qs
 
 import torch
 from accelerate import Accelerator
@@ -24,19 +25,25 @@ from PIL import Image
 from torch import Tensor
 
 from sddit_diffusers import SDDiTPipeline
-from sddit_diffusers.cli import Parser, option
+from sddit_diffusers.cli import Parser, check_options, one_line, one_line_errors, option
 from sddit_diffusers.generate import dtype_named, load_pipeline
 from sddit_diffusers.reporting import keep_denoised
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 try:
     import gradio as gr
+    from starlette.middleware import Middleware
+    from starlette.responses import PlainTextResponse
 except ModuleNotFoundError:
     sys.exit("app: error: the page needs gradio: pip install 'sddit-diffusers[app]'.")
 
 MAX_SEED, MAX_GUIDANCE_SCALE = 2**32 - 1, 20
 _PROGRESS = gr.Progress()  # the default of an argument: gradio's way to ask for it
 _WAITING = 16  # calls in the queue
+_CALLS = 4  # of one client, waiting or under way
+_PATIENCE = 10.0  # seconds in which somebody must begin to read a call's answer
+_ENDS = 2  # of a slider from 1, which gradio wants to have two
+_MESSAGE = 500  # characters on the page, at most
 _SESSIONS = 32  # whose last images are kept
 _FONTS = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 _SMALL = 64  # pixels; what is smaller is enlarged without smoothing
@@ -53,19 +60,20 @@ _PIXELATED = ".images img { image-rendering: pixelated }"
 class AppConfig:
     """The settings of the page."""
 
-    max_images: int = option(16, "images that are made at once, at most")
-    max_steps: int = option(100, "steps, at most")
-    dtype: str = option("float32", "of the transformer: 'float32', 'bfloat16' or 'float16'")
+    max_images: int = option(16, "images that are made at once, at most", low=1)
+    max_steps: int = option(100, "steps, at most", low=1)
+    dtype: str = option(
+        "float32",
+        "of the transformer: 'float32', 'bfloat16' or 'float16'",
+        choices=("float32", "bfloat16", "float16"),
+    )
     server_name: str = option("", "the address to listen at; 127.0.0.1, this machine alone, if not given")
-    server_port: int = option(0, "the port to listen at; the first free one from 7860 if not given")
+    server_port: int = option(
+        0, "the port to listen at; the first free one from 7860 if not given", low=0, high=65535
+    )
 
     def __post_init__(self):
-        for name in ("max_images", "max_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if not 0 <= self.server_port < 65536:
-            raise ValueError(f"server_port is {self.server_port}; it must be from 1 to 65535.")
-        dtype_named(self.dtype)
+        check_options(self)
 
 
 def call_of(
@@ -200,8 +208,79 @@ def _name(pipe: SDDiTPipeline, label: int) -> str:
     return pipe.id2label.get(label, str(label))
 
 
+class Clients:
+    """Who uses the page: one has a few calls at a time, and a call whose answer nobody reads is let go.
+
+    gradio itself keeps the calls of whoever posts them, and what a session is called is the client's choice.
+    """
+
+    def __init__(self, queue):
+        self.queue, self._push = queue, queue.push
+        self.reading = Counter()  # sessions and events, by the answers that are being read
+        queue.push = self.push
+
+    def _waiting(self) -> list:
+        return [
+            event for queue in self.queue.event_queue_per_concurrency_id.values() for event in queue.queue
+        ]
+
+    def _under_way(self) -> list:
+        return [event for job in self.queue.active_jobs if job for event in job]
+
+    def _is_abandoned(self, event) -> bool:
+        read = event.session_hash in self.reading or event._id in self.reading
+        return not read and time.monotonic() - event.enqueue_time > _PATIENCE
+
+    def has_left(self, session: str) -> bool:
+        """Whether nobody reads the answer of this session's call, which is under way."""
+        calls = [event for event in self._under_way() if event.session_hash == session]
+        return bool(calls) and all(map(self._is_abandoned, calls))
+
+    async def push(self, body, request, username) -> tuple:
+        """As of gradio's queue, whose places those take who wait for them."""
+        for event in filter(self._is_abandoned, self._waiting()):
+            await self.queue.clean_events(event_id=event._id)
+        address = _address(request)
+        calls = [
+            event
+            for event in self._waiting() + self._under_way()
+            if event.session_hash == body.session_hash or _address(event.request) == address
+        ]
+        if len(calls) >= _CALLS:
+            return False, f"You have {len(calls)} calls here; wait for their end.", "queue_full"
+        return await self._push(body=body, request=request, username=username)
+
+    def around(self, app: Callable) -> Callable:
+        """The web application, which takes no files and notes what is being read."""
+
+        async def answer(scope: dict, receive: Callable, send: Callable) -> None:
+            path = scope.get("path", "").rstrip("/")
+            if path.endswith("/upload"):
+                await PlainTextResponse("This page takes no files.", 403)(scope, receive, send)
+                return
+            session = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("session_hash", [""])[0]
+            reads = path.endswith("/queue/data") or "/call/" in path and scope.get("method") == "GET"
+            key = session if path.endswith("/queue/data") else path.rpartition("/")[2]
+            self.reading[key] += reads
+            try:
+                await app(scope, receive, send)
+            finally:
+                self.reading[key] -= reads
+                self.reading += Counter()  # forgets what is read no longer
+
+        return answer
+
+
+def _address(request) -> str:
+    """Of who asks. A Space is behind a proxy, which puts that last."""
+    forwarded = request.headers.get("x-forwarded-for", "") if "SPACE_ID" in os.environ else ""
+    return forwarded.split(",")[-1].strip() or (request.client.host if request.client else "")
+
+
 class Page:
     """What the page's controls do. The queue lets one call at a time use the pipeline."""
+
+    clients: Clients | None = None  # once it is built
 
     def __init__(self, pipe: SDDiTPipeline, model: str, config: AppConfig):
         self.pipe, self.model, self.config = pipe, model, config
@@ -236,15 +315,17 @@ class Page:
 
         def on_evaluation(done: int, total: int) -> bool:
             progress((done, total), desc="Denoising", unit="evaluations")
-            return request.session_hash in self.stopping
+            left = self.clients is not None and self.clients.has_left(request.session_hash)
+            return left or request.session_hash in self.stopping
 
-        made = make(self.pipe, arguments, seeds, on_evaluation)
+        with _refusals():
+            made = make(self.pipe, arguments, seeds, on_evaluation)
         images, last = arguments["num_images_per_label"], made.positions
         wanted = 4 if len(seeds) <= 8 else 8
         columns = min(8, images * max(1, wanted // images))  # rows of whole classes
         return [
             *self.show(made, last, columns=columns),
-            gr.Slider(maximum=last, value=last, interactive=last > 1),
+            gr.Slider(maximum=max(_ENDS, last), value=last, interactive=last > 1),
             "" if made.stopped else code_of(self.model, self.pipe, arguments, seeds),
             made,
         ]
@@ -260,11 +341,13 @@ class Page:
 
 @contextlib.contextmanager
 def _refusals():
-    """ValueErrors as messages on the page, which takes them for HTML."""
+    """Wrong values and samples as messages on the page, which takes them for HTML."""
     try:
         yield
-    except ValueError as error:
-        raise gr.Error(html.escape(str(error)), print_exception=False) from None
+    except (ValueError, FloatingPointError) as error:
+        text = one_line(error)
+        text = text if len(text) <= _MESSAGE else f"{text[: _MESSAGE - 3]}..."
+        raise gr.Error(html.escape(text), print_exception=False) from None
 
 
 def build(page: Page) -> gr.Blocks:
@@ -282,9 +365,11 @@ def build(page: Page) -> gr.Blocks:
                     info="Type to search. None: unconditional images.",
                 )  # fmt: skip
                 most = config.max_images
-                images = gr.Slider(1, most, min(4, most), step=1, label="Images per class")
+                images = gr.Slider(
+                    1, max(_ENDS, most), min(4, most), step=1, visible=most > 1, label="Images per class"
+                )
                 default = min(40, config.max_steps)
-                steps = gr.Slider(1, config.max_steps, default, step=1, label="Steps")
+                steps = gr.Slider(1, max(_ENDS, config.max_steps), default, step=1, label="Steps")
                 guidance = gr.Slider(0, MAX_GUIDANCE_SCALE, 1, step=0.1, label="Guidance scale (1 is off)")
                 with gr.Accordion("Guidance interval", open=False), gr.Row():
                     low = gr.Number(0, label="Lowest sigma", min_width=100)
@@ -302,8 +387,13 @@ def build(page: Page) -> gr.Blocks:
                 )  # fmt: skip
                 about = gr.Markdown("Choose classes and generate.")
                 position = gr.Slider(
-                    1, default, default, step=1, interactive=False, label="How the images come about (step)"
-                )
+                    1,
+                    max(_ENDS, default),
+                    default,
+                    step=1,
+                    interactive=False,
+                    label="How the images come about (step)",
+                )  # fmt: skip
                 code = gr.Code(
                     label="The code that makes these images", language="python", interactive=False,
                     show_line_numbers=False, wrap_lines=True,
@@ -320,7 +410,9 @@ def build(page: Page) -> gr.Blocks:
         stop.click(page.stop, None, None, **quick)
         shown = dict(show_progress="hidden", trigger_mode="always_last")
         position.input(page.show, [made, position], outputs[:2], **shown, **pipeline)
-    return blocks.queue(max_size=_WAITING, api_open=False)
+    blocks.queue(max_size=_WAITING, api_open=False)
+    page.clients = Clients(blocks._queue)
+    return blocks
 
 
 def serve(model: str, config: AppConfig) -> None:
@@ -333,13 +425,14 @@ def serve(model: str, config: AppConfig) -> None:
     pipe = load_pipeline(model, dtype_named(config.dtype)).to(Accelerator().device)
     pipe.set_progress_bar_config(disable=True)
     small = pipe.transformer.config.sample_size * pipe.vae_scale_factor <= _SMALL
-    blocks = build(Page(pipe, model, config))
+    page = Page(pipe, model, config)
+    blocks = build(page)
     _, url, _ = blocks.launch(
         server_name=config.server_name or None,
         server_port=config.server_port or None,
         share=False,
         ssr_mode=False,
-        max_file_size=1,  # nothing is uploaded
+        app_kwargs={"middleware": [Middleware(page.clients.around)]},
         state_session_capacity=_SESSIONS,
         theme=gr.themes.Default(**_FONTS),
         css=_GRID + _PIXELATED * small,
@@ -354,15 +447,13 @@ def serve(model: str, config: AppConfig) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(AppConfig, prog="app", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("model", nargs="?", help="a folder or a name on the Hub; SDDIT_MODEL if not given")
-    try:
+    with one_line_errors("app"):
         chosen = parser.parse_known_options(arguments)
         model = chosen.pop("model") or os.environ.get("SDDIT_MODEL")
         config = AppConfig(**chosen)
         if not model:
             raise ValueError("no pipeline; give a folder or a name on the Hub, here or in SDDIT_MODEL.")
         serve(model, config)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,11 @@ is the folder of a pipeline, for `from_pretrained` and `train_sddit.py --pretrai
 import argparse
 import inspect
 import json
+import os
 import re
-import shutil
-import sys
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,9 +29,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .cli import Parser, option
+from .cli import Parser, check_options, one_line_errors, option, shortened
 from .configuration import read_changes
-from .files import save_tensors
+from .files import parse_json, remove, save_tensors
 from .generate import load_pipeline
 from .latents import load_vae
 from .methods import TRANSFORMERS
@@ -52,15 +51,18 @@ class ConvertConfig:
     method: str = option(
         "",
         "the network: 'sddit', 'dit' or 'maskdit'; if not given the source's own, sddit for DiT and MaskDiT",
+        choices=("", "sddit", "dit", "maskdit"),
     )
     transformer: str = option(
         "{}", "JSON of what weights do not tell: num_attention_heads, the size of a decoder that is new"
     )
+    num_classes: int = option(
+        0, "classes of a DiT, whose table may have a row more; all rows but one, or 1000, if not given", low=0
+    )
     vae: str = option("", "a VAE for the pipeline (folder or Hub name); the source's own if not given")
 
     def __post_init__(self):
-        if self.method not in ("", "sddit", "dit", "maskdit"):
-            raise ValueError(f"method is {self.method!r}; it must be 'sddit', 'dit' or 'maskdit'.")
+        check_options(self)
 
 
 @dataclass
@@ -119,6 +121,7 @@ def _read_transformer(kind: str, name: str | Path, subfolder: str | None) -> Sou
     if kind == DiTTransformer2DModel.__name__:
         theirs = DiTTransformer2DModel.from_pretrained(name, subfolder=subfolder)
         told = {key: theirs.config[key] for key in ("num_attention_heads", "sample_size")}
+        told["num_classes"] = theirs.config.num_embeds_ada_norm
         return Source(theirs.state_dict(), told)
     if kind not in _METHODS:
         raise ValueError(
@@ -137,9 +140,37 @@ def _read_pipeline(name: str) -> Source:
 
 def _ours(weights: dict[str, Tensor], config: dict) -> Source:
     network = {name: value for name, value in config.items() if not name.startswith("_")}
-    if config.get("_class_name") not in _METHODS:
-        raise ValueError(f"The file holds a {config.get('_class_name')}; allowed are {', '.join(_METHODS)}.")
-    return Source(weights, network, _METHODS[config["_class_name"]])
+    kind = config.get("_class_name")
+    if not isinstance(kind, str) or kind not in _METHODS:
+        shown = shortened(kind).strip("'")
+        raise ValueError(f"The file holds a {shown}; allowed are {', '.join(_METHODS)}.")
+    return Source(weights, network, _METHODS[kind])
+
+
+def check_network(network: dict, arguments: Mapping, weights: dict[str, Tensor]) -> None:
+    """Holds the arguments of a network against what they can be, before it is built.
+
+    Raises:
+        ValueError: one that no network of these weights has.
+    """
+    sizes = range(1, 1 << 16)
+    structure = {
+        f"{name}?": (None, sizes) if name == "out_channels" else float if name == "mlp_ratio" else sizes
+        for name in arguments
+    }
+    # An encoder alone has no decoder; no classes are 0.
+    structure |= {f"{name}?": range(1 << 16) for name in ("num_decoder_layers", "num_classes")}
+    parse_json(json.dumps(network), structure, "network", "the config")
+    for name in ("num_layers", "num_decoder_layers"):
+        if network.get(name, 0) > max(1000, len(weights)):
+            raise ValueError(f"{name} is {network[name]}; the source has {len(weights)} weights.")
+    if not 0 < network.get("mlp_ratio", 4) <= 64:
+        raise ValueError(f"mlp_ratio is {network['mlp_ratio']}; it must be above 0 and at most 64.")
+    patches = network.get("sample_size", 32) // network.get("patch_size", 2)
+    if not 1 <= patches <= 1024:
+        raise ValueError(
+            f"sample_size is {network.get('sample_size', 32)}; that is 1 to 1024 patches a side."
+        )
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -180,14 +211,17 @@ def build(source: Source, config: ConvertConfig) -> tuple[PatchTransformer2DMode
     )
     weights, network, origins = source.weights, source.network, {}
     if source.method is None:
-        weights, origins, network = translate(weights, changes | network)
+        told = {"num_classes": config.num_classes} if config.num_classes else {}
+        weights, origins, network = translate(weights, changes | network | told)
     for name, value in changes.items():
         if network.get(name, value) != value:
             raise ValueError(f"transformer: {name} is {value}; the weights are of {network[name]}.")
     if source.method == "mdt" and method != "mdt":
         network = {name: value for name, value in network.items() if name != "num_decoder_layers"}
+    network = {name: value for name, value in (network | changes).items() if name in arguments}
+    check_network(network, arguments, weights)
     torch.manual_seed(0)
-    built = transformer(**{name: value for name, value in (network | changes).items() if name in arguments})
+    built = transformer(**network)
     fresh = built.state_dict()
     fitting = {
         name: weight
@@ -196,7 +230,9 @@ def build(source: Source, config: ConvertConfig) -> tuple[PatchTransformer2DMode
     }
     built.load_state_dict(fresh | fitting)
     missing = [name for name in fresh if name not in fitting]
-    return built, missing, [origins.get(name, name) for name in weights if name not in fitting]
+    # What was made up for the source, as a mask token of zeros, is not of it.
+    own = origins if source.method is None else dict.fromkeys(weights)
+    return built, missing, [own[name] or name for name in weights if name not in fitting and name in own]
 
 
 def config_of(transformer: PatchTransformer2DModel) -> dict:
@@ -220,15 +256,19 @@ def save_pipeline(pipe: SDDiTPipeline, folder: Path) -> None:
     Raises:
         OSError: the disk is full, or cannot be written.
     """
-    aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    remove(aside)
     try:
         pipe.save_pretrained(aside)
         aside.rename(folder)
     except SafetensorError as error:  # what safetensors makes of a disk that is full
         raise OSError(f"{folder} cannot be written: {error}") from error
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(folder)
+        raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
 
 
 def convert(name: str, output: Path, config: ConvertConfig) -> str:
@@ -279,14 +319,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(ConvertConfig, prog="convert", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("source", help="a pipeline, a transformer's folder, a single file or a checkpoint")
     parser.add_argument("output", help="FILE.safetensors, or a folder for a pipeline")
-    try:
+    with one_line_errors("convert"):
         chosen = parser.parse_known_options(arguments)
         source, output = chosen.pop("source"), Path(chosen.pop("output"))
         print(convert(source, output, ConvertConfig(**chosen)))
-    except ValueError as error:
-        parser.error(str(error))
-    except OSError as error:
-        sys.exit(f"convert: error: {error}.")
 
 
 if __name__ == "__main__":

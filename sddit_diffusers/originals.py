@@ -11,6 +11,7 @@ Shapes are those of `transformer_sddit.py`.
 
 import math
 import re
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -84,11 +85,10 @@ def translate(theirs: dict[str, Tensor], told: dict) -> tuple[dict[str, Tensor],
         if not _is_repeated(name, theirs):
             for ours, part in _rename(name, weight, has_decoder="decoder_layer.linear.weight" in theirs):
                 weights[ours], origins[ours] = part, name
-    width = len(weights["patch_embed.weight"])
-    table = weights.get("label_embed.weight", torch.zeros(width, 0))
-    if "decoder.proj_in.weight" in weights or table.shape[1] != width:
-        # MaskDiT's `[D, classes]` is a matrix for one-hot labels, and zeros are the null class.
-        weights["label_embed.weight"] = torch.cat([table.T, table.new_zeros(1, width)])
+    weights["label_embed.weight"] = _label_table(weights, told.get("num_classes"))
+    if "decoder.proj_in.weight" in weights and "mask_token" not in weights:
+        # MaskDiT without L_MAE fills the masked places with zeros.
+        weights["mask_token"] = torch.zeros(1, 1, len(weights["decoder.proj_in.weight"]))
     for name in [name for name in weights if "proj_out." in name]:
         _leave_out_variance(name, weights, origins)
     network = _sizes(weights, told)
@@ -96,6 +96,43 @@ def translate(theirs: dict[str, Tensor], told: dict) -> tuple[dict[str, Tensor],
         if name in weights and _is_sincos(weights[name]):
             del weights[name]
     return weights, origins, network
+
+
+def _label_table(weights: dict[str, Tensor], classes: int | None) -> Tensor:
+    """The embedding of the labels, `[classes + 1, D]`, the null class last.
+
+    MaskDiT's `[D, classes]` is a matrix for one-hot labels, and zeros are its null class. DiT has a row for
+    the null class where it was trained with label dropout, which the table does not tell: `classes` does, and
+    1,000 rows are ImageNet's. Where it was not, zeros are put there, which the network has never seen.
+
+    Raises:
+        ValueError: the table has another number of classes.
+    """
+    stem = weights["patch_embed.weight"]
+    width, channels, patch_size, _ = stem.shape
+    table = weights.get("label_embed.weight", stem.new_zeros(width, 0))
+    has_decoder = "decoder.proj_in.weight" in weights
+    last = weights.get("proj_out.weight")
+    # MaskDiT has no variance, which tells its table from DiT's where both are square.
+    plain = last is not None and len(last) == patch_size**2 * channels
+    if has_decoder or table.shape[1] != width or (len(table) == width and plain):
+        table = torch.cat([table.T, table.new_zeros(1, width)])
+        rows = len(table)
+    else:
+        rows = len(table)
+        if (classes or 1000) == rows:
+            warnings.warn(
+                f"The labels' table has {rows} rows, so none for the null class: zeros stand there. "
+                "Train with label_dropout before guidance is used.",
+                stacklevel=2,
+            )
+            table = torch.cat([table, table.new_zeros(1, width)])
+            rows += 1
+    if classes and classes != rows - 1:
+        raise ValueError(
+            f"num_classes is {classes}; the labels' table has {rows - 1} classes and a null one."
+        )
+    return table
 
 
 def _is_repeated(name: str, theirs: dict[str, Tensor]) -> bool:

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 
-from .cli import Parser, option, options
+from .cli import Parser, check_options, one_line_errors, option, options
+from .files import written_aside
 from .generate import load_pipeline
 from .reporting import draw_scores, path_grid, read_metrics, sample_grid
 
@@ -24,23 +26,30 @@ class PlotConfig:
     output: str = option("", "the picture's file; grid.png, path.png or scores.png if not given")
     metric: str = option("fid", "what `scores` draws: a name in metrics.jsonl, as fid_classifier")
     class_labels: list[str] = options([], "numbers or names of classes; ten of all if not given")
-    columns: int = option(10, "pictures in a row")
-    num_inference_steps: int = option(40, "steps of the sampler")
+    columns: int = option(10, "pictures in a row", low=1, high=1000)
+    num_inference_steps: int = option(40, "steps of the sampler", low=1)
     guidance_scale: float = option(1.0, "1 is off")
-    guidance_interval: list[float] = options([0.0, math.inf], "the lowest and highest sigma that are guided")
+    guidance_interval: list[float] = options(
+        [0.0, math.inf], "the lowest and highest sigma that are guided", low=0, infinite=True
+    )
 
     def __post_init__(self):
-        for name in ("columns", "num_inference_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        check_options(self)
+        interval = self.guidance_interval
+        if len(interval) != 2 or interval[0] > interval[1]:
+            raise ValueError(f"guidance_interval is {interval}; it must be two rising sigmas.")
 
 
 def plot_samples(kind: str, config: PlotConfig, name: str, path: Path) -> None:
     """The plots `grid` and `path`.
 
     Raises:
-        ValueError: there is no such pipeline or class.
+        ValueError: there is no such pipeline or class, or no such kind of picture.
+        OSError: the picture cannot be written.
     """
+    kinds = Image.registered_extensions()
+    if path.suffix.lower() not in kinds:
+        raise ValueError(f"output is {path}; it must end as a picture does, such as .png.")
     pipe = load_pipeline(name)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     labels = [int(label) if label.isdecimal() else label for label in config.class_labels]
@@ -52,7 +61,9 @@ def plot_samples(kind: str, config: PlotConfig, name: str, path: Path) -> None:
         "guidance_interval": tuple(config.guidance_interval),
     }
     draw = sample_grid if kind == "grid" else path_grid
-    draw(pipe, labels=labels, **arguments).save(path)
+    picture = draw(pipe, labels=labels, **arguments)
+    with written_aside(path) as file:
+        picture.save(file, format=kinds[path.suffix.lower()])
 
 
 def plot_scores(config: PlotConfig, names: Sequence[str], path: Path) -> None:
@@ -74,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(PlotConfig, prog="plot", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("kind", choices=("grid", "path", "scores"))
     parser.add_argument("names", nargs="+", help="a pipeline, or with `scores` the folders of runs")
-    try:
+    with one_line_errors("plot"):
         chosen = parser.parse_known_options(arguments)
         kind, names = chosen.pop("kind"), chosen.pop("names")
         config = PlotConfig(**chosen)
@@ -86,8 +97,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             plot_samples(kind, config, names[0], path)
         print(f"Drawn: {path}")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ far: `results.md`, `results.json`, and a figure for each table.
 """
 
 import json
-import shutil
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,16 +19,26 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
 from .checkpointing import find_checkpoints
-from .cli import Parser, differences, json_object, option, options
+from .cli import (
+    Parser,
+    check_options,
+    differences,
+    json_object,
+    one_line_errors,
+    option,
+    options,
+    shortened,
+)
 from .configuration import TrainingConfig, parse
 from .data import ImageDataset
-from .files import written_aside
+from .files import locked, read_json, remove, written_aside
 from .generate import load_pipeline
 from .launching import check_machine, on_main_process
 from .pipeline_sddit import SDDiTPipeline
@@ -39,6 +49,12 @@ from .scheduling_edm_heun import EDMHeunScheduler
 from .studies import Results, as_json, draw, markdown, read_study, slug
 
 SPEED_ROUNDS = 20
+# What a training leaves at its end, in the order in which it does.
+_AT_THE_END = ("model_index.json", "curves.png", "README.md")
+# What is kept of measurements; see `files.parse_json` for such structures.
+_SPEEDS = {str: float}
+_PROBED = [{"probe": str, "features": str, "sigma": float, "accuracy": float}]
+_SAMPLED = (None, float)
 
 
 @dataclass
@@ -50,8 +66,13 @@ class ReproduceConfig:
         "{}", "JSON of settings of train_sddit.py that differ from the study's, for all runs"
     )
     runs: list[str] = options([], "of the study's, to be trained now; all if not given")
-    seeds: list[int] = options([], "of the study's, to be trained now; all if not given")
+    seeds: list[int] = options(
+        [], "of the study's, to be trained now; all if not given", low=0, high=2**32 - 1
+    )
     report_only: bool = option(False, "train and measure nothing: tables and figures of what there is")
+
+    def __post_init__(self):
+        check_options(self)
 
 
 class Reproduction:
@@ -73,7 +94,7 @@ class Reproduction:
         ):  # fmt: skip
             if unknown := [one for one in chosen if one not in known]:
                 raise ValueError(
-                    f"There is no {name} {unknown[0]!r}; there are {', '.join(map(str, known))}."
+                    f"There is no {name} {shortened(unknown[0])}; there are {', '.join(map(str, known))}."
                 )
         self.runs = config.runs or list(self.study.runs)
         self.seeds = config.seeds or self.study.seeds
@@ -110,20 +131,29 @@ class Reproduction:
         return config
 
     def is_done(self, run: str, seed: int) -> bool:
-        """Whether a training is complete, with the settings that are wanted.
+        """Whether a training is complete, with the settings that are wanted, and has been cleared up.
+
+        Raises:
+            ValueError: it was begun with others.
+        """
+        return self.is_complete(run, seed) and not find_checkpoints(self.folder_of(run, seed))
+
+    def is_complete(self, run: str, seed: int) -> bool:
+        """Whether a training has written its last file, with the settings that are wanted.
 
         Raises:
             ValueError: it was begun with others.
         """
         folder, wanted = self.folder_of(run, seed), json.loads(json.dumps(vars(self.configs[run, seed])))
-        if not (folder / "training_config.json").is_file():
+        path = folder / "training_config.json"
+        if not path.is_file():
             return False
-        begun = vars(TrainingConfig()) | json.loads((folder / "training_config.json").read_text())
+        begun = vars(TrainingConfig()) | read_json(path, dict, "training's settings")
         if others := differences(begun, wanted):
             raise ValueError(
                 f"{folder} was begun with other settings: {'; '.join(others)}. Choose another --output_dir."
             )
-        if not (folder / "metrics.jsonl").is_file() or not (folder / "model_index.json").is_file():
+        if not all((folder / name).is_file() for name in ("metrics.jsonl", *_AT_THE_END)):
             return False
         metrics = read_metrics(folder / "metrics.jsonl")
         return bool(metrics) and metrics[-1]["step"] == wanted["max_train_steps"]
@@ -135,39 +165,44 @@ class Reproduction:
             missing = [training for training in trainings if not self.is_done(*training)]
             for i, (run, seed) in enumerate(missing):
                 self.accelerator.print(f"[{i + 1} of {len(missing)}] {run}, seed {seed}", flush=True)
-                self.train(self.configs[run, seed])
+                self.train(run, seed)
             self.measure()
         self.collect()
         on_main_process(self.report, self.accelerator)
 
-    def train(self, config: TrainingConfig) -> None:
-        """One run of `train_sddit.py`, from its newest checkpoint on."""
+    def train(self, run: str, seed: int) -> None:
+        """One run of `train_sddit.py`, from its newest checkpoint on; these go once it is complete."""
         from train_sddit import Trainer  # imported late: it is the program above this package
 
-        Trainer(config).run()
-        if self.accelerator.is_main_process:
-            for checkpoint in find_checkpoints(Path(config.output_dir)):
-                shutil.rmtree(checkpoint)
-        self.accelerator.wait_for_everyone()
+        if not on_main_process(lambda: self.is_complete(run, seed), self.accelerator):
+            Trainer(self.configs[run, seed]).run()
+        on_main_process(lambda: self.clear_up(run, seed), self.accelerator)
+
+    def clear_up(self, run: str, seed: int) -> None:
+        """Removes a complete training's checkpoints."""
+        for checkpoint in find_checkpoints(self.folder_of(run, seed)):
+            remove(checkpoint)
 
     def measure(self) -> None:
         """What tables need beside the trainings: speeds, probes, samplings; each is kept in a file."""
         for table in self.study.tables:
             if table.kind == "speed":
-                self.keep(self.folder / "speeds.json", table.runs, self.measure_speeds)
+                self.keep(self.folder / "speeds.json", table.runs, _SPEEDS, self.measure_speeds)
             for run, seed in [(run, seed) for run in table.runs for seed in self.seeds]:
                 folder, config = self.folder_of(run, seed), self.configs[run, seed]
                 if not self.is_done(run, seed):
                     continue
                 if table.kind == "probe":
-                    self.keep(folder / "probe.json", table.sigmas, partial(self.probe, folder, config))
+                    self.keep(
+                        folder / "probe.json", table.sigmas, _PROBED, partial(self.probe, folder, config)
+                    )
                 for name, sampling in table.samplings.items():
                     path = folder / f"sampling-{slug(name)}.json"
-                    self.keep(path, sampling, partial(self.sample, folder, config))
+                    self.keep(path, sampling, _SAMPLED, partial(self.sample, folder, config))
 
-    def keep(self, path: Path, of: list | dict, measure: Callable) -> None:
+    def keep(self, path: Path, of: list | dict, structure: Any, measure: Callable) -> None:
         """Writes what `measure` finds of something, unless that was done before."""
-        if path.is_file() and json.loads(path.read_text())["of"] == of:
+        if is_kept(path, of, structure):
             return
         self.accelerator.print(path, flush=True)
         found = measure(of)
@@ -182,12 +217,13 @@ class Reproduction:
         from train_sddit import Trainer
 
         seconds: dict[str, list[float]] = {run: [] for run in runs}
+        speed = self.folder / ".speed"
         with ExitStack() as stack:
+            on_main_process(lambda: stack.enter_context(locked(speed)), self.accelerator)
             trainers: dict[str, tuple[Trainer, Iterator]] = {}
             for run in runs:
                 config = TrainingConfig(**vars(self.configs[run, self.study.seeds[0]]))
-                folder = self.folder / ".speed" / slug(run)
-                config.output_dir, config.evaluation_steps = str(folder), 0
+                config.output_dir, config.evaluation_steps = str(speed / slug(run)), 0
                 config.max_train_steps = SPEED_ROUNDS + 2
                 trainer = Trainer(config)
                 trainers[run] = (
@@ -200,7 +236,7 @@ class Reproduction:
                     trainer.train_step(step, data)  # its metrics are read back from the device
                     seconds[run].append(time.perf_counter() - start)
         if self.accelerator.is_main_process:
-            shutil.rmtree(self.folder / ".speed")
+            remove(speed)
         return {run: 1 / statistics.median(values[2:]) for run, values in seconds.items()}
 
     def probe(self, folder: Path, config: TrainingConfig, sigmas: list[float]) -> list[dict]:
@@ -236,6 +272,11 @@ class Reproduction:
             if not self.is_done(run, seed):
                 continue
             rows = read_metrics(folder / "metrics.jsonl")
+            for row in rows:
+                if study.metric in row and not is_number(row[study.metric]):
+                    raise ValueError(
+                        f"{folder}: its {study.metric} is {shortened(row[study.metric])}, no number."
+                    )
             if study.metric not in rows[-1]:
                 raise ValueError(f"{folder} has no {study.metric!r}, which is the study's metric.")
             add(run, seed, ("last",), rows[-1][study.metric])
@@ -243,17 +284,26 @@ class Reproduction:
                 if study.metric in row:
                     add(run, seed, ("score", row["step"]), row[study.metric])
             for name, value in rows[-1].items():
-                add(run, seed, ("metric", name), value)
-            for row in read_kept(folder / "probe.json", []):
-                if row["probe"] == "k-NN":
-                    add(run, seed, ("k-NN", row["features"], row["sigma"]), row["accuracy"])
-            for table in study.tables:
-                for name in table.samplings if table.run == run else ():
-                    value = read_kept(folder / f"sampling-{slug(name)}.json", None)
-                    if value is not None:
-                        add(run, seed, ("sampling", name), value)
-        for run, speed in read_kept(self.folder / "speeds.json", {}).items():
-            add(run, 0, ("speed",), speed)
+                if is_number(value):
+                    add(run, seed, ("metric", name), value)
+            self.collect_kept(run, seed)
+        for table in study.tables:
+            if table.kind == "speed":
+                for run, speed in read_kept(self.folder / "speeds.json", table.runs, _SPEEDS, {}).items():
+                    add(run, 0, ("speed",), speed)
+
+    def collect_kept(self, run: str, seed: int) -> None:
+        """What was measured of a training."""
+        folder, add = self.folder_of(run, seed), self.results.add
+        for table in self.study.tables:
+            if table.kind == "probe":
+                for row in read_kept(folder / "probe.json", table.sigmas, _PROBED, []):
+                    if row["probe"] == "k-NN":
+                        add(run, seed, ("k-NN", row["features"], row["sigma"]), row["accuracy"])
+            for name, sampling in table.samplings.items() if table.run == run else ():
+                value = read_kept(folder / f"sampling-{slug(name)}.json", sampling, _SAMPLED, None)
+                if value is not None:
+                    add(run, seed, ("sampling", name), value)
 
     def report(self) -> None:
         """Writes tables and figures."""
@@ -267,20 +317,33 @@ class Reproduction:
         print(f"{len(self.study.tables)} tables and figures: {self.folder}/results.md")
 
 
-def read_kept(path: Path, default):
-    """What [`Reproduction.keep`] wrote, or else the default."""
-    return json.loads(path.read_text())["found"] if path.is_file() else default
+def is_number(value) -> bool:
+    """Whether a metric can stand in a table."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def is_kept(path: Path, of: list | dict, structure: Any) -> bool:
+    """Whether [`Reproduction.keep`] has measured this.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    kept = {"of": (list, dict), "found": structure}
+    return path.is_file() and read_json(path, kept, "measurement of a study")["of"] == of
+
+
+def read_kept(path: Path, of: list | dict, structure: Any, default):
+    """What [`Reproduction.keep`] found of something, or else the default."""
+    return json.loads(path.read_bytes())["found"] if is_kept(path, of, structure) else default
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(ReproduceConfig, prog="reproduce", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("study", help="a study's file, as those in studies/")
-    try:
+    with one_line_errors("reproduce"):
         chosen = parser.parse_known_options(arguments)
         path = Path(chosen.pop("study"))
         Reproduction(ReproduceConfig(**chosen), path).run()
-    except (ValueError, OSError, FloatingPointError) as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

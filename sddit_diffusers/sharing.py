@@ -1,6 +1,9 @@
 """A trained pipeline as others get it: its model card, and its upload to the Hub."""
 
+import html
 import json
+import re
+import shlex
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, upload_folder
@@ -49,7 +52,7 @@ def upload(folder: Path, repo: str) -> str:
         patterns = " ".join(f"--include '{pattern}'" for pattern in SHARED)
         raise OSError(
             f"The pipeline is complete in {folder}/, but was not uploaded to {repo}: {error} "
-            f"Try again: hf upload {repo} {folder} . {patterns}"
+            f"Try again: hf upload {shlex.quote(repo)} {shlex.quote(str(folder))} . {patterns}"
         ) from error
 
 
@@ -63,22 +66,24 @@ def write_card(
     """Writes the model card, README.md, of a training's output folder.
 
     Args:
-        folder: has the run's metrics.jsonl, and what there is of samples.png and curves.png.
+        folder: has what there is of the run's metrics.jsonl, samples.png and curves.png.
         repo: the name by which the card's snippet loads the pipeline.
         pipe: what is in the folder.
         dataset: what it was trained on.
     """
-    last = read_metrics(folder / "metrics.jsonl")[-1]
+    path = folder / "metrics.jsonl"
+    last = (read_metrics(path) if path.is_file() else [])[-1:]
     name, source, public = _METHODS[config.method], *_source_of(config, dataset)
     network = {name: value for name, value in pipe.transformer.config.items() if not name.startswith("_")}
-    scores = [score for score in last.items() if score[0].split("_")[0] in _NAMES]
+    scores = [score for row in last for score in row.items() if score[0].split("_")[0] in _NAMES]
+    title = one_line(repo.split("/")[-1])
     data = ModelCardData(
         license="apache-2.0",
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
         tags=["sd-dit", config.method, "class-conditional", "diffusion-transformer"],
         datasets=[public] if public else None,
-        model_name=repo.split("/")[-1],
+        model_name=title,
         eval_results=[
             EvalResult(
                 task_type="unconditional-image-generation", dataset_type=public or "custom",
@@ -92,17 +97,21 @@ def write_card(
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        repo=repo,
+        title=markdown(title),
+        repo=python_text(repo),
         method=name,
         preset=config.preset,
-        source=source,
+        source=markdown(source),
         images=len(dataset),
         classes=dataset.num_classes,
-        steps=last["step"],
+        steps=config.max_train_steps,
         weights=sum(weight.numel() for weight in pipe.transformer.parameters()),
         side=pipe.transformer.config.sample_size * pipe.vae_scale_factor,
-        label=repr(next(iter(pipe.label2ids))) if pipe.label2ids else 0 if dataset.num_classes else None,
-        settings=_settings(config) | {"transformer": json.dumps(network)},
+        label=_example(pipe),
+        settings={
+            name: markdown(str(value))
+            for name, value in (_settings(config) | {"transformer": json.dumps(network)}).items()
+        },
         scores=[(_score_name(key, config), f"{value:.4g}") for key, value in scores],
         pictures=[picture for picture in ("samples.png", "curves.png") if (folder / picture).is_file()],
     )
@@ -110,14 +119,39 @@ def write_card(
         file.write(str(card))
 
 
+def one_line(name: str) -> str:
+    """A foreign name without line breaks and what else cannot be seen."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in name).split())
+
+
+def markdown(name: str) -> str:
+    """Markdown, also of a table's cell, that shows a foreign name as it is."""
+    return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", html.escape(one_line(name), quote=False))
+
+
+def python_text(text: str) -> str:
+    """Python of a text: in double quotes, where it has no quotes itself."""
+    quoted = repr(text)
+    return quoted if "'" in text or '"' in text else f'"{quoted[1:-1]}"'
+
+
+def _example(pipe: SDDiTPipeline) -> str | None:
+    """Python of the lowest class: its name, or its number where no name is its own; None without classes."""
+    if not pipe.transformer.config.num_classes:
+        return None
+    number = min(pipe.id2label, default=0)
+    name = pipe.id2label.get(number, "")
+    return python_text(name) if pipe.label2ids.get(name.strip().lower()) == [number] else str(number)
+
+
 def _source_of(config: TrainingConfig, dataset: ImageDataset | LatentDataset) -> tuple[str, str | None]:
     """What the pictures were, for people, and their name on the Hub if they have one."""
     name = dataset.manifest.source["name"] if isinstance(dataset, LatentDataset) else config.dataset_name
     if name == "digits":
         return "scikit-learn's handwritten digits", None
-    if name.count("/") == 1 and not Path(name).exists() and not name.startswith("/"):
+    if re.fullmatch(r"[a-zA-Z0-9][\w.-]*/[\w.-]+", name, re.ASCII) and not Path(name).exists():
         return name, name
-    return Path(name).name, None  # of a folder or URL, without where it was
+    return one_line(Path(name).name), None  # of a folder or URL, without where it was
 
 
 def _score_name(key: str, config: TrainingConfig) -> str:

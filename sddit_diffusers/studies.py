@@ -9,10 +9,12 @@ A study is a JSON file of runs by name and of tables and figures made of them:
   `steps` (the score over steps), `speed` (steps a second against the score; the paper's are pairs), `setting`
   (the score over the value of a `setting`), `metrics` (the last values of `columns`), `probe` (what the
   encoder knows, at `sigmas`), and `sampling` (the score of one `run` with each of the `samplings`, by name:
-  arguments of the pipeline's call, and `scheduler`, settings of its scheduler).
+  arguments of the pipeline's call, those of `SAMPLING`, and `scheduler`, settings of its scheduler).
 """
 
-import json
+import dataclasses
+import inspect
+import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -21,10 +23,30 @@ from pathlib import Path
 
 import matplotlib
 
+from .cli import shortened
+from .files import read_json, written_aside
+from .scheduling_edm_heun import EDMHeunScheduler
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 KINDS = ("steps", "speed", "setting", "metrics", "probe", "sampling")
+FIGURES = ("png", "svg")
+RESULTS = ("results.md", "results.json", "speeds.json")  # of a study, in its folder
+# What a sampling may change; see `files.parse_json` for such structures.
+SAMPLING = {
+    "num_inference_steps?": range(1, 2**31), "sigmas?": [float], "guidance_scale?": float,
+    "guidance_interval?": [float], "s_churn?": float, "s_tmin?": float, "s_tmax?": float, "s_noise?": float,
+    "scheduler?": dict,
+}  # fmt: skip
+_TABLE = {
+    "title": str, "kind": str, "paper": {str: (None, [float], float)}, "setting?": str, "columns?": [str],
+    "sigmas?": [float], "run?": str, "samplings?": {str: SAMPLING},
+}  # fmt: skip
+_STUDY = {
+    "title": str, "about": str, "settings": dict, "seeds": [range(2**32)], "metric": str,
+    "runs": {str: dict}, "tables": [_TABLE],
+}  # fmt: skip
 
 
 @dataclass
@@ -46,10 +68,17 @@ class Table:
         needed = {"setting": "setting", "metrics": "columns", "probe": "sigmas", "sampling": "samplings"}
         if self.kind in needed and not getattr(self, needed[self.kind]):
             raise ValueError(f"a table of kind {self.kind} needs {needed[self.kind]}.")
+        if any(sigma <= 0 for sigma in self.sigmas):
+            raise ValueError(f"sigmas are {self.sigmas}; they must be above 0.")
         if self.kind == "sampling" and set(self.paper) != set(self.samplings):
             raise ValueError(
                 "paper must have the names of the samplings, with null where there is no figure."
             )
+        for name, sampling in self.samplings.items():
+            try:
+                _check_sampling(sampling)
+            except ValueError as error:
+                raise ValueError(f"the sampling {shortened(name)}: {error}") from None
 
     @property
     def runs(self) -> list[str]:
@@ -79,27 +108,93 @@ class Study:
             raise ValueError(f"seeds are {self.seeds}; they must be different, and at least one.")
         for table in self.tables:
             for run in table.runs:
-                if run not in self.runs:
-                    raise ValueError(
-                        f"{table.title}: there is no run {run!r}; there are {', '.join(self.runs)}."
-                    )
-                if table.setting and table.setting not in self.settings | self.runs[run]:
-                    raise ValueError(f"{table.title}: {run} has no setting {table.setting!r}.")
+                self._check_run(table, run)
         for kind in ("speed", "probe"):
             if sum(table.kind == kind for table in self.tables) > 1:
                 raise ValueError(f"there are several tables of kind {kind}; there can be one.")
-        for what, names in (
-            ("runs", self.runs),
-            ("tables", [table.name for table in self.tables]),
-            *(("samplings", table.samplings) for table in self.tables),
-        ):
-            if len({slug(name) for name in names}) < len(names):
-                raise ValueError(f"the {what} need names whose letters and digits differ.")
+        self._check_files()
+
+    def _check_run(self, table: Table, run: str) -> None:
+        """Of a table."""
+        if run not in self.runs:
+            raise ValueError(
+                f"{table.title}: there is no run {shortened(run)}; there are {', '.join(self.runs)}."
+            )
+        settings = self.settings | self.runs[run]
+        if table.setting and table.setting not in settings:
+            raise ValueError(f"{table.title}: {run} has no setting {table.setting!r}.")
+        if table.kind == "setting" and not _is_place(value := settings[table.setting]):
+            raise ValueError(
+                f"{table.title}: {table.setting} is {shortened(value)}; an axis needs a number or 'student'."
+            )
+
+    def _check_files(self) -> None:
+        """No two runs or tables share a file, nor two samplings of a run that differ."""
+        taken = dict.fromkeys(RESULTS, "the study itself")
+        files = [(slug(run), f"the run {shortened(run)}") for run in self.runs]
+        for table in self.tables:
+            files += [(f"{table.name}.{ending}", f"the table {table.title!r:.80}") for ending in FIGURES]
+        for file, owner in files:
+            if file in taken:
+                raise ValueError(
+                    f"{owner} would write {file}, which is of {taken[file]}; give it another name."
+                )
+            taken[file] = owner
+        samplings: dict[tuple, tuple] = {}
+        for table in self.tables:
+            for name, sampling in table.samplings.items():
+                other, known = samplings.setdefault((table.run, slug(name)), (name, sampling))
+                if known != sampling:
+                    raise ValueError(
+                        f"the sampling {shortened(name)} of {table.run} has other settings than "
+                        f"{shortened(other)}, whose file it would write; give it another name."
+                    )
+
+
+def _is_place(value) -> bool:
+    """Whether a setting's value has a place in a figure."""
+    try:
+        return value == "student" or (not isinstance(value, bool) and math.isfinite(float(value)))
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _check_sampling(sampling: dict) -> None:
+    known = [name.removesuffix("?") for name in SAMPLING]
+    if unknown := [name for name in sampling if name not in known]:
+        raise ValueError(f"there is no argument {shortened(unknown[0])}; there are {', '.join(known)}.")
+    for name, value in sampling.items():
+        if name.startswith("s_") and value < 0:
+            raise ValueError(f"{name} is {value}; it must be at least 0.")
+    low, high = (*sampling.get("guidance_interval", (0, 0)), 0, 0)[:2]
+    if "guidance_interval" in sampling and (len(sampling["guidance_interval"]) != 2 or not low <= high):
+        raise ValueError(
+            f"guidance_interval is {sampling['guidance_interval']}; it must be two rising sigmas."
+        )
+    defaults = {name: each.default for name, each in inspect.signature(EDMHeunScheduler).parameters.items()}
+    for name, value in sampling.get("scheduler", {}).items():
+        if name not in defaults:
+            raise ValueError(f"the scheduler has no {shortened(name)}; it has {', '.join(defaults)}.")
+        kind = type(defaults[name])
+        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+            raise ValueError(f"{name} is {shortened(value)}; it must be as {defaults[name]!r}.")
+    EDMHeunScheduler(**sampling.get("scheduler", {}))
 
 
 def slug(name: str) -> str:
-    """Letters, digits, points and dashes, for files."""
-    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+    """Letters, digits, points and dashes: the name of a file or folder, which stays where it is put.
+
+    Raises:
+        ValueError: the name has none to begin with, is very long, or is Windows' own.
+    """
+    made = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+    if not re.match(r"[a-z0-9]", made) or made.endswith("."):
+        raise ValueError(f"{shortened(name)} names a file, so it must begin and end with a letter or digit.")
+    if len(made) > 100:
+        raise ValueError(f"{shortened(name)} names a file; it may have at most 100 letters.")
+    if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", made):
+        raise ValueError(f"{shortened(name)} names a file, and Windows has no such files.")
+    return made
 
 
 def read_study(path: Path) -> Study:
@@ -108,17 +203,23 @@ def read_study(path: Path) -> Study:
     Raises:
         ValueError: it cannot be read, or is no study; the message says what is wrong.
     """
-    where = ""
+    content, where, tables = read_json(path, _STUDY, "study"), "", []
     try:
-        content, tables = json.loads(path.read_text()), []
         for table in content.pop("tables"):
-            where = f"{table.get('title')}: "
-            tables.append(Table(**table))
+            where = f"{shortened(table['title'])[1:-1]}: "
+            tables.append(Table(**_known(table, Table)))
         where = ""
-        return Study(tables=tables, **content)
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        problem = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is no study: {where}{problem}") from None
+        return Study(tables=tables, **_known(content, Study))
+    except ValueError as error:
+        raise ValueError(f"{path} is no study: {where}{error}") from None
+
+
+def _known(content: dict, kind: type) -> dict:
+    """The content, once each of its names is a field's."""
+    names = [each.name for each in dataclasses.fields(kind)]
+    if unknown := [name for name in content if name not in names]:
+        raise ValueError(f"there is nothing called {shortened(unknown[0])}; there are {', '.join(names)}.")
+    return content
 
 
 class Results:
@@ -190,12 +291,18 @@ def markdown(study: Study, results: Results) -> str:
     lines = [f"# {study.title}", "", study.about, ""]
     for table in study.tables:
         head, rows = rows_of(table, study, results)
-        lines += [f"## {table.title}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        lines += [f"## {table.title}", "", _row(head), "|" + "---|" * len(head)]
         for name, paper, *values in rows:
             quoted = " / ".join(f"{number:g}" for number in paper) if isinstance(paper, list) else show(paper)
-            lines.append(f"| {' | '.join([name, quoted, *map(show, values)])} |")
+            lines.append(_row([name, quoted, *map(show, values)]))
         lines += ["", f"![{table.title}]({table.name}.png)", ""]
     return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    """A line of a table, whose cells may have its bars."""
+    escaped = [cell.replace("|", r"\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
 
 
 def as_json(study: Study, results: Results) -> dict:
@@ -210,23 +317,28 @@ def as_json(study: Study, results: Results) -> dict:
 def draw(table: Table, study: Study, results: Results, folder: Path) -> None:
     """The table's figure, as PNG and SVG; seeds' means, and their spread from the lowest to the highest."""
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axis.set_ylabel(study.metric)
+    axis.set_ylabel(_text(study.metric))
     DRAWINGS[table.kind](axis, table, study, results)
-    axis.set_title(table.title, wrap=True)
+    axis.set_title(_text(table.title), wrap=True)
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[1]:
         axis.legend(fontsize=8)
-    for ending in ("png", "svg"):
-        figure.savefig(
-            folder / f"{table.name}.{ending}", dpi=120, metadata={"Date": None} if ending == "svg" else None
-        )
+    for ending in FIGURES:
+        about = {"Date": None} if ending == "svg" else None
+        with written_aside(folder / f"{table.name}.{ending}") as file:
+            figure.savefig(file, format=ending, dpi=120, metadata=about)
     plt.close(figure)
+
+
+def _text(name: str) -> str:
+    """A name as it is, where matplotlib would read formulas between dollars."""
+    return name.replace("$", r"\$")
 
 
 def _draw_steps(axis, table: Table, study: Study, results: Results) -> None:
     for run in table.runs:
         steps = results.steps([run])
-        _draw_line(axis, steps, [results.of(run, ("score", step)) for step in steps], run)
+        _draw_line(axis, steps, [results.of(run, ("score", step)) for step in steps], _text(run))
     axis.set_xlabel("step")
     axis.set_yscale("log")
     for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
@@ -239,7 +351,7 @@ def _draw_speed(axis, table: Table, study: Study, results: Results) -> None:
         if speed and scores:
             low, mean, high = _spread(scores)
             axis.errorbar(speed, [mean], [[mean - low], [high - mean]], fmt="o", capsize=3)
-            axis.annotate(run, (speed[0], mean), (6, 6), textcoords="offset points")
+            axis.annotate(_text(run), (speed[0], mean), (6, 6), textcoords="offset points")
     axis.set_xlabel("training steps a second")
     axis.margins(0.2)
 
@@ -250,14 +362,14 @@ def _draw_setting(axis, table: Table, study: Study, results: Results) -> None:
         value = (study.settings | study.runs[run])[table.setting]
         scores = results.of(run, ("last",))
         if scores and value == "student":  # a distribution, which has no place on the axis
-            axis.axhline(statistics.fmean(scores), linestyle="--", color="tab:orange", label=run)
+            axis.axhline(statistics.fmean(scores), linestyle="--", color="tab:orange", label=_text(run))
         elif scores:
             points[float(value)] = scores
     xs = sorted(points)
-    _draw_line(axis, xs, [points[x] for x in xs], study.metric)
+    _draw_line(axis, xs, [points[x] for x in xs], _text(study.metric))
     if xs and 0 < min(xs) < max(xs) / 50:
         axis.set_xscale("log")
-    axis.set_xlabel(table.setting)
+    axis.set_xlabel(_text(table.setting))
 
 
 def _draw_metrics(axis, table: Table, study: Study, results: Results) -> None:
@@ -267,8 +379,10 @@ def _draw_metrics(axis, table: Table, study: Study, results: Results) -> None:
             if values := results.of(run, ("metric", name)):
                 low, mean, high = _spread(values)
                 place, reach = i + (j + 0.5) * width - 0.4, [[mean - low], [high - mean]]
-                axis.bar(place, mean, width, yerr=reach, capsize=2, color=f"C{j}", label=None if i else name)
-    axis.set_xticks(range(len(table.runs)), table.runs, rotation=20)
+                axis.bar(
+                    place, mean, width, yerr=reach, capsize=2, color=f"C{j}", label=None if i else _text(name)
+                )
+    axis.set_xticks(range(len(table.runs)), [*map(_text, table.runs)], rotation=20)
     axis.set_ylabel("")
 
 
@@ -277,7 +391,9 @@ def _draw_probe(axis, table: Table, study: Study, results: Results) -> None:
         for features, style in (("[CLS]", "--"), ("patches", "-")):
             values = [results.of(run, ("k-NN", features, sigma)) for sigma in table.sigmas]
             if all(values):
-                _draw_line(axis, table.sigmas, values, f"{run}, {features}", color=f"C{i}", linestyle=style)
+                _draw_line(
+                    axis, table.sigmas, values, f"{_text(run)}, {features}", color=f"C{i}", linestyle=style
+                )
     axis.set_xscale("log")
     axis.set_xlabel("σ")
     axis.set_ylabel("k-NN accuracy")
@@ -286,8 +402,8 @@ def _draw_probe(axis, table: Table, study: Study, results: Results) -> None:
 def _draw_sampling(axis, table: Table, study: Study, results: Results) -> None:
     found = {name: results.of(table.run, ("sampling", name)) for name in table.samplings}
     found = {name: values for name, values in found.items() if values}
-    _draw_line(axis, range(len(found)), list(found.values()), table.run)
-    axis.set_xticks(range(len(found)), found, rotation=20)
+    _draw_line(axis, range(len(found)), list(found.values()), _text(table.run))
+    axis.set_xticks(range(len(found)), [*map(_text, found)], rotation=20)
 
 
 def _draw_line(axis, xs, values: list[list[float]], label: str, **style) -> None:

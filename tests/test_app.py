@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import torch
+from bad_input import refusal
 from conftest import TINY, randomize
 from diffusers import EDMDPMSolverMultistepScheduler
 from PIL import Image
@@ -177,6 +178,15 @@ def test_stop_ends_the_call_of_its_session_alone(pipe):
     assert len(evaluations) == 7 and about.startswith("Made in") and "range(7, 11)" in code
 
 
+def test_one_step_and_one_image_are_a_page(pipe):
+    """gradio has no sliders of one place."""
+    config = AppConfig(max_images=1, max_steps=1)
+    app.build(Page(pipe, "model", config))
+    values = changed(classes=[1], images=1, steps=1)
+    slider = Page(pipe, "model", config).generate(*values, session("a"), lambda *_, **__: None)[2]
+    assert (slider.maximum, slider.value, slider.interactive) == (2, 1, False)
+
+
 def test_names_of_several_classes_have_their_number(pipe):
     pipe.id2label = {0: "crane", 1: "cat", 2: "crane"}
     assert Page(pipe, "model", AppConfig()).choices() == [
@@ -208,16 +218,40 @@ def test_a_message_is_no_html(pipe):
         (["/none"], "The pipeline '/none' cannot be loaded"),
         (["/none", "--dtype", "float8"], "dtype is 'float8'; it must be 'float32', 'bfloat16' or 'float16'."),
         (["/none", "--max_steps", "0"], "max_steps is 0; it must be at least 1."),
-        (["/none", "--server_port", "70000"], "server_port is 70000; it must be from 1 to 65535."),
+        (["/none", "--server_port", "70000"], "server_port is 70000; it must be in 0..65535."),
+        (["/none", "--max_images", "1000000000000"], "max_images is 1000000000000; it must be at most"),
+        (["/none", "--server_name", "a\0"], "text has no null bytes"),
         (["/none", "--share"], "unknown option --share"),
     ],
 )
 def test_mistakes_of_the_command_line(capsys, monkeypatch, arguments, message):
     monkeypatch.delenv("SDDIT_MODEL", raising=False)
-    with pytest.raises(SystemExit):
+    with refusal(capsys, "app: error: ", message):
         app.main(arguments)
-    error = capsys.readouterr().err
-    assert message in error and error.strip().split("\n")[-1].startswith("app: error: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"classes": ["x" * 500_000]}, "Unknown class name"),
+        ({"classes": [[1] * 100_000]}, "Class label [1"),
+        ({"seed": "x" * 500_000}, "Seed: "),
+    ],
+)
+def test_messages_are_short(pipe, changes, words):
+    with pytest.raises(gr.Error) as error:
+        Page(pipe, "model", AppConfig()).begin(session("a"), *changed(**changes))
+    assert words in error.value.message and len(error.value.message) < 1000
+
+
+def test_samples_that_are_not_finite_are_a_message(pipe):
+    def fail(*_):
+        raise FloatingPointError("image 3 (seed 17) is not finite")
+
+    pipe.transformer.register_forward_hook(fail)
+    with pytest.raises(gr.Error) as error:
+        Page(pipe, "model", AppConfig()).generate(*VALUES, session("a"), lambda *_, **__: None)
+    assert error.value.message == "image 3 (seed 17) is not finite" and not error.value.print_exception
 
 
 def test_a_space_installs_what_the_package_does():
@@ -284,18 +318,48 @@ def test_what_is_sent_past_the_page_is_refused_with_a_message(served, changes, m
 
 
 def test_no_way_around_the_queue_and_no_files(served):
-    part = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\nmany bytes\r\n--b--\r\n'
+    part = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\na\r\n--b--\r\n'
     for path, body, status in (
         ("run/generate", json.dumps({"data": VALUES}).encode(), 404),
-        ("upload", part, 413),
+        ("upload", part, 403),
+        ("upload/", part, 403),
         ("file=/etc/passwd", None, 403),
         ("file=app.py", None, 403),
         (f"file={ROOT}/setup.py", None, 403),
     ):
-        kind = "multipart/form-data; boundary=b" if path == "upload" else "application/json"
+        kind = "multipart/form-data; boundary=b" if "upload" in path else "application/json"
         with pytest.raises(urllib.error.HTTPError) as refusal:
             post(f"{served}/gradio_api/{path}", body, kind)
         assert refusal.value.code == status, path
+
+
+def call(served, **changes):
+    """Posts a call, and reads nothing: its answer's address."""
+    url = f"{served}/gradio_api/call/generate"
+    body = {"data": changed(**changes), "session_hash": os.urandom(8).hex()}
+    return f"{url}/{json.loads(post(url, json.dumps(body).encode()))['event_id']}"
+
+
+def test_one_step_is_a_call(served):
+    answer = urllib.request.urlopen(call(served, steps=1, classes=[0], images=1), timeout=60).read().decode()
+    assert "event: complete" in answer
+
+
+def test_a_client_that_reads_nothing_does_not_fill_the_queue(served):
+    """Whatever its sessions are called. Its calls end by themselves, so the next one has its turn."""
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        for _ in range(30):
+            call(served, steps=3000, classes=[0, 1], images=8)
+    assert refused.value.code == 503 and "calls here" in refused.value.read().decode()
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            address = call(served)
+            break
+        except urllib.error.HTTPError:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+    assert "event: complete" in urllib.request.urlopen(address, timeout=60).read().decode()
 
 
 @pytest.fixture

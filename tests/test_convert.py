@@ -24,8 +24,8 @@ from sddit_diffusers import (
 def refusal(capsys, *arguments):
     with pytest.raises(SystemExit) as stopped:
         run(*arguments)
-    assert stopped.value.code == 2
-    message = capsys.readouterr().err
+    code, message = stopped.value.code, capsys.readouterr().err
+    message = code if isinstance(code, str) else message
     assert message.startswith("convert: error: ") and len(message.splitlines()) == 1
     return message
 
@@ -208,6 +208,6 @@ def test_a_pipeline_that_cannot_be_written_leaves_nothing(pipe, tmp_path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(EDMHeunScheduler, "save_pretrained", full)
-    with pytest.raises(SystemExit, match="convert: error: .*No space left"):
+    with pytest.raises(SystemExit, match="convert: error: .*No space left.*out"):
         run(tmp_path / "pipeline", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]

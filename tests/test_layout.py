@@ -13,8 +13,8 @@ HUB_FILES = ["transformer_sddit", "scheduling_edm_heun", "pipeline_sddit"]
 LAYERS = [
     {*HUB_FILES, "cli"},
     {"discrimination", "denoising", "transformer_baselines", "files", "launching", "scores", "sharding"}
-    | {"attention_cpu", "studies", "hub"},
-    {"objective", "baselines", "configuration", "data", "checkpointing", "reporting", "memory"},
+    | {"attention_cpu", "hub"},
+    {"objective", "baselines", "configuration", "data", "checkpointing", "reporting", "memory", "studies"},
     {"latents", "image_sets", "originals"},
     {"prepare_latents", "generate", "extractors", "sharing"},
     {"features", "probe", "plot", "methods"},

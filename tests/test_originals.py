@@ -224,6 +224,60 @@ def test_dit_is_a_start_for_sddit_and_training_begins_with_it(tmp_path, capsys):
         assert start.decoder.proj_in.weight.equal(starts[0].decoder.proj_in.weight)
 
 
+def test_dit_without_label_dropout_keeps_its_last_class(inputs, tmp_path):
+    weights = originals()
+    weights["y_embedder.embedding_table.weight"] = weights["y_embedder.embedding_table.weight"][:4]
+    torch.save(weights, tmp_path / "DiT.pt")
+    dit = ["--method", "dit", "--transformer", HEADS]
+    with pytest.warns(UserWarning, match="has 4 rows, so none for the null class"):
+        run(tmp_path / "DiT.pt", tmp_path / "out.safetensors", *dit, "--num_classes", 4)
+    model = PlainDiTTransformer2DModel.from_single_file(tmp_path / "out.safetensors")
+    table = model.label_embed.weight
+    assert model.config.num_classes == 4 and table[4].eq(0).all()
+    assert table[:4].equal(weights["y_embedder.embedding_table.weight"])
+    run(tmp_path / "DiT.pt", tmp_path / "3.safetensors", *dit, "--num_classes", 3)
+    model = PlainDiTTransformer2DModel.from_single_file(tmp_path / "3.safetensors")
+    assert model.config.num_classes == 3 and model.label_embed.weight.equal(table[:4])
+    with pytest.raises(SystemExit, match="num_classes is 9"):
+        run(tmp_path / "DiT.pt", tmp_path / "9.safetensors", *dit, "--num_classes", 9)
+
+
+def test_a_thousand_rows_are_imagenet_s_classes(tmp_path):
+    torch.save(originals(classes=999), tmp_path / "DiT.pt")
+    with pytest.warns(UserWarning, match="has 1000 rows"):
+        run(tmp_path / "DiT.pt", tmp_path / "a.safetensors", "--method", "dit", "--transformer", HEADS)
+    model = PlainDiTTransformer2DModel.from_single_file(tmp_path / "a.safetensors")
+    assert model.config.num_classes == 1000
+
+
+@pytest.mark.parametrize("maskdit", [True, False])
+def test_a_square_table_is_maskdit_s_where_there_is_no_variance(maskdit, tmp_path):
+    weights = originals(classes=15, out_channels=3 if maskdit else 6)
+    table = weights["y_embedder.embedding_table.weight"]
+    assert table.shape == (16, 16)
+    torch.save(weights, tmp_path / "a.pt")
+    run(tmp_path / "a.pt", tmp_path / "a.safetensors", "--method", "dit", "--transformer", HEADS)
+    model = PlainDiTTransformer2DModel.from_single_file(tmp_path / "a.safetensors")
+    assert model.config.num_classes == (16 if maskdit else 15)
+    assert model.label_embed.weight[:16].equal(table.T if maskdit else table)
+
+
+def test_maskdit_without_l_mae_fills_with_zeros(inputs, tmp_path, capsys):
+    weights = originals(decoder=12, out_channels=3)
+    weights["mask_token"].zero_()
+    expected = original_forward(weights, inputs[0][0], inputs[1][0], 3, visible=VISIBLE[0])
+    del weights["mask_token"]
+    torch.save(weights, tmp_path / "m.pt")
+    run(tmp_path / "m.pt", tmp_path / "m.safetensors", "--method", "maskdit", "--transformer", BOTH_HEADS)
+    assert told(capsys) == ([], [])
+    model = MaskDiTTransformer2DModel.from_single_file(tmp_path / "m.safetensors")
+    with torch.no_grad():
+        actual = model(inputs[0][:1], inputs[1][:1], inputs[2][:1], VISIBLE[:1]).sample[0]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    run(tmp_path / "m.pt", tmp_path / "s.safetensors", "--transformer", BOTH_HEADS)
+    assert "mask_token" not in told(capsys)[1]
+
+
 def test_positions_that_are_not_fixed_here_are_told(tmp_path, capsys):
     weights = originals()
     weights["pos_embed"] = weights["pos_embed"] + 0.02 * torch.randn(1, 16, 16)
