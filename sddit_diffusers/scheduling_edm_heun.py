@@ -50,8 +50,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         final_sigmas_type: the end point, "zero" or "sigma_min".
 
     Raises:
-        ValueError: an unknown `sigma_schedule`, `prediction_type` or `final_sigmas_type`, a number out of its range,
-            or a sigma_min that is not below sigma_max.
+        ValueError: an unknown `sigma_schedule`, `prediction_type` or `final_sigmas_type`, a number out of its
+            range, or a sigma_min that is not below sigma_max.
     """
 
     order = 2
@@ -74,7 +74,9 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             ("final_sigmas_type", final_sigmas_type, ("zero", "sigma_min")),
         ):
             if value not in allowed:
-                raise ValueError(f"{name} is {value!r:.80}; it must be one of {', '.join(map(repr, allowed))}.")
+                raise ValueError(
+                    f"{name} is {value!r:.80}; it must be one of {', '.join(map(repr, allowed))}."
+                )
         for name, value, low, high in (
             ("sigma_min", sigma_min, 1e-6, 1e6),
             ("sigma_max", sigma_max, 1e-6, 1e6),
@@ -154,8 +156,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
                 schedule.
 
         Raises:
-            ValueError: neither or a wrong number of steps is given (a million are the most), or `sigmas` do not
-                decrease to above 0.
+            ValueError: neither or a wrong number of steps is given (a million are the most), or `sigmas` do
+                not decrease to above 0.
         """
         if sigmas is None:
             check_steps("num_inference_steps", num_inference_steps)
@@ -271,4 +273,4 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
 def check_steps(name: str, value: int) -> None:
     """Raises a ValueError for what is no number of steps."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= _MOST_STEPS:
-        raise ValueError(f"{name} is {value!r:.80}; it must be a whole number, at least 1, at most {_MOST_STEPS}.")
+        raise ValueError(f"{name} is {value!r:.80}; it must be a whole number in 1..{_MOST_STEPS}.")

@@ -197,7 +197,9 @@ class MDTTransformer2DModel(PatchTransformer2DModel):
 
     def interpolate(self, tokens: Tensor, visible_ids: Tensor, temb: Tensor, positions: Tensor) -> Tensor:
         """Visible tokens `[b, k, D]` at their positions, and what a block makes of mask tokens elsewhere."""
-        complete = fill_with(self.mask_token, tokens, visible_ids, positions.shape[0]) + positions  # [b, n, D]
+        complete = (
+            fill_with(self.mask_token, tokens, visible_ids, positions.shape[0]) + positions
+        )  # [b, n, D]
         filled = run_block(self, self.side_interpolater, complete, temb)
         index = visible_ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
         return filled.scatter(1, index, complete.gather(1, index).to(filled.dtype))

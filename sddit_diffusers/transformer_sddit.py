@@ -3,8 +3,8 @@
 
 The model is EDM's raw network F (supplementary, Eq. 1): it takes the input scaled by c_in and the timestep
 c_noise. The scheduler turns its output into the denoised image D. This file imports only torch, diffusers and
-safetensors, so a plain copy of it beside the weights is enough to load them. Nobody mends such copies: what of
-diffusers may change its name is imported where it is used.
+safetensors, so a plain copy of it beside the weights is enough to load them. Nobody mends such copies:
+private names of diffusers are imported where they are used.
 
 Shapes: b batch, c channels, h x w pixels of the sample, n patches, k visible patches (k = n without a mask),
 D encoder width, E decoder width, p patch size. Token 0 of the encoder is [CLS].
@@ -369,8 +369,8 @@ class SDDiTTransformer2DModel(PatchTransformer2DModel):
             0 for a model without classes.
 
     Raises:
-        ValueError: a number out of its range, a width that sine-cosine positions cannot have, or a size that the
-            patches do not tile.
+        ValueError: a number out of its range, a width that sine-cosine positions cannot have, or a size that
+            the patches do not tile.
     """
 
     @register_to_config
@@ -432,7 +432,9 @@ class SDDiTTransformer2DModel(PatchTransformer2DModel):
         if visible_ids is not None:
             index = visible_ids.unsqueeze(-1).expand(-1, -1, patches.shape[-1])  # [b, k, D]
             visible = patches.gather(1, index)
-        tokens = torch.cat([self.cls_token.to(visible.dtype).expand(visible.shape[0], -1, -1), visible], dim=1)
+        tokens = torch.cat(
+            [self.cls_token.to(visible.dtype).expand(visible.shape[0], -1, -1), visible], dim=1
+        )
         for block in self.transformer_blocks:
             tokens = run_block(self, block, tokens, temb)  # [b, 1 + k, D]
 
@@ -471,7 +473,7 @@ def check_config(config: dict) -> None:
                 )
             if width * config["mlp_ratio"] < 1:
                 raise ValueError(
-                    f"mlp_ratio is {config['mlp_ratio']}; it must be at least 1 / {width}, of the {name}'s width."
+                    f"mlp_ratio is {config['mlp_ratio']}; it must be at least 1 / {width} (the {name})."
                 )
 
 

@@ -1,7 +1,5 @@
 """Exported networks: one graph for all batches and sizes, with the eager outputs."""
 
-import importlib.util
-
 import pytest
 import torch
 from conftest import TINY, randomize
