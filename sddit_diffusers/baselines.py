@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .denoising import DenoisingObjective, Draws
+from .transformer_sddit import check_number
 
 
 class DiTObjective(DenoisingObjective):
@@ -24,12 +25,16 @@ class MaskDiTObjective(DenoisingObjective):
     """MaskDiT: L_DSM on visible patches, and L_MAE on masked ones, of which the noised patch is the target.
 
     Args:
-        mae_weight: factor of L_MAE; MaskDiT's 0.1.
+        mae_weight: factor of L_MAE, at least 0; MaskDiT's 0.1.
         transformer, scheduler, mask_ratio, label_dropout, p_mean, p_std: as of [`DenoisingObjective`].
+
+    Raises:
+        ValueError: an `mae_weight` out of its range, and as of [`DenoisingObjective`].
     """
 
     def __init__(self, *args, mae_weight: float = 0.1, **kwargs):
         super().__init__(*args, **kwargs)
+        check_number("mae_weight", mae_weight, low=0)
         self.mae_weight = mae_weight
 
     def forward(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .scheduling_edm_heun import EDMHeunScheduler
-from .transformer_sddit import PatchTransformer2DModel, SDDiTBlock
+from .transformer_sddit import PatchTransformer2DModel, SDDiTBlock, check_number
 
 
 class Draws(NamedTuple):
@@ -40,8 +40,8 @@ class DenoisingObjective(nn.Module):
         p_mean, p_std: ln(sigma_S) ~ N(p_mean, p_std^2) (supplementary, Eq. 2).
 
     Raises:
-        ValueError: a mask ratio outside [0, 1), a label dropout outside 0..1, or a transformer with other
-            channels going out than in.
+        ValueError: a mask ratio outside [0, 1), a label dropout outside 0..1, a p_std below 0, a p_mean that
+            is not finite, or a transformer with other channels going out than in.
     """
 
     _no_split_modules = ["SDDiTBlock"]  # what FSDP shards and gathers as one
@@ -58,6 +58,8 @@ class DenoisingObjective(nn.Module):
     ):
         super().__init__()
         config = transformer.config
+        check_number("p_mean", p_mean)
+        check_number("p_std", p_std, low=0)
         if not 0 <= mask_ratio < 1:
             raise ValueError(f"mask_ratio is {mask_ratio}; it must be at least 0 and below 1.")
         if not 0 <= label_dropout <= 1:

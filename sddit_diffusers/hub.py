@@ -2,24 +2,24 @@
 
 A saved pipeline names its classes by the files that were copied along: `["pipeline_sddit", "SDDiTPipeline"]`.
 diffusers takes such names for code to be trusted and run. Where this package is imported its own classes are
-meant, so `DiffusionPipeline`, which offers no other way, is told to read them as such. All other names mean
-what they meant before.
+meant, so `DiffusionPipeline` and `AutoModel`, which offer no other way, are told to read them as such. All
+other names mean what they meant before.
 """
 
 import diffusers
-from diffusers import DiffusionPipeline
+from diffusers import AutoModel, DiffusionPipeline
 
 _modules: dict[tuple[str, str], str] = {}  # (file, class) to module
 
 
 def register(*classes: type) -> None:
-    """Makes `DiffusionPipeline.from_pretrained` find these classes, natively, in folders and on the Hub."""
+    """Makes `from_pretrained` of pipelines and `AutoModel` find these classes, in folders and on the Hub."""
     for cls in classes:
         _modules[cls.__module__.split(".")[-1], cls.__name__] = cls.__module__
-        if issubclass(cls, DiffusionPipeline):
-            setattr(diffusers, cls.__name__, cls)
+        setattr(diffusers, cls.__name__, cls)  # where a pipeline's or a single model's own name is looked up
     DiffusionPipeline._dict_from_json_file = classmethod(_dict_from_json_file)
-    DiffusionPipeline.load_config = classmethod(_load_config)
+    for loader in (DiffusionPipeline, AutoModel):
+        loader.load_config = classmethod(_load_config)
 
 
 def _dict_from_json_file(cls, *args, **kwargs) -> dict:
@@ -32,7 +32,8 @@ def _dict_from_json_file(cls, *args, **kwargs) -> dict:
 
 def _load_config(cls, *args, **kwargs) -> dict | tuple:
     """The same, with the modules of this package's parts; a repository's files have names without them."""
-    loaded = super(DiffusionPipeline, cls).load_config(*args, **kwargs)
+    loader = DiffusionPipeline if issubclass(cls, DiffusionPipeline) else AutoModel
+    loaded = super(loader, cls).load_config(*args, **kwargs)
     index = loaded[0] if isinstance(loaded, tuple) else loaded
     for name, value in index.items():
         if _is_known(value):

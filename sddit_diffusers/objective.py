@@ -6,6 +6,7 @@ prototypes.
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from .denoising import DenoisingObjective, Draws
 from .discrimination import Center, ProjectionHead, Teacher, cross_entropy
 from .scheduling_edm_heun import EDMHeunScheduler
-from .transformer_sddit import SDDiTTransformer2DModel
+from .transformer_sddit import SDDiTTransformer2DModel, check_number
 
 
 class SDDiTObjective(DenoisingObjective):
@@ -38,9 +39,8 @@ class SDDiTObjective(DenoisingObjective):
         teacher_temperature: tau_T, moved by the training loop from step to step.
 
     Raises:
-        ValueError: a mask ratio outside [0, 1), a negative weight, a label dropout outside 0..1, a teacher
-            noise that is neither above 0 nor "student", or a transformer without decoder or with other
-            channels going out than in.
+        ValueError: a number out of its range, a teacher noise that is neither above 0 nor "student", or a
+            transformer without decoder or with other channels going out than in.
     """
 
     def __init__(
@@ -65,8 +65,12 @@ class SDDiTObjective(DenoisingObjective):
             mask_ratio=mask_ratio, label_dropout=label_dropout, p_mean=p_mean, p_std=p_std,
         )  # fmt: skip
         config = transformer.config
-        if not discriminative_weight >= 0:
-            raise ValueError(f"discriminative_weight is {discriminative_weight}; it must be at least 0.")
+        check_number("discriminative_weight", discriminative_weight, low=0)
+        check_number("student_temperature", student_temperature, above=0)
+        check_number("center_momentum", center_momentum, low=0, high=1)
+        check_number("num_prototypes", num_prototypes, low=2, kind=Integral)
+        check_number("head_hidden_dim", head_hidden_dim, low=1, kind=Integral)
+        check_number("head_bottleneck_dim", head_bottleneck_dim, low=1, kind=Integral)
         if teacher_sigma != "student" and (
             isinstance(teacher_sigma, str) or not 0 < teacher_sigma < math.inf
         ):
@@ -103,7 +107,11 @@ class SDDiTObjective(DenoisingObjective):
             `teacher_entropy` as a share of ln K (0: always one prototype, 1: all alike), `kl` of the
             student's distribution from the teacher's in nats, `prototypes_used` as the share of the K that
             are some token's first choice, and the norms of both centers.
+
+        Raises:
+            ValueError: a `teacher_temperature` that is not above 0.
         """
+        check_number("teacher_temperature", self.teacher_temperature, above=0)
         if draws is None:
             draws = self.draw(x0.shape, device=x0.device)
         class_labels = self.drop_labels(class_labels, draws)
@@ -163,9 +171,13 @@ class SDDiTObjective(DenoisingObjective):
         """The teacher and center updates that follow an optimizer step (Algorithm A1).
 
         Args:
-            momentum: beta of this step.
+            momentum: beta of this step, in 0..1.
             reduce: averages a tensor over the processes; None where there is one.
+
+        Raises:
+            ValueError: a momentum out of its range.
         """
+        check_number("momentum", momentum, low=0, high=1)
         if self.teacher is not None:
             self.teacher.update(self.transformer, self.head, momentum)
             self.center_cls.move(self.center_momentum, reduce)

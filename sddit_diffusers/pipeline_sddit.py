@@ -6,23 +6,26 @@ This file imports only torch, numpy and diffusers: its copy in a saved pipeline 
 import difflib
 import inspect
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models import AutoencoderKL, AutoencoderTiny, ModelMixin
-from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 Label = int | str | None
+Generators = torch.Generator | list[torch.Generator] | None
+_MOST = 10**6  # of steps, and of images of a label
+_NO_CHURN = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf, "s_noise": 1.0}
 
 
 class SDDiTPipeline(DiffusionPipeline):
@@ -59,6 +62,13 @@ class SDDiTPipeline(DiffusionPipeline):
         self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._current_timestep = None
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "SDDiTPipeline":
+        """As in `DiffusionPipeline`, which takes no network over whose class is not the hint's itself."""
+        if isinstance(pipeline, SDDiTPipeline):
+            kwargs = {"transformer": pipeline.transformer} | kwargs
+        return super().from_pipe(pipeline, **kwargs)
 
     @property
     def guidance_scale(self) -> float:
@@ -98,23 +108,23 @@ class SDDiTPipeline(DiffusionPipeline):
             return num_classes
         if isinstance(label, str):
             return self._named_id(label)
-        if not isinstance(label, Integral) or not 0 <= label < num_classes:
+        if isinstance(label, bool) or not isinstance(label, Integral) or not 0 <= label < num_classes:
             allowed = (
                 f"integers from 0 to {num_classes - 1}" if num_classes else "none: the model has no classes"
             )
-            raise ValueError(f"Class label {label!r} is out of range; allowed are {allowed}.")
+            raise ValueError(f"Class label {label!r:.80} is out of range; allowed are {allowed}.")
         return int(label)
 
     def _named_id(self, name: str) -> int:
         numbers = self.label2ids.get(name.strip().lower(), [])
         if len(numbers) > 1:
             choices = ", ".join(f"{number} ({self.id2label[number]})" for number in numbers)
-            raise ValueError(f"Class name {name!r} stands for several classes; give a number: {choices}.")
+            raise ValueError(f"Class name {name!r:.80} stands for several classes; give a number: {choices}.")
         if not numbers:
             known = [synonym for synonym in self.label2ids if "," not in synonym]
             nearest = difflib.get_close_matches(name.strip().lower(), known, n=5, cutoff=0.5)
             hint = f" Nearest names: {', '.join(nearest)}." if nearest else ""
-            raise ValueError(f"Unknown class name {name!r}; {len(known)} names are known.{hint}")
+            raise ValueError(f"Unknown class name {name!r:.80}; {len(known)} names are known.{hint}")
         return numbers[0]
 
     @torch.no_grad()
@@ -128,12 +138,16 @@ class SDDiTPipeline(DiffusionPipeline):
         width: int | None = None,
         num_inference_steps: int = 40,
         sigmas: Sequence[float] | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["SDDiTPipeline", int, Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = math.inf,
+        s_noise: float = 1.0,
     ) -> ImagePipelineOutput | tuple:
         """Generates one image, or `num_images_per_label`, for every label.
 
@@ -157,24 +171,28 @@ class SDDiTPipeline(DiffusionPipeline):
                 of tensors, after each evaluation; what it returns replaces the `latents`.
             callback_on_step_end_tensor_inputs: names of the tensors it gets: "latents", and the denoised
                 "pred_original_sample" where the scheduler tells it.
+            s_churn, s_tmin, s_tmax, s_noise: stochasticity of EDM's Algorithm 2, if the scheduler has it: a
+                sigma in s_tmin..s_tmax is raised to 1 + s_churn / N of itself, by noise of deviation s_noise.
 
         Raises:
             ValueError: a label that does not exist, or any other argument out of its range; the message says
                 which.
+            FloatingPointError: samples or images that are not finite; the message has their places in the
+                call, from 0, and the seeds of their generators.
         """
+        check_number("num_images_per_label", num_images_per_label, 1, _MOST, Integral)
+        check_number("num_inference_steps", num_inference_steps, 1, _MOST, Integral)
+        check_number("guidance_scale", guidance_scale)
+        check_range("guidance_interval", guidance_interval)
         labels = [i for i in self.get_label_ids(class_labels) for _ in range(num_images_per_label)]
+        if not labels:
+            raise ValueError("There is nothing to make: class_labels is empty.")
         default_size = self.transformer.config.sample_size * self.vae_scale_factor
-        height, width = height or default_size, width or default_size
-        self._check_inputs(
-            len(labels),
-            sigmas,
-            guidance_interval,
-            height,
-            width,
-            generator,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-        )
+        height, width = (default_size if side is None else side for side in (height, width))
+        self._check_size(height, width)
+        check_generator(generator, len(labels))
+        self._check_outputs(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        churn = self._churn(s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
         self._guidance_scale = guidance_scale
         self._interrupt = False
         self._context = None  # of the last evaluation
@@ -182,11 +200,7 @@ class SDDiTPipeline(DiffusionPipeline):
 
         labels = torch.tensor(labels, device=device)
         null = torch.full_like(labels, self.transformer.config.num_classes)
-        if sigmas is not None:
-            self.scheduler.set_timesteps(sigmas=sigmas, device=device)
-        else:
-            self.scheduler.set_timesteps(num_inference_steps, device=device)
-        self.scheduler.set_begin_index(0)
+        self._set_timesteps(num_inference_steps, sigmas, device)
         latents = self._prepare_latents(len(labels), height, width, generator, latents, device)
 
         timesteps = self.scheduler.timesteps
@@ -207,7 +221,7 @@ class SDDiTPipeline(DiffusionPipeline):
                     output = unconditional + guidance_scale * (conditional - unconditional)
                 else:
                     output = self._evaluate("conditional", model_input, t, labels).to(latents.dtype)
-                step = self.scheduler.step(output, t, latents, generator=generator)
+                step = self.scheduler.step(output, t, latents, generator=generator, **churn)
                 latents = step.prev_sample
 
                 if callback_on_step_end is not None:
@@ -217,7 +231,7 @@ class SDDiTPipeline(DiffusionPipeline):
                 progress_bar.update()
 
         self._current_timestep = None
-        images = self.decode(latents, output_type)
+        images = self.decode(latents, output_type, generator=generator)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -235,8 +249,11 @@ class SDDiTPipeline(DiffusionPipeline):
         shape = (batch, self.transformer.config.in_channels, height // f, width // f)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        elif latents.shape != shape:
-            raise ValueError(f"latents have shape {tuple(latents.shape)}; this call needs {shape}.")
+        elif not isinstance(latents, Tensor) or latents.shape != shape:
+            given = tuple(getattr(latents, "shape", ()))
+            raise ValueError(f"latents have shape {given}; this call needs a tensor of {shape}.")
+        elif not latents.isfinite().all():
+            raise ValueError("latents has values that are not finite; it must be noise of unit variance.")
         latents = latents.to(device=device, dtype=torch.promote_types(latents.dtype, torch.float32))
         return latents * self.scheduler.init_noise_sigma
 
@@ -276,11 +293,18 @@ class SDDiTPipeline(DiffusionPipeline):
         return self.vae.config.get("shift_factor") or 0.0, self.vae.config.scaling_factor
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, output_type: str = "pil", scaled: bool = True):
+    def decode(
+        self, latents: Tensor, output_type: str = "pil", scaled: bool = True, generator: Generators = None
+    ):
         """Images of samples as the transformer makes them, `[b, c, h, w]`; `output_type` as in a call.
 
         With `scaled=False` the latents are the VAE's own.
+
+        Raises:
+            FloatingPointError: samples or images that are not finite; the message has the seeds of
+                `generator`, what the samples were made with.
         """
+        check_finite(latents, generator)
         if output_type == "latent":
             return latents
         if scaled:
@@ -288,6 +312,9 @@ class SDDiTPipeline(DiffusionPipeline):
         if self.vae is not None:
             latents = latents.to(self._execution_device, self.vae.dtype)
             latents = self.vae.decode(latents, return_dict=False)[0]
+            check_finite(
+                latents, generator, " once decoded; the VAE overflows. Load it with dtype=torch.float32"
+            )
         return self.image_processor.postprocess(latents.float(), output_type=output_type)
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
@@ -311,44 +338,96 @@ class SDDiTPipeline(DiffusionPipeline):
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def _files_of_parts(self) -> dict[str, Path]:
-        """Names of the parts that are of no library which diffusers knows, and the files of their classes."""
-        libraries = {name: self.config[name][0] for name in self.components}
+        """Names of the parts that are of no library which loads its own, and the files of their classes."""
+        kinds = {name: type(part) for name, part in self.components.items() if part is not None}
         return {
-            name: Path(inspect.getfile(type(getattr(self, name))))
-            for name, library in libraries.items()
-            if library is not None and library not in LOADABLE_CLASSES
+            name: Path(inspect.getfile(kind))
+            for name, kind in kinds.items()
+            if kind.__module__.split(".")[0] not in ("diffusers", "transformers")
         }
 
-    def _check_inputs(
-        self,
-        images: int,
-        sigmas: Sequence[float] | None,
-        guidance_interval: tuple[float, float],
-        height: int,
-        width: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        output_type: str,
-        names: Sequence[str],
-    ) -> None:
-        unit = self.vae_scale_factor * self.transformer.config.patch_size
-        if images == 0:
-            raise ValueError("There is nothing to make: class_labels is empty, or num_images_per_label is 0.")
-        if (
-            sigmas is not None and type(self.scheduler).__name__ != "EDMHeunScheduler"
-        ):  # EDMEuler's are a ramp
+    def _set_timesteps(self, num_inference_steps: int, sigmas: Sequence[float] | None, device) -> None:
+        if sigmas is None:
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+        elif type(self.scheduler).__name__ == "EDMHeunScheduler":
+            self.scheduler.set_timesteps(sigmas=sigmas, device=device)
+        else:  # EDMEuler's are a ramp
             raise ValueError(f"{type(self.scheduler).__name__} takes no sigmas; EDMHeunScheduler does.")
+        self.scheduler.set_begin_index(0)
+
+    def _churn(self, **churn: float) -> dict[str, float]:
+        """What the scheduler's `step` gets of Algorithm 2's stochasticity."""
+        check_number("s_churn", churn["s_churn"], 0)
+        check_range("s_tmin, s_tmax", (churn["s_tmin"], churn["s_tmax"]))
+        check_number("s_noise", churn["s_noise"], 0)
+        if churn == _NO_CHURN:
+            return {}
+        if "s_churn" not in inspect.signature(self.scheduler.step).parameters:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} has no churn; leave out s_churn, s_tmin, s_tmax and "
+                "s_noise, or take EDMHeunScheduler."
+            )
+        return churn
+
+    def _check_size(self, height: int, width: int) -> None:
+        unit = self.vae_scale_factor * self.transformer.config.patch_size
+        for name, side in (("height", height), ("width", width)):
+            check_number(name, side, 1, kind=Integral)
         if height % unit or width % unit:
             raise ValueError(f"height x width is {height} x {width}; both must be multiples of {unit}.")
-        if isinstance(generator, list) and len(generator) != images:
-            raise ValueError(f"{len(generator)} generators were given for {images} images.")
-        if len(guidance_interval) != 2 or guidance_interval[0] > guidance_interval[1]:
-            raise ValueError(
-                f"guidance_interval is {guidance_interval}; it must be (lowest sigma, highest sigma)."
-            )
+
+    def _check_outputs(self, output_type: str, callback: Callable | None, names: Sequence[str]) -> None:
         if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'.")
-        unknown = set(names) - set(self._callback_tensor_inputs)
-        if unknown:
+            raise ValueError(f"output_type is {output_type!r:.80}; it must be 'pil', 'np', 'pt' or 'latent'.")
+        if callback is not None and not callable(callback):
+            raise ValueError(f"callback_on_step_end is {callback!r:.80}; it must be a function.")
+        known = self._callback_tensor_inputs
+        if not isinstance(names, (list, tuple)) or any(name not in known for name in names):
             raise ValueError(
-                f"Callbacks cannot get {sorted(unknown)}; they can get {self._callback_tensor_inputs}."
+                f"callback_on_step_end_tensor_inputs is {names!r:.80}; it must be a list of some of {known}."
             )
+
+
+def check_number(
+    name: str, value: float, low: float = -math.inf, high: float = math.inf, kind: type = Real
+) -> None:
+    """Raises a ValueError for what is no finite number of the range; `kind` Integral asks for a whole one."""
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    if is_number and low <= value <= high and -math.inf < value < math.inf:
+        return
+    limits = [f"at least {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < math.inf)
+    what = "a whole number" if kind is Integral else "a finite number"
+    raise ValueError(f"{name} is {value!r:.80}; it must be {', '.join([what, *limits])}.")
+
+
+def check_range(name: str, ends: tuple[float, float]) -> None:
+    """Raises a ValueError for what is no pair of rising numbers, of which the upper may be infinite."""
+    is_pair = (
+        isinstance(ends, (tuple, list)) and len(ends) == 2 and all(isinstance(end, Real) for end in ends)
+    )
+    if not is_pair or not -math.inf < ends[0] <= ends[1] or ends[0] == math.inf:
+        raise ValueError(f"{name} is {ends!r:.80}; it must be (lowest sigma, highest or inf).")
+
+
+def check_generator(generator: Generators, images: int) -> None:
+    """Raises a ValueError for what are not the generators of so many images."""
+    given = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    if not all(isinstance(each, torch.Generator) for each in given):
+        raise ValueError(f"generator is {generator!r:.80}; it must be a torch.Generator, or a list of them.")
+    if isinstance(generator, list) and len(generator) != images:
+        raise ValueError(f"{len(generator)} generators were given for {images} images.")
+
+
+def check_finite(samples: Tensor, generator: Generators, when: str = "") -> None:
+    """Raises a FloatingPointError that names the samples `[b, ...]` with inf or nan, and their seeds."""
+    finite = samples.isfinite().flatten(1).all(dim=1)
+    if finite.all():  # waits for a GPU
+        return
+    broken = (~finite).nonzero().flatten().tolist()
+    named = [f"image {i}" for i in broken[:4]]
+    if generator is not None:
+        generators = generator if isinstance(generator, list) else [generator] * len(samples)
+        named = [f"image {i} (seed {generators[i].initial_seed()})" for i in broken[:4]]
+    more = f" and {len(broken) - 4} more" if len(broken) > 4 else ""
+    verb = "is" if len(broken) == 1 else "are"
+    raise FloatingPointError(f"Of {len(samples)} images {', '.join(named)}{more} {verb} not finite{when}.")

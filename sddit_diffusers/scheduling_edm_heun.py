@@ -8,6 +8,7 @@ and out.
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -15,6 +16,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+
+_MOST_STEPS = 10**6
 
 
 @dataclass
@@ -38,16 +41,17 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
     twice each, and a last sigma of the end point that is not evaluated. `step` takes them one at a time.
 
     Args:
-        sigma_min, sigma_max: the ends of the schedule, 0.002 and 80.
-        sigma_data: standard deviation of the data, 0.5.
+        sigma_min, sigma_max: the ends of the schedule, 0.002 and 80; in 1e-6..1e6.
+        sigma_data: standard deviation of the data, 0.5; in 1e-6..1e6.
         sigma_schedule: "karras" (supplementary, Eq. 3) or "exponential".
         num_train_timesteps: unused; kept so that diffusers' EDM schedulers can be made from this config.
         prediction_type: "epsilon", the sign of c_out in EDM, or "v_prediction", its negative.
-        rho: curvature of the "karras" schedule, 7.
+        rho: curvature of the "karras" schedule, 7; in 0.1..1000.
         final_sigmas_type: the end point, "zero" or "sigma_min".
 
     Raises:
-        ValueError: an unknown `sigma_schedule`, `prediction_type` or `final_sigmas_type`.
+        ValueError: an unknown `sigma_schedule`, `prediction_type` or `final_sigmas_type`, a number out of its
+            range, or a sigma_min that is not below sigma_max.
     """
 
     order = 2
@@ -70,7 +74,20 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             ("final_sigmas_type", final_sigmas_type, ("zero", "sigma_min")),
         ):
             if value not in allowed:
-                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
+                raise ValueError(
+                    f"{name} is {value!r:.80}; it must be one of {', '.join(map(repr, allowed))}."
+                )
+        for name, value, low, high in (
+            ("sigma_min", sigma_min, 1e-6, 1e6),
+            ("sigma_max", sigma_max, 1e-6, 1e6),
+            ("sigma_data", sigma_data, 1e-6, 1e6),
+            ("rho", rho, 0.1, 1000),
+        ):
+            if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+                raise ValueError(f"{name} is {value!r:.80}; it must be a number in {low}..{high}.")
+        if not sigma_min < sigma_max:
+            raise ValueError(f"sigma_min is {sigma_min}; it must be below sigma_max, {sigma_max}.")
+        check_steps("num_train_timesteps", num_train_timesteps)
         self.set_timesteps(40)
 
     # Preconditioning (EDM, Table 1, last column; supplementary, Eq. 1)
@@ -113,11 +130,12 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         """Begins at another evaluation, one that opens a Heun step: an even index.
 
         Raises:
-            ValueError: `begin_index` is the second half of a step.
+            ValueError: `begin_index` is the second half of a step, or past the end.
         """
-        if begin_index % 2:
+        if begin_index not in range(0, len(self.timesteps), 2):
             raise ValueError(
-                f"begin_index {begin_index} is the second half of a Heun step; begin at an even index."
+                f"begin_index is {begin_index!r:.80}; a Heun step begins at the even indices below "
+                f"{len(self.timesteps)}."
             )
         self._begin_index = self._step_index = begin_index
         self._interval = None
@@ -138,16 +156,20 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
                 schedule.
 
         Raises:
-            ValueError: neither or a wrong number of steps is given, or `sigmas` do not decrease to above 0.
+            ValueError: neither or a wrong number of steps is given (a million are the most), or `sigmas` do
+                not decrease to above 0.
         """
         if sigmas is None:
-            if num_inference_steps is None or num_inference_steps < 1:
-                raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be at least 1.")
+            check_steps("num_inference_steps", num_inference_steps)
             sigmas = self._schedule(num_inference_steps)
-        sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+        given = sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas
+        try:
+            sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+        except (TypeError, ValueError, RuntimeError):
+            sigmas = torch.empty(0)
         decreasing = sigmas.ndim == 1 and len(sigmas) > 0 and sigmas[-1] > 0 and (sigmas.diff() < 0).all()
         if not decreasing or not sigmas.isfinite().all():
-            raise ValueError(f"sigmas must be finite, decrease and stay above 0; got {sigmas.tolist()}.")
+            raise ValueError(f"sigmas must be finite, decrease and stay above 0; got {given!r:.200}.")
         self.num_inference_steps = len(sigmas)
         final = sigmas[-1:] if self.config.final_sigmas_type == "sigma_min" else sigmas.new_zeros(1)
         evaluated = torch.cat([sigmas[:1], sigmas[1:].repeat_interleave(2)])  # 2N - 1
@@ -246,3 +268,9 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
+
+
+def check_steps(name: str, value: int) -> None:
+    """Raises a ValueError for what is no number of steps."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= _MOST_STEPS:
+        raise ValueError(f"{name} is {value!r:.80}; it must be a whole number in 1..{_MOST_STEPS}.")

@@ -15,7 +15,6 @@ from sddit_diffusers.transformer_sddit import (
     SDDiTBlock,
     SDDiTDecoder,
     SDDiTTransformer2DOutput,
-    check_width,
     run_block,
     unpatchify,
 )
@@ -93,8 +92,6 @@ class MaskDiTTransformer2DModel(PatchTransformer2DModel):
         num_classes: int = 1000,
     ):
         super().__init__()
-        width = decoder_num_attention_heads * decoder_attention_head_dim
-        check_width("decoder", width)
         dim = self._build_encoder(
             sample_size, patch_size, in_channels, num_layers, num_attention_heads, attention_head_dim,
             mlp_ratio, num_classes,
@@ -103,7 +100,7 @@ class MaskDiTTransformer2DModel(PatchTransformer2DModel):
             dim, num_decoder_layers, decoder_num_attention_heads, decoder_attention_head_dim, mlp_ratio,
             sample_size // patch_size, patch_size, out_channels or in_channels, has_cls=False,
         )  # fmt: skip
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, self.decoder.proj_in.out_features))
         self._initialize_weights()
 
     def forward(
@@ -158,15 +155,15 @@ class MDTTransformer2DModel(PatchTransformer2DModel):
         num_classes: int = 1000,
     ):
         super().__init__()
+        dim = self._build_encoder(
+            sample_size, patch_size, in_channels, num_layers, num_attention_heads, attention_head_dim,
+            mlp_ratio, num_classes,
+        )  # fmt: skip
         if not 0 < num_decoder_layers < num_layers:
             raise ValueError(
                 f"num_decoder_layers is {num_decoder_layers}; of {num_layers} blocks it must be 1 to "
                 f"{num_layers - 1}."
             )
-        dim = self._build_encoder(
-            sample_size, patch_size, in_channels, num_layers, num_attention_heads, attention_head_dim,
-            mlp_ratio, num_classes,
-        )  # fmt: skip
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.side_interpolater = SDDiTBlock(dim, num_attention_heads, mlp_ratio, dim)
         self.norm_out = AdaLayerNorm(dim, dim)
@@ -200,7 +197,9 @@ class MDTTransformer2DModel(PatchTransformer2DModel):
 
     def interpolate(self, tokens: Tensor, visible_ids: Tensor, temb: Tensor, positions: Tensor) -> Tensor:
         """Visible tokens `[b, k, D]` at their positions, and what a block makes of mask tokens elsewhere."""
-        complete = fill_with(self.mask_token, tokens, visible_ids, len(positions)) + positions  # [b, n, D]
+        complete = (
+            fill_with(self.mask_token, tokens, visible_ids, positions.shape[0]) + positions
+        )  # [b, n, D]
         filled = run_block(self, self.side_interpolater, complete, temb)
         index = visible_ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
         return filled.scatter(1, index, complete.gather(1, index).to(filled.dtype))
@@ -214,4 +213,4 @@ def gather_tokens(tokens: Tensor, visible_ids: Tensor) -> Tensor:
 def fill_with(mask_token: Tensor, tokens: Tensor, visible_ids: Tensor, n: int) -> Tensor:
     """Visible tokens `[b, k, D]` at their places among n, and the mask token `[1, 1, D]` at all others."""
     index = visible_ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
-    return mask_token.to(tokens.dtype).expand(len(tokens), n, -1).scatter(1, index, tokens)
+    return mask_token.to(tokens.dtype).expand(tokens.shape[0], n, -1).scatter(1, index, tokens)

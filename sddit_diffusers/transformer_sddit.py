@@ -3,29 +3,29 @@
 
 The model is EDM's raw network F (supplementary, Eq. 1): it takes the input scaled by c_in and the timestep
 c_noise. The scheduler turns its output into the denoised image D. This file imports only torch, diffusers and
-safetensors, so a plain copy of it beside the weights is enough to load them.
+safetensors, so a plain copy of it beside the weights is enough to load them. Nobody mends such copies:
+private names of diffusers are imported where they are used.
 
 Shapes: b batch, c channels, h x w pixels of the sample, n patches, k visible patches (k = n without a mask),
 D encoder width, E decoder width, p patch size. Token 0 of the encoder is [CLS].
 """
 
 import json
+import math
 import os
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.loaders.single_file_utils import _extract_repo_id_and_weights_name
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_1d_sincos_pos_embed_from_grid
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
-from diffusers.utils.hub_utils import _get_model_file
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -127,11 +127,17 @@ class SDDiTBlock(nn.Module):
         return hidden_states + gate_mlp * transformed
 
 
-# Lets diffusers' block caches (FirstBlockCache, MagCache, TaylorSeer, ...) know what a block returns.
-TransformerBlockRegistry.register(
-    SDDiTBlock,
-    TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
-)
+def register_block() -> None:
+    """Lets diffusers' block caches (FirstBlockCache, MagCache, TaylorSeer, ...) know what a block returns."""
+    try:
+        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+    except ImportError:  # only these caches need it
+        return
+    metadata = TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None)
+    TransformerBlockRegistry.register(SDDiTBlock, metadata)
+
+
+register_block()
 
 
 class SinCosPositions(nn.Module):
@@ -143,12 +149,20 @@ class SinCosPositions(nn.Module):
         self.register_buffer("table", self._compute(base_size, base_size), persistent=False)
 
     def _compute(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
-        return get_2d_sincos_pos_embed(
-            self.dim, (height, width), base_size=self.base_size, device=device, output_type="pt"
-        ).float()  # [n, dim]
+        rows, columns = (
+            get_1d_sincos_pos_embed_from_grid(
+                self.dim // 2,
+                torch.arange(n, device=device, dtype=torch.float32) / (n / self.base_size),
+                output_type="pt",
+            ).float()
+            for n in (height, width)
+        )
+        grid = torch.cat([columns.expand(height, -1, -1), rows.unsqueeze(1).expand(-1, width, -1)], dim=-1)
+        return grid.flatten(0, 1)  # [n, dim]
 
     def forward(self, height: int, width: int) -> Tensor:
-        if height == width == self.base_size:
+        # A graph for all sizes has no branch for one.
+        if not torch.compiler.is_exporting() and height == width == self.base_size:
             return self.table
         return self._compute(height, width, self.table.device).to(self.table.dtype)
 
@@ -211,11 +225,10 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixi
         """Makes embeddings and blocks; returns their width D.
 
         Raises:
-            ValueError: a width that sine-cosine positions cannot have, or a size that the patches do not
-                tile.
+            ValueError: as of `check_config`, or a size that the patches do not tile.
         """
+        check_config(self.config)
         dim = heads * head_dim
-        check_width("encoder", dim)
         if sample_size % patch_size:
             raise ValueError(f"sample_size {sample_size} is not a multiple of patch_size {patch_size}.")
         self.gradient_checkpointing = False
@@ -356,7 +369,8 @@ class SDDiTTransformer2DModel(PatchTransformer2DModel):
             0 for a model without classes.
 
     Raises:
-        ValueError: a width that sine-cosine positions cannot have, or a size that the patches do not tile.
+        ValueError: a number out of its range, a width that sine-cosine positions cannot have, or a size that
+            the patches do not tile.
     """
 
     @register_to_config
@@ -376,7 +390,6 @@ class SDDiTTransformer2DModel(PatchTransformer2DModel):
         num_classes: int = 1000,
     ):
         super().__init__()
-        check_width("decoder", decoder_num_attention_heads * decoder_attention_head_dim)
         dim = self._build_encoder(
             sample_size, patch_size, in_channels, num_layers, num_attention_heads, attention_head_dim,
             mlp_ratio, num_classes,
@@ -419,7 +432,9 @@ class SDDiTTransformer2DModel(PatchTransformer2DModel):
         if visible_ids is not None:
             index = visible_ids.unsqueeze(-1).expand(-1, -1, patches.shape[-1])  # [b, k, D]
             visible = patches.gather(1, index)
-        tokens = torch.cat([self.cls_token.to(visible.dtype).expand(len(visible), -1, -1), visible], dim=1)
+        tokens = torch.cat(
+            [self.cls_token.to(visible.dtype).expand(visible.shape[0], -1, -1), visible], dim=1
+        )
         for block in self.transformer_blocks:
             tokens = run_block(self, block, tokens, temb)  # [b, 1 + k, D]
 
@@ -437,10 +452,43 @@ class SDDiTTransformer2DModel(PatchTransformer2DModel):
         return SDDiTTransformer2DOutput(sample=sample, encoder_hidden_states=tokens)
 
 
-def check_width(name: str, width: int) -> None:
-    """Raises a ValueError for a width that sine-cosine positions cannot have."""
-    if width % 4:
-        raise ValueError(f"The {name}'s width (heads x head dim) is {width}; it must be a multiple of 4.")
+def check_config(config: dict) -> None:
+    """Raises a ValueError for numbers that no network can be built of."""
+    counts = {
+        "sample_size", "patch_size", "in_channels", "out_channels", "num_layers", "num_attention_heads",
+        "attention_head_dim", "decoder_num_attention_heads", "decoder_attention_head_dim",
+    }  # fmt: skip
+    for name, value in config.items():
+        if name in counts and not (name == "out_channels" and value is None):
+            check_number(name, value, low=1, kind=Integral)
+        elif name in ("num_decoder_layers", "num_classes"):
+            check_number(name, value, low=0, kind=Integral)
+    check_number("mlp_ratio", config["mlp_ratio"], above=0)
+    for name, prefix in (("encoder", ""), ("decoder", "decoder_")):
+        if prefix + "num_attention_heads" in config:
+            width = config[prefix + "num_attention_heads"] * config[prefix + "attention_head_dim"]
+            if width % 4:
+                raise ValueError(
+                    f"The {name}'s width (heads x head dim) is {width}; it must be a multiple of 4."
+                )
+            if width * config["mlp_ratio"] < 1:
+                raise ValueError(
+                    f"mlp_ratio is {config['mlp_ratio']}; it must be at least 1 / {width} (the {name})."
+                )
+
+
+def check_number(
+    name: str, value: float, *, low: float = -math.inf, high: float = math.inf, above: float = -math.inf,
+    kind: type = Real,
+) -> None:  # fmt: skip
+    """Raises a ValueError for what is no finite number of the range; `kind` Integral asks for a whole one."""
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    if is_number and -math.inf < value < math.inf and low <= value <= high and value > above:
+        return
+    limits = {"above": above, "at least": low, "at most": high}
+    limits = " and ".join(f"{words} {limit}" for words, limit in limits.items() if math.isfinite(limit))
+    what = "a whole number" if kind is Integral else "a finite number"
+    raise ValueError(f"{name} is {value!r:.80}; it must be {what}{', ' * bool(limits)}{limits}.")
 
 
 def read_single_file(
@@ -458,6 +506,13 @@ def read_single_file(
     """
     file = path
     if "://" in str(path):
+        try:
+            from diffusers.loaders.single_file_utils import _extract_repo_id_and_weights_name
+            from diffusers.utils.hub_utils import _get_model_file
+        except ImportError:
+            raise ValueError(
+                f"This version of diffusers cannot load the link {path}; download the file and give its path."
+            ) from None
         repo, name = _extract_repo_id_and_weights_name(str(path))
         file = _get_model_file(
             repo, weights_name=name, revision=revision, token=token, cache_dir=cache_dir,

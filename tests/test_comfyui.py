@@ -348,14 +348,17 @@ def test_the_example_workflow_runs(comfy, pipe):
         else:
             kind = comfy.nodes[node["type"]]
             expected = list(widgets(kind))
-            for (name, widget), value in zip(expected, values, strict=True):
+            assert all(widget.optional for _, widget in expected[len(values) :])
+            for (name, widget), value in zip(expected, values, strict=False):
                 types = {"STRING": str, "INT": int, "FLOAT": float, "COMBO": str}
                 assert isinstance(value, types[widget.io_type]), name
                 assert widget.io_type != "COMBO" or value in widget.options
                 inputs[name] = value
             inputs.pop(None, None)
             schema = kind.define_schema()
-            sockets = {each.id: each.io_type for each in schema.inputs if each.id not in inputs}
+            sockets = {
+                each.id: each.io_type for each in schema.inputs if each.id not in inputs and not each.optional
+            }
         assert {each["name"]: each["type"] for each in node.get("inputs", [])} == sockets
         for slot, each in enumerate(node.get("inputs", [])):
             start, start_slot, *end, kind_of_link = links[each["link"]]
@@ -380,3 +383,32 @@ def test_the_registry_gets_the_packages_version_and_no_torch():
     assert f'version = "{sddit_diffusers.__version__}"' in text
     assert "comfyui" not in re.search(r'^name = "(.+)"', text, re.M).group(1).lower()
     assert re.search(r"^dependencies = \[\]$", text, re.M) and "\n[tool.comfy]\n" in text
+
+
+def test_links_that_lead_back_up_are_not_followed(comfy, pipe):
+    pipe.save_pretrained(comfy.models / "real/one")
+    (comfy.models / "alias").symlink_to(comfy.models / "real")
+    for i in range(12):  # followed, these would be 12**40 folders
+        (comfy.models / f"loop{i}").symlink_to(comfy.models)
+    (comfy.models / "real/loop").symlink_to(comfy.models / "real")
+    (comfy.models / "broken").symlink_to(comfy.models / "nowhere")
+    assert comfy.load.define_schema().inputs[0].options == ["alias/one", "real/one", "(from the Hub)"]
+
+
+def test_churn_is_the_pipelines(comfy, pipe):
+    churn = {"s_churn": 20.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003}
+    image, _ = sample(comfy, pipe, "1; 2", **churn)
+    assert torch.equal(image, made_by(pipe, [1, 2], [5, 6], **churn))
+    plain, _ = sample(comfy, pipe, "1; 2")
+    assert torch.equal(plain, made_by(pipe, [1, 2], [5, 6])) and not torch.equal(plain, image)
+    with pytest.raises(ValueError, match="EDMDPMSolverMultistepScheduler has no churn"):
+        sample(comfy, pipe, sampler="dpmpp_2m", s_churn=1.0)
+
+
+def test_samples_that_are_not_finite_end_in_a_message(comfy, pipe):
+    with torch.no_grad():
+        pipe.transformer.label_embed.weight[3] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"image 1 \(seed 6\) is not finite"):
+        sample(comfy, pipe, "1; 3")
+    with pytest.raises(FloatingPointError, match="image 0 is not finite"):
+        run(comfy.decode, pipeline=pipe, samples={"samples": torch.full((1, 3, 8, 8), torch.inf)})

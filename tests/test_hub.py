@@ -12,11 +12,24 @@ import diffusers
 import pytest
 import torch
 from conftest import TINY, Touch, randomize
-from diffusers import AutoencoderKL, DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+from diffusers import (
+    AutoencoderKL,
+    AutoModel,
+    DiffusionPipeline,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+)
 from loopback_hub import serve
 
 import sddit_diffusers
-from sddit_diffusers import EDMHeunScheduler, MaskDiTTransformer2DModel, SDDiTPipeline
+from sddit_diffusers import (
+    EDMHeunScheduler,
+    MaskDiTTransformer2DModel,
+    MDTTransformer2DModel,
+    PlainDiTTransformer2DModel,
+    SDDiTPipeline,
+    SDDiTTransformer2DModel,
+)
 
 PACKAGE = Path(sddit_diffusers.__file__).parent
 CODE = {
@@ -199,3 +212,66 @@ def test_other_pipelines_of_diffusers_are_as_they_were(tmp_path):
     pipe.save_pretrained(tmp_path)
     assert type(DiffusionPipeline.from_pretrained(tmp_path)) is diffusers.DDIMPipeline
     assert diffusers.EDMDPMSolverMultistepScheduler is EDMDPMSolverMultistepScheduler
+
+
+@pytest.mark.parametrize("network", ["sddit", "dit", "maskdit", "mdt"])
+def test_single_networks_are_found(network, tmp_path):
+    encoder = {name: value for name, value in TINY.items() if "decoder" not in name}
+    transformer = {
+        "sddit": lambda: SDDiTTransformer2DModel(**TINY),
+        "dit": lambda: PlainDiTTransformer2DModel(**encoder),
+        "maskdit": lambda: MaskDiTTransformer2DModel(**TINY),
+        "mdt": lambda: MDTTransformer2DModel(**encoder, num_decoder_layers=1),
+    }[network]()
+    SDDiTPipeline(randomize(transformer), EDMHeunScheduler()).save_pretrained(tmp_path / "pipeline")
+    transformer.save_pretrained(tmp_path / "alone")
+    for found in (
+        AutoModel.from_pretrained(f"{tmp_path}/pipeline", subfolder="transformer"),
+        AutoModel.from_pretrained(f"{tmp_path}/pipeline/transformer"),
+        AutoModel.from_pretrained(f"{tmp_path}/alone"),
+    ):
+        assert type(found) is type(transformer)
+        assert all(
+            torch.equal(a, b) for a, b in zip(found.parameters(), transformer.parameters(), strict=True)
+        )
+    (tmp_path / "pipeline/model_index.json").write_text(json.dumps({"transformer": ["other", "Other"]}))
+    with pytest.raises((ValueError, ImportError)):
+        AutoModel.from_pretrained(f"{tmp_path}/pipeline", subfolder="transformer")
+
+
+LATER = """
+import importlib.util, sys
+import diffusers, torch
+import diffusers.hooks._helpers, diffusers.loaders.single_file_utils, diffusers.utils.hub_utils
+import diffusers.pipelines.pipeline_loading_utils as loading
+import diffusers.pipelines.pipeline_utils
+del diffusers.hooks._helpers.TransformerBlockRegistry, diffusers.hooks._helpers.TransformerBlockMetadata
+del diffusers.loaders.single_file_utils._extract_repo_id_and_weights_name
+del diffusers.utils.hub_utils._get_model_file
+loadable = loading.__dict__.pop("LOADABLE_CLASSES")
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.split("/")[-1][:-3], path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+folder, target = sys.argv[1:]
+network = load(folder + "/transformer/transformer_sddit.py").SDDiTTransformer2DModel
+scheduler = load(folder + "/scheduler/scheduling_edm_heun.py").EDMHeunScheduler
+kind = load(folder + "/pipeline_sddit.py").SDDiTPipeline
+loading.LOADABLE_CLASSES = loadable  # of diffusers itself
+pipe = kind(network.from_pretrained(folder + "/transformer"), scheduler(), None, {3: "truck"})
+generator = torch.Generator().manual_seed(0)
+made = pipe([1, "truck"], 1.5, num_inference_steps=3, generator=generator, output_type="pt").images
+torch.save(made, target)
+pipe.save_pretrained(folder + "/again")
+try: network.from_single_file("https://huggingface.co/user/sd-dit/blob/main/one.safetensors")
+except ValueError as error: print(error)
+"""
+
+
+def test_copies_work_with_a_diffusers_that_lost_private_names(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    said = run(LATER, tmp_path, tmp_path / "made.pt", without=True)
+    assert "download the file and give its path" in said
+    assert torch.equal(torch.load(tmp_path / "made.pt"), images(pipe))
+    assert (tmp_path / "again/transformer/transformer_sddit.py").is_file()

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from conftest import TINY, randomize
+from peft import LoraConfig
 
 from sddit_diffusers import EDMHeunScheduler, SDDiTObjective, SDDiTTransformer2DModel
 
@@ -285,3 +286,46 @@ def test_bfloat16_autocast_keeps_the_losses_in_float32(batch):
 def test_bad_input_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         make(**arguments)
+
+
+def test_adapters_are_trained_with_a_teacher_that_has_them(batch):
+    transformer = randomize(SDDiTTransformer2DModel(**TINY))
+    transformer.requires_grad_(False)
+    transformer.add_adapter(LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_v", "proj_in"]))
+    for name, parameter in transformer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    objective = SDDiTObjective(transformer, EDMHeunScheduler(), **SMALL_HEAD)
+    before = {name: weight.clone() for name, weight in objective.teacher.encoder.named_parameters()}
+    teacher, student = objective.teacher.encoder, dict(transformer.named_parameters())
+    assert all(torch.equal(weight, student[name]) for name, weight in before.items())
+
+    def effective(weights, layer):
+        a, b = weights[f"{layer}.lora_A.default.weight"], weights[f"{layer}.lora_B.default.weight"]
+        return weights[f"{layer}.base_layer.weight"] + 3 * b @ a
+
+    objective(*batch)["loss"].backward()
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    torch.optim.SGD(trained, 0.5).step()
+    objective.update_teacher(0.75)
+    moved = dict(teacher.named_parameters())
+    for name in moved:
+        torch.testing.assert_close(moved[name], 0.75 * before[name] + 0.25 * student[name])
+    layer = "transformer_blocks.1.attn.to_v"
+    tokens = torch.randn(3, 16)
+    with torch.no_grad():
+        expected = tokens @ effective(moved, layer).T + moved[f"{layer}.base_layer.bias"]
+        torch.testing.assert_close(teacher.get_submodule(layer)(tokens), expected)
+        for _ in range(60):
+            objective.update_teacher(0.75)
+    torch.testing.assert_close(
+        effective(dict(teacher.named_parameters()), layer), effective(student, layer), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_adapters_that_come_after_the_teacher_are_refused(batch):
+    transformer = randomize(SDDiTTransformer2DModel(**TINY))
+    objective = make(transformer)
+    transformer.add_adapter(LoraConfig(target_modules=["to_q"]))
+    with pytest.raises(ValueError, match=r"to_q.weight, unlike its teacher; add adapters before it"):
+        objective.update_teacher(0.9)

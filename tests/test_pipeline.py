@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, randomize
+from conftest import TINY, make_latent_pipe, randomize
 from diffusers import (
     AutoencoderTiny,
     EDMDPMSolverMultistepScheduler,
@@ -12,7 +12,14 @@ from diffusers import (
     PyramidAttentionBroadcastConfig,
 )
 
-from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline, SDDiTTransformer2DModel
+from sddit_diffusers import (
+    EDMHeunScheduler,
+    MaskDiTTransformer2DModel,
+    MDTTransformer2DModel,
+    PlainDiTTransformer2DModel,
+    SDDiTPipeline,
+    SDDiTTransformer2DModel,
+)
 
 
 def generators(*seeds):
@@ -313,12 +320,20 @@ def test_model_without_classes():
         ([[1]], {}, r"Class label \[1\] is out of range"),
         ([float("nan")], {}, "Class label nan is out of range"),
         ([1], {"height": 7}, "7 x 8; both must be multiples of 2"),
-        ([1], {"latents": torch.zeros(2, 3, 8, 8)}, r"\(2, 3, 8, 8\); this call needs \(1, 3, 8, 8\)"),
+        (
+            [1],
+            {"latents": torch.zeros(2, 3, 8, 8)},
+            r"\(2, 3, 8, 8\); this call needs .* \(1, 3, 8, 8\)",
+        ),
         ([1], {"generator": generators(1, 2)}, "2 generators were given for 1 images"),
         ([1], {"guidance_interval": (5.0, 1.0)}, r"guidance_interval is \(5.0, 1.0\)"),
         ([1], {"output_type": "jpeg"}, "output_type is 'jpeg'"),
         ([1], {"num_inference_steps": 0}, "num_inference_steps is 0"),
-        ([1], {"callback_on_step_end_tensor_inputs": ["noise"]}, r"Callbacks cannot get \['noise'\]"),
+        (
+            [1],
+            {"callback_on_step_end_tensor_inputs": ["noise"]},
+            r"inputs is \['noise'\]",
+        ),
     ],
 )
 def test_bad_input_is_named(pipe, labels, arguments, message):
@@ -329,3 +344,96 @@ def test_bad_input_is_named(pipe, labels, arguments, message):
 def test_names_need_names(transformer):
     with pytest.raises(ValueError, match="Unknown class name 'cat'; 0 names are known"):
         SDDiTPipeline(transformer, EDMHeunScheduler())(["cat"])
+
+
+def test_samples_that_are_not_finite_are_named_with_their_seeds(pipe, inputs):
+    with torch.no_grad():
+        pipe.transformer.label_embed.weight[3] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"Of 3 images image 1 \(seed 17\) is not finite"):
+        pipe([0, 3, 1], num_inference_steps=2, generator=generators(5, 17, 6))
+    for output_type in ("pil", "latent"):
+        with pytest.raises(FloatingPointError, match="Of 2 images image 0, image 1 are not finite"):
+            pipe([3, 3], num_inference_steps=2, output_type=output_type)
+    with pytest.raises(FloatingPointError, match=r"image 3 \(seed 9\) and 2 more are not finite"):
+        pipe([3] * 6, num_inference_steps=1, generator=torch.Generator().manual_seed(9))
+    assert np.isfinite(generate(pipe, [0, 1]).numpy()).all()
+
+
+def test_a_vae_that_overflows_is_told(latent_pipe):
+    with torch.no_grad():
+        for parameter in latent_pipe.vae.decoder.parameters():
+            parameter.mul_(1e30)
+    with pytest.raises(FloatingPointError, match=r"image 0 \(seed 3\), image 1 \(seed 4\) are .*VAE"):
+        latent_pipe([0, 1], num_inference_steps=2, generator=generators(3, 4))
+    with pytest.raises(FloatingPointError, match="Of 2 images image 0, image 1 are not finite once decoded"):
+        latent_pipe.decode(torch.randn(2, 3, 8, 8))
+    with pytest.raises(FloatingPointError, match="Of 1 images image 0 is not finite[.]"):
+        latent_pipe.decode(torch.full((1, 3, 8, 8), torch.inf), "latent")
+
+
+@pytest.mark.parametrize("churn", [(8.0, 0.0, float("inf"), 1.0), (2.0, 0.05, 30.0, 1.007)])
+def test_churn_is_algorithm_2_and_an_images_own(pipe, churn):
+    """Written out in float64; image i has its own noise, in the order in which it is drawn."""
+    s_churn, s_tmin, s_tmax, s_noise = churn
+    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    drawn = generators(7, 8)
+    pipe.transformer.double()
+
+    def denoise(x, sigma):
+        f = pipe.transformer(x / (sigma**2 + 0.25) ** 0.5, np.log(sigma) / 4, torch.tensor([3, 0])).sample
+        return 0.25 / (sigma**2 + 0.25) * x + 0.5 * sigma / (sigma**2 + 0.25) ** 0.5 * f
+
+    levels = [(80 ** (1 / 7) + i / 5 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(6)] + [0.0]
+    with torch.no_grad():
+        x = noise * 80
+        for i, (sigma, after) in enumerate(zip(levels, levels[1:], strict=False)):
+            gamma = min(s_churn / 6, 2**0.5 - 1) if i and s_tmin <= sigma <= s_tmax else 0
+            raised = sigma + gamma * sigma
+            if gamma:
+                eps = torch.cat([torch.randn(1, 3, 8, 8, generator=g, dtype=torch.float64) for g in drawn])
+                x = x + (raised**2 - sigma**2) ** 0.5 * s_noise * eps
+            d = (x - denoise(x, raised)) / raised
+            euler = x + (after - raised) * d
+            if after == 0:
+                x = euler
+            else:
+                x = x + (after - raised) * (d + (euler - denoise(euler, after)) / after) / 2
+    names = dict(zip(("s_churn", "s_tmin", "s_tmax", "s_noise"), churn, strict=True))
+    options = names | {"num_inference_steps": 6, "output_type": "latent"}
+    made = pipe([3, 0], latents=noise, generator=generators(7, 8), **options).images
+    torch.testing.assert_close(made, x, rtol=1e-6, atol=1e-6)
+    alone = pipe([0], latents=noise[1:], generator=generators(8), **options).images
+    torch.testing.assert_close(alone, made[1:], rtol=1e-9, atol=1e-9)
+
+
+def test_churn_reaches_the_schedulers_that_have_it_only(pipe):
+    plain = generate(pipe, [1])
+    pipe.scheduler = EDMEulerScheduler.from_config(pipe.scheduler.config)
+    assert not torch.equal(generate(pipe, [1], s_churn=1.0), generate(pipe, [1]))
+    pipe.scheduler = EDMDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    assert generate(pipe, [1], s_churn=0, s_noise=1).shape == plain.shape
+    for churn in ({"s_churn": 1.0}, {"s_noise": 1.1}, {"s_tmin": 0.1}, {"s_tmax": 9.0}):
+        with pytest.raises(ValueError, match="EDMDPMSolverMultistepScheduler has no churn"):
+            generate(pipe, [1], **churn)
+
+
+@pytest.mark.parametrize("kind", [None, "kl", "tiny"])
+@pytest.mark.parametrize("network", ["sddit", "dit", "maskdit", "mdt"])
+def test_made_from_another_pipeline(kind, network):
+    encoder = {name: value for name, value in TINY.items() if "decoder" not in name}
+    transformer = {
+        "sddit": lambda: SDDiTTransformer2DModel(**TINY),
+        "dit": lambda: PlainDiTTransformer2DModel(**encoder),
+        "maskdit": lambda: MaskDiTTransformer2DModel(**TINY),
+        "mdt": lambda: MDTTransformer2DModel(**encoder, num_decoder_layers=1),
+    }[network]()
+    vae = kind and make_latent_pipe(kind).vae
+    pipe = SDDiTPipeline(randomize(transformer), EDMHeunScheduler(), vae, {3: "truck"})
+    again = SDDiTPipeline.from_pipe(pipe)
+    for each in (pipe, again):
+        each.set_progress_bar_config(disable=True)
+    assert again.transformer is pipe.transformer and again.vae is pipe.vae
+    options = {"num_inference_steps": 2}
+    assert torch.equal(generate(again, ["truck", 1], **options), generate(pipe, ["truck", 1], **options))
+    other = randomize(SDDiTTransformer2DModel(**TINY), 1)
+    assert SDDiTPipeline.from_pipe(pipe, transformer=other).transformer is other

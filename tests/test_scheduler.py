@@ -198,7 +198,7 @@ def test_begins_in_the_middle(noise):
     for t in late.timesteps[4:]:
         y = late.step(network(late.scale_model_input(y, t), t), t, y).prev_sample
     assert torch.equal(x, y)
-    with pytest.raises(ValueError, match="begin_index 3 is the second half"):
+    with pytest.raises(ValueError, match="begin_index is 3; a Heun step begins at the even indices"):
         late.set_begin_index(3)
     with pytest.raises(ValueError, match="All 11 evaluations are done"):
         late.step(noise, 0, noise)

@@ -35,12 +35,21 @@ def pipeline_folders() -> dict[str, Path]:
     found = {}
     for root in folder_paths.get_folder_paths("diffusers"):
         for folder, subfolders, files in os.walk(root, followlinks=True):
+            if leads_back(Path(folder), Path(root)):
+                subfolders.clear()
+                continue
             index = Path(folder, "model_index.json")
             if index.name in files:
                 subfolders.clear()
                 if b"SDDiTPipeline" in index.read_bytes():
                     found.setdefault(index.parent.relative_to(root).as_posix(), index.parent)
     return dict(sorted(found.items()))
+
+
+def leads_back(folder: Path, root: Path) -> bool:
+    """Whether a folder is, by a link, one of those above it up to `root`."""
+    above = [parent for parent in folder.parents if parent.is_relative_to(root)]
+    return os.path.realpath(folder) in map(os.path.realpath, above)
 
 
 def source(folder: str, hub_name: str) -> str:
@@ -84,9 +93,11 @@ def parse_classes(text: str) -> list[int | str | None]:
     return labels or [None]
 
 
-def decode(pipe: SDDiTPipeline, latents: torch.Tensor) -> torch.Tensor:
-    """IMAGE of a LATENT's samples."""
-    images = pipe.decode(latents, "pt", scaled=False)
+def decode(
+    pipe: SDDiTPipeline, latents: torch.Tensor, generator: list[torch.Generator] | None = None
+) -> torch.Tensor:
+    """IMAGE of a LATENT's samples, and what they were made with, if that is known."""
+    images = pipe.decode(latents, "pt", scaled=False, generator=generator)
     return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().cpu()
 
 
@@ -203,6 +214,46 @@ class Sample(io.ComfyNode):
                     round=0.001,
                     tooltip="The highest noise level that is guided; sampling begins at 80.",
                 ),
+                io.Float.Input(
+                    "s_churn",
+                    default=0.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=1.0,
+                    round=0.001,
+                    optional=True,
+                    tooltip="EDM's S_churn: noise that each step adds, for heun and euler. 0 is off.",
+                ),
+                io.Float.Input(
+                    "s_tmin",
+                    default=0.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.01,
+                    round=0.001,
+                    optional=True,
+                    tooltip="The lowest noise level at which noise is added.",
+                ),
+                io.Float.Input(
+                    "s_tmax",
+                    default=1000.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=1.0,
+                    round=0.001,
+                    optional=True,
+                    tooltip="The highest noise level at which noise is added.",
+                ),
+                io.Float.Input(
+                    "s_noise",
+                    default=1.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.001,
+                    round=0.001,
+                    optional=True,
+                    tooltip="Standard deviation of the noise that is added.",
+                ),
             ],
             outputs=[io.Image.Output(display_name="image"), io.Latent.Output(display_name="latent")],
         )
@@ -219,12 +270,18 @@ class Sample(io.ComfyNode):
         guidance_scale: float,
         guidance_sigma_min: float,
         guidance_sigma_max: float,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = 1000.0,
+        s_noise: float = 1.0,
     ) -> io.NodeOutput:
         # ComfyUI keeps the loaded pipeline for other nodes: this one shares its weights, not its state.
         scheduler = SAMPLERS[sampler].from_config(pipeline.scheduler.config)
         pipe = SDDiTPipeline(pipeline.transformer, scheduler, pipeline.vae, pipeline.id2label)
         labels = parse_classes(classes)
         seeds = [(seed + i) % 2**64 for i in range(len(labels) * images_per_class)]
+        generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+        churn = dict(s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise) if s_churn else {}
         progress = comfy.utils.ProgressBar(1)
 
         def after_evaluation(pipe: SDDiTPipeline, i: int, timestep: torch.Tensor, tensors: dict) -> dict:
@@ -238,12 +295,13 @@ class Sample(io.ComfyNode):
             guidance_interval=(guidance_sigma_min, guidance_sigma_max),
             num_images_per_label=images_per_class,
             num_inference_steps=steps,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            generator=generator,
             output_type="latent",
             callback_on_step_end=after_evaluation,
+            **churn,
         ).images
         latents = pipe.unscale_latents(samples)
-        return io.NodeOutput(decode(pipe, latents), {"samples": latents.cpu()})
+        return io.NodeOutput(decode(pipe, latents, generator), {"samples": latents.cpu()})
 
 
 class Decode(io.ComfyNode):
