@@ -239,9 +239,8 @@ class Trainer:
 
         names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has no more than two
         numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        heard = [
-            number for number in numbers if signal.getsignal(number) != signal.SIG_IGN
-        ]  # as nohup has it
+        # nohup lets SIGHUP be ignored, and so it stays.
+        heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
         earlier = {number: signal.signal(number, note) for number in heard}
         try:
             yield
