@@ -7,6 +7,7 @@ Everything random in a step, and every schedule, follows from the seed and the n
 """
 
 import dataclasses
+import errno
 import json
 import math
 import shutil
@@ -625,7 +626,8 @@ def save_weights(pipe: SDDiTPipeline, folder: Path) -> None:
     try:
         pipe.save_pretrained(folder)
     except SafetensorError as error:  # what safetensors makes of a disk that is full
-        raise OSError(f"The pipeline cannot be written to {folder.parent}: {error}") from error
+        message = f"The pipeline cannot be written: {error}"
+        raise OSError(errno.EIO, message, str(folder.parent)) from error
 
 
 def open_accelerator(config: TrainingConfig) -> Accelerator:
