@@ -7,16 +7,20 @@ Everything random in a step, and every schedule, follows from the seed and the n
 """
 
 import dataclasses
+import errno
 import json
 import math
+import shutil
 import signal
 import sys
-import tempfile
+import time
 import warnings
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -39,20 +43,21 @@ from sddit_diffusers.checkpointing import (
     load_state,
     read_about,
     save_checkpoint,
+    set_aside,
 )
-from sddit_diffusers.cli import differences
+from sddit_diffusers.cli import differences, one_line_errors
 from sddit_diffusers.configuration import CHECKPOINTING, TRIAL_STEPS, TrainingConfig, parse
-from sddit_diffusers.data import BatchSampler, ImageDataset, UnreadableImageError, generator_for
+from sddit_diffusers.data import BatchSampler, ImageDataset, generator_for
 from sddit_diffusers.denoising import DenoisingObjective, Draws, mask_ratio_at
 from sddit_diffusers.discrimination import teacher_momentum, teacher_temperature
+from sddit_diffusers.files import folder_written_aside, locked, remove, written_aside
 from sddit_diffusers.latents import (
     LatentDataset,
-    UnreadableShardError,
     find_latents,
     load_vae,
     sha256_of_weights,
 )
-from sddit_diffusers.launching import check_machine, on_main_process
+from sddit_diffusers.launching import check_machine, main_first, on_main_process, together
 from sddit_diffusers.memory import memory_lines
 from sddit_diffusers.methods import build_objective
 from sddit_diffusers.references import Judge
@@ -60,46 +65,51 @@ from sddit_diffusers.reporting import MetricsLog, draw_curves, read_metrics, sam
 from sddit_diffusers.sharding import check_engine, prepare, whole, whole_weights
 from sddit_diffusers.sharing import open_repo, upload, write_card
 
+T = TypeVar("T")
+UNFINISHED = "unfinished"  # the log of a run in a folder that has a model already
+STATE = "objective", "optimizer", "ema", "scaler"  # what a checkpoint has
+
 
 class Trainer:
     """A run: what is built once, one step, and what is saved."""
 
-    def __init__(self, config: TrainingConfig):
+    def __init__(self, config: TrainingConfig, accelerator: Accelerator | None = None):
         self.config = config
         self.output_dir = Path(config.output_dir)
-        prepare_folder(self.output_dir, config)
+        self.accelerator = accelerator or open_accelerator(config)
+        on_main_process(lambda: prepare_folder(self.output_dir, config), self.accelerator)
         self.repo = None
-        trackers = [str(tracker) for tracker in get_available_trackers()]
-        if config.report_to not in ("", "all", *trackers):
-            raise ValueError(
-                f"report_to is {config.report_to!r}; installed are {', '.join(trackers) or 'none'}."
-            )
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision or None,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            log_with=config.report_to or None,
-            project_dir=self.output_dir,
-            kwargs_handlers=[
-                # The centers are equal on all processes: there is nothing to broadcast before a forward.
-                DistributedDataParallelKwargs(broadcast_buffers=False),
-                # The others wait while the main process saves and samples.
-                InitProcessGroupKwargs(timeout=timedelta(hours=2)),
-            ],
-        )
-        check_machine(self.accelerator)
-        check_engine(self.accelerator)
         if config.push_to_hub:  # now, since nobody may be logged in
             name = config.hub_model_id or self.output_dir.resolve().name
             self.repo = on_main_process(lambda: open_repo(name), self.accelerator)
+        self.check_evaluation()
         network = config.network()
-        self.dataset = open_dataset(config, network)
+        self.dataset = main_first(lambda: open_dataset(config, network), self.accelerator)
         wanted = self.accelerator.is_main_process or config.evaluation_steps
-        self.vae = self.open_vae() if wanted else None
+        self.vae = main_first(lambda: self.open_vae() if wanted else None, self.accelerator)
+        self.build(network | {"num_classes": self.dataset.num_classes})
+        self.sampler = BatchSampler(
+            len(self.dataset), config.train_batch_size, config.gradient_accumulation_steps,
+            self.accelerator.process_index, self.accelerator.num_processes, config.seed,
+            max_steps=config.max_train_steps,
+        )  # fmt: skip
+        if config.resume_from_checkpoint:
+            self.resume()
+        self.judge = self.open_judge() if config.evaluation_steps else None
+        self.stop_signal, self.stop_time = None, 0.0
+        # While the model of an earlier run is there, what is written of this one is kept beside.
+        beside, model = self.output_dir / UNFINISHED, self.output_dir / "model_index.json"
+        self.records = beside if beside.is_dir() or model.is_file() else self.output_dir
+
+    def build(self, network: dict) -> None:
+        """Makes the network of these arguments, what trains it, and the averages."""
+        config, device = self.config, self.accelerator.device.type
         set_seed(config.seed)
-        network |= {"num_classes": self.dataset.num_classes}
-        self.objective = build_objective(config, network, EDMHeunScheduler(), self.accelerator.device.type)
+        self.objective = main_first(
+            lambda: build_objective(config, network, EDMHeunScheduler(), device), self.accelerator
+        )
         if config.compile:
-            self.objective.compile_blocks()
+            self.objective.compile_blocks(dynamic=config.mask_ratio_schedule != "constant")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         optimizer = torch.optim.AdamW(
             [parameter for parameter in self.objective.parameters() if parameter.requires_grad],
@@ -113,28 +123,61 @@ class Trainer:
             config.train_batch_size, config.gradient_accumulation_steps, config.max_grad_norm,
         )  # fmt: skip
         self.ema = EMAModel(self.objective.transformer.parameters(), decay=config.ema_decay, foreach=True)
-        self.sampler = BatchSampler(
-            len(self.dataset), config.train_batch_size, config.gradient_accumulation_steps,
-            self.accelerator.process_index, self.accelerator.num_processes, config.seed,
-            max_steps=config.max_train_steps,
-        )  # fmt: skip
-        if config.resume_from_checkpoint:
-            self.resume()
-        self.judge = self.open_judge() if config.evaluation_steps else None
-        self.stop_signal = None
+
+    def check_evaluation(self) -> None:
+        """Makes sure that each process has a sample to make.
+
+        Raises:
+            ValueError: there are fewer samples than processes.
+        """
+        samples, processes = self.config.evaluation_samples, self.accelerator.num_processes
+        if self.config.evaluation_steps and samples < processes:
+            raise ValueError(
+                f"evaluation_samples is {samples}; it must be at least {processes}, one a process."
+            )
 
     def run(self) -> None:
         """Trains from the first step to the last, and saves the pipeline.
 
         Raises:
             SystemExit: a signal stopped the run, after a checkpoint.
+            FloatingPointError: losses, weights or samples are not finite.
+        """
+        log = on_main_process(self.begin, self.accelerator)
+        self.accelerator.init_trackers("sddit", config=dataclasses.asdict(self.config))
+        self.describe()
+        try:
+            with self.catching_signals():
+                self.train(log)
+                self.finish()
+        except FloatingPointError as error:
+            last = find_checkpoints(self.output_dir)[-1:]
+            kept = f"The last checkpoint is {last[0]}." if last else "There is no checkpoint."
+            raise FloatingPointError(f"{error} {kept}") from error
+        if self.stop_signal:
+            name = signal.Signals(self.stop_signal).name
+            self.accelerator.print(f"{name} came at the end: the run is complete.")
+
+    def begin(self) -> MetricsLog:
+        """The main process's preparation of the folder, once nothing stands against the run."""
+        for folder in set_aside(self.output_dir, self.sampler.start_step):
+            print(f"Left behind by this run, and set aside: {folder}", flush=True)
+        earlier = self.records / "metrics.jsonl"
+        if not earlier.is_file():
+            earlier = self.output_dir / "metrics.jsonl"
+        if self.records.is_symlink():
+            remove(self.records)
+        self.records.mkdir(exist_ok=True)
+        self.config.save(self.records / "training_config.json")
+        return MetricsLog(self.records / "metrics.jsonl", self.sampler.start_step, earlier)
+
+    def train(self, log: MetricsLog) -> None:
+        """The loop over the steps.
+
+        Args:
+            log: the main process's.
         """
         config, main = self.config, self.accelerator.is_main_process
-        if main:
-            config.save(self.output_dir / "training_config.json")
-            log = MetricsLog(self.output_dir / "metrics.jsonl", self.sampler.start_step)
-        self.accelerator.init_trackers("sddit", config=dataclasses.asdict(config))
-        self.describe()
         progress = tqdm(
             range(self.sampler.start_step, config.max_train_steps),
             initial=self.sampler.start_step,
@@ -145,7 +188,7 @@ class Trainer:
             smoothing=0.05,
             dynamic_ncols=True,
         )
-        with self.catching_signals(), closing(self.dataset.batches(self.sampler)) as data:
+        with closing(self.dataset.batches(self.sampler)) as data:
             for step in progress:
                 metrics = self.train_step(step, data)
                 done = step + 1
@@ -154,7 +197,7 @@ class Trainer:
                 progress.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
                 scores = {}
                 if config.evaluation_steps and (done % config.evaluation_steps == 0 or last):
-                    scores = self.evaluate()
+                    scores = self.sampled(done, self.evaluate)
                     metrics |= scores
                     if main:
                         shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
@@ -171,19 +214,35 @@ class Trainer:
                     progress.close()
                     self.leave(done)
                 if config.validation_steps and done % config.validation_steps == 0 and not last:
-                    self.validate(f"samples-{done}.png")
-        self.finish()
+                    self.sampled(done, partial(self.validate, f"samples-{done}.png"))
+
+    def sampled(self, step: int, action: Callable[[], T]) -> T:
+        """What `action` makes of samples; where they are not finite, the training is saved first."""
+        try:
+            return action()
+        except FloatingPointError:
+            self.save(step)
+            raise
 
     @contextmanager
     def catching_signals(self) -> Iterator[None]:
-        """Lets the step end before SIGTERM or SIGUSR1 stops the run, on all processes if one gets it."""
+        """Lets the step end before a signal stops the run, on all processes if one gets it.
+
+        A second Ctrl-C leaves at once; one within a second is the first, which a launcher has passed on.
+        """
 
         def note(number, frame) -> None:
-            self.stop_signal = number
+            if number == signal.SIGINT and self.stop_signal and time.monotonic() > self.stop_time + 1:
+                raise KeyboardInterrupt
+            if not self.stop_signal:
+                self.stop_signal, self.stop_time = number, time.monotonic()
             self.accelerator.set_trigger()
 
-        numbers = {signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}  # Windows has no SIGUSR1
-        earlier = {number: signal.signal(number, note) for number in numbers}
+        names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has no more than two
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        # nohup lets SIGHUP be ignored, and so it stays.
+        heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        earlier = {number: signal.signal(number, note) for number in heard}
         try:
             yield
         finally:
@@ -293,6 +352,21 @@ class Trainer:
         shown = ", ".join(wrong[:12]) + (f" and {len(wrong) - 12} more" if len(wrong) > 12 else "")
         raise FloatingPointError(f"Step {step + 1}: not finite: {shown}. No weight was moved in this step.")
 
+    def check_weights(self, step: int) -> None:
+        """Makes sure that what is about to be saved can be used.
+
+        Raises:
+            FloatingPointError: a weight or an average is not finite, on all processes.
+        """
+        averages = [("the averages", tensor) for tensor in self.ema.shadow_params]
+        tensors = [*self.objective.named_parameters(), *averages]
+        wrong = dict.fromkeys(name for name, tensor in tensors if not whole(tensor).isfinite().all())
+        if wrong:
+            raise FloatingPointError(
+                f"Step {step} has made weights that are not finite, and they are not saved: "
+                f"{', '.join([*wrong][:12])}."
+            )
+
     def averaged_pipeline(self) -> SDDiTPipeline:
         """A pipeline with a copy of the averaged weights; all processes call it."""
         trained = self.objective.transformer
@@ -308,8 +382,9 @@ class Trainer:
     def validate(self, name: str) -> None:
         """Draws a grid of samples with the averaged weights, in fewer steps than the last one."""
         pipe = self.averaged_pipeline()
+        path = self.output_dir / name
         on_main_process(
-            lambda: self.draw_samples(pipe, name, num_inference_steps=TRIAL_STEPS), self.accelerator
+            lambda: self.draw_samples(pipe, path, num_inference_steps=TRIAL_STEPS), self.accelerator
         )
 
     def evaluate(self) -> dict[str, float]:
@@ -318,13 +393,14 @@ class Trainer:
         scores = self.judge(pipe, self.config.train_batch_size, num_inference_steps=TRIAL_STEPS)
         return broadcast_object_list([scores])[0]
 
-    def draw_samples(self, pipe: SDDiTPipeline, name: str, **arguments) -> bool:
+    def draw_samples(self, pipe: SDDiTPipeline, path: Path, **arguments) -> bool:
         """Saves a grid of samples, if one is wanted and can be decoded; returns whether."""
         images = self.config.num_validation_images
         if not images or (self.vae is None and isinstance(self.dataset, LatentDataset)):
             return False
         grid = sample_grid(pipe, classes=max(1, images // 10), columns=min(images, 10), **arguments)
-        grid.save(self.output_dir / name)
+        with written_aside(path) as file:
+            grid.save(file, format="PNG")
         return True
 
     def save(self, step: int) -> None:
@@ -332,7 +408,9 @@ class Trainer:
 
         Raises:
             OSError: it cannot be written.
+            FloatingPointError: the weights are of no use.
         """
+        self.check_weights(step)
         scaler, (epoch, batch) = self.accelerator.scaler, divmod(step, self.sampler.steps_per_epoch)
         about = {
             "run": self.identity(),
@@ -368,23 +446,39 @@ class Trainer:
         Raises:
             ValueError: there is none, it is damaged, or of another run.
         """
-        name = self.config.resume_from_checkpoint
+        name, steps = self.config.resume_from_checkpoint, self.config.max_train_steps
         folder = on_main_process(lambda: choose_checkpoint(self.output_dir, name), self.accelerator)
         if folder is None:
             self.accelerator.print(f"There is no checkpoint in {self.output_dir} yet: the run begins.")
             return
-        about = read_about(folder)
-        if others := differences(about["run"], self.identity()):
+        about = together(lambda: read_about(folder), self.accelerator)
+        if others := differences(about.get("run", {}), self.identity()):
             raise ValueError(f"{folder} is of another run; {'; '.join(others)}.")
-        changed = differences(about["settings"], dataclasses.asdict(self.config))
-        changed = [change for change in changed if not change.startswith("resume_from_checkpoint:")]
-        if changed:
-            self.accelerator.print(f"Changed since {folder.name}: {'; '.join(changed)}.")
-        state = load_state(folder)
+        if about["step"] > steps:
+            raise ValueError(f"max_train_steps is {steps}; {folder} is of step {about['step']} already.")
+        self.compare(folder, about.get("settings", {}))
+        state = together(lambda: load_state(folder, *STATE), self.accelerator)
         self.engine.scatter(state, self.ema)
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.sampler.start_step = about["step"]
+
+    def compare(self, folder: Path, saved: dict) -> None:
+        """Says which settings have changed since a checkpoint was saved.
+
+        Raises:
+            ValueError: one that would change nothing now.
+        """
+        settings = dataclasses.asdict(self.config)
+        of_a_start = ("resume_from_checkpoint", "overwrite_output_dir")
+        saved = settings | saved | {name: settings[name] for name in of_a_start}
+        weights = "pretrained_model_name_or_path"
+        if saved[weights] != settings[weights]:
+            raise ValueError(
+                f"{weights} is {settings[weights]!r}; the run of {folder} began with {saved[weights]!r}."
+            )
+        if changed := differences(saved, settings):
+            self.accelerator.print(f"Changed since {folder.name}: {'; '.join(changed)}.")
 
     def describe(self) -> None:
         """Says what is about to be trained."""
@@ -399,7 +493,12 @@ class Trainer:
         )
 
     def finish(self) -> None:
-        """Saves the pipeline with the averaged weights, and draws samples and curves."""
+        """Saves the pipeline with the averaged weights, and draws samples and curves.
+
+        Raises:
+            FloatingPointError: weights or samples are not finite; weights that are finite are saved.
+        """
+        self.check_weights(self.config.max_train_steps)
         pipe = self.averaged_pipeline()
         on_main_process(lambda: self.save_pipeline(pipe), self.accelerator)
         for tracker in self.accelerator.trackers:
@@ -410,15 +509,36 @@ class Trainer:
 
         Raises:
             OSError: the disk is full, or the Hub did not take the pipeline.
+            FloatingPointError: the samples are not finite.
         """
-        try:
-            pipe.save_pretrained(self.output_dir)
-        except SafetensorError as error:  # what safetensors makes of a disk that is full
-            raise OSError(f"The pipeline cannot be written to {self.output_dir}: {error}") from error
-        pipe.set_progress_bar_config(disable=False, desc="samples.png", leave=False)
-        sampled = self.draw_samples(pipe, "samples.png")
-        draw_curves(read_metrics(self.output_dir / "metrics.jsonl"), self.output_dir / "curves.png")
-        write_card(self.output_dir, self.repo or str(self.output_dir), pipe, self.config, self.dataset)
+        problem = None
+        with folder_written_aside(self.output_dir) as folder:
+            save_weights(pipe, folder)
+            for name in ("training_config.json", "metrics.jsonl"):
+                shutil.copyfile(self.records / name, folder / name)
+            if not (metrics := read_metrics(folder / "metrics.jsonl")):  # it was lost, and no step was left
+                metrics = [{"step": self.config.max_train_steps}]
+                MetricsLog(folder / "metrics.jsonl", 0).write(metrics[0])
+            pipe.set_progress_bar_config(disable=False, desc="samples.png", leave=False)
+            try:
+                sampled = self.draw_samples(pipe, folder / "samples.png")
+            except FloatingPointError as error:
+                sampled, problem = False, error
+            draw_curves(metrics, folder / "curves.png")
+            write_card(folder, self.repo or str(self.output_dir), pipe, self.config, self.dataset)
+            gone = [name for name in ("samples.png", "vae") if not (folder / name).exists()]
+        for name in gone:  # an earlier model's
+            remove(self.output_dir / name)
+        if self.records != self.output_dir:
+            remove(self.records)
+        if problem:
+            raise FloatingPointError(f"The pipeline is in {self.output_dir}, without samples.png: {problem}")
+        self.tell(sampled)
+        if self.repo:
+            print(f"Uploaded: {upload(self.output_dir, self.repo)}")
+
+    def tell(self, sampled: bool) -> None:
+        """Says what there is, and how it is used."""
         label = self.dataset.num_classes - 3 if self.dataset.num_classes > 2 else None
         print(
             f"Done: the pipeline, metrics.jsonl, curves.png{', samples.png' * bool(sampled)} are in "
@@ -427,8 +547,6 @@ class Trainer:
             f'    pipe = SDDiTPipeline.from_pretrained("{self.output_dir}")\n'
             f'    pipe(class_labels=[{label}]).images[0].save("sample.png")'
         )
-        if self.repo:
-            print(f"Uploaded: {upload(self.output_dir, self.repo)}")
 
     def open_vae(self) -> AutoencoderKL | AutoencoderTiny | None:
         """The VAE that decodes the latents; None for pictures, and where none is wanted.
@@ -499,18 +617,90 @@ def open_dataset(config: TrainingConfig, network: dict) -> ImageDataset | Latent
     return dataset
 
 
-def prepare_folder(folder: Path, config: TrainingConfig) -> None:
-    """Makes sure, before anything is trained, that results can be written and no checkpoint is lost."""
+def save_weights(pipe: SDDiTPipeline, folder: Path) -> None:
+    """Saves a pipeline.
+
+    Raises:
+        OSError: the disk is full.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"The output folder {folder} cannot be written: {error.strerror}.") from None
-    if find_checkpoints(folder) and not config.resume_from_checkpoint:
+        pipe.save_pretrained(folder)
+    except SafetensorError as error:  # what safetensors makes of a disk that is full
+        message = f"The pipeline cannot be written: {error}"
+        raise OSError(errno.EIO, message, str(folder.parent)) from error
+
+
+def open_accelerator(config: TrainingConfig) -> Accelerator:
+    """What joins the processes.
+
+    Raises:
+        ValueError: there is no such tracker, or the machine is not as it must be.
+    """
+    trackers = [str(tracker) for tracker in get_available_trackers()]
+    if config.report_to not in ("", "all", *trackers):
+        raise ValueError(f"report_to is {config.report_to!r}; installed are {', '.join(trackers) or 'none'}.")
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision or None,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=config.report_to or None,
+        project_dir=config.output_dir,
+        kwargs_handlers=[
+            # The centers are equal on all processes: there is nothing to broadcast before a forward.
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            # The others wait while the main process saves and samples.
+            InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+        ],
+    )
+    check_machine(accelerator)
+    check_engine(accelerator)
+    return accelerator
+
+
+@contextmanager
+def training(config: TrainingConfig) -> Iterator[Trainer]:
+    """A trainer, in whose output folder no other run may write.
+
+    Raises:
+        ValueError: the settings are wrong, or another run has the folder.
+        OSError: something cannot be read or written.
+    """
+    accelerator, folder = open_accelerator(config), Path(config.output_dir)
+    with ExitStack() as held:
+        on_main_process(lambda: held.enter_context(alone_in(folder)), accelerator)
+        yield Trainer(config, accelerator)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """As [`locked`], with a message of the output folder's where it cannot be written."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(folder))
+        except OSError as error:
+            raise ValueError(f"The output folder {folder} cannot be written: {error.strerror}.") from None
+        yield
+
+
+def prepare_folder(folder: Path, config: TrainingConfig) -> None:
+    """Makes sure, before anything is trained, that there is a folder and that nothing in it is lost.
+
+    Raises:
+        ValueError: it holds what an earlier run has left.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints, goes_on = find_checkpoints(folder), config.resume_from_checkpoint
+    if config.overwrite_output_dir:
+        return
+    if checkpoints and not goes_on:
         raise ValueError(
             f"{folder} holds checkpoints of an earlier run: go on with --resume_from_checkpoint latest, "
-            "or choose another --output_dir."
+            "choose another --output_dir, or begin anew with --overwrite_output_dir."
+        )
+    begins = not goes_on or (goes_on == "latest" and not checkpoints)
+    if begins and (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"{folder} holds the model of an earlier run: choose another --output_dir, or replace it with "
+            "--overwrite_output_dir."
         )
 
 
@@ -535,18 +725,14 @@ def dry_run(config: TrainingConfig) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    config = parse(arguments)
-    if config.dry_run:
-        return dry_run(config)
-    try:
-        trainer = Trainer(config)
-    except (ValueError, OSError) as error:
-        sys.exit(f"train_sddit.py: error: {error}")
-    try:
-        trainer.run()
-        trainer.accelerator.state.destroy_process_group()
-    except (FloatingPointError, UnreadableImageError, UnreadableShardError, OSError) as error:
-        sys.exit(f"train_sddit.py: error: {error}")
+    with one_line_errors("train_sddit.py"):
+        config = parse(arguments)
+        config.check_method()
+        if config.dry_run:
+            return dry_run(config)
+        with training(config) as trainer:
+            trainer.run()
+            trainer.accelerator.state.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -10,13 +10,21 @@ import os
 import re
 import shutil
 import warnings
+from itertools import count
 from pathlib import Path
 
 import torch
 
-from .files import sha256_of, sync_folder, written_aside
+from .files import read_json, remove, sha256_of, sync_folder, written_aside
 
 _STATE, _ABOUT = "state.pt", "checkpoint.json"
+_NAME, _ABANDONED = "checkpoint-[0-9]{1,18}", "abandoned-"
+_STRUCTURE = {
+    "step": range(2**63),
+    _STATE: {"bytes": range(2**63), "sha256": str},
+    "run?": dict,
+    "settings?": dict,
+}
 
 
 class DamagedCheckpointError(ValueError):
@@ -24,7 +32,7 @@ class DamagedCheckpointError(ValueError):
 
 
 def save_checkpoint(output_dir: Path, step: int, state: dict, about: dict, total_limit: int = 0) -> Path:
-    """Writes a checkpoint aside, renames it into place, and then removes all but the newest ones.
+    """Writes a checkpoint aside, renames it into place, and then removes all but the newest up to its step.
 
     Args:
         state: tensors and numbers, as `torch.save` takes them.
@@ -37,7 +45,7 @@ def save_checkpoint(output_dir: Path, step: int, state: dict, about: dict, total
     folder = output_dir / f"checkpoint-{step}"
     aside, replaced = output_dir / f".{folder.name}.tmp", output_dir / f".{folder.name}.old"
     for leftover in output_dir.glob(".checkpoint-*"):
-        shutil.rmtree(leftover)
+        remove(leftover)
     aside.mkdir()
     try:
         with written_aside(aside / _STATE) as file:
@@ -46,18 +54,34 @@ def save_checkpoint(output_dir: Path, step: int, state: dict, about: dict, total
             whole = {"bytes": os.path.getsize(aside / _STATE), "sha256": sha256_of(file)}
         with written_aside(aside / _ABOUT, "w") as file:
             file.write(json.dumps({"step": step, _STATE: whole, **about}, indent=1) + "\n")
-        if folder.exists():
+        if os.path.lexists(folder):
             os.rename(folder, replaced)
         os.rename(aside, folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     sync_folder(output_dir)
-    shutil.rmtree(replaced, ignore_errors=True)
+    remove(replaced)
     if total_limit:
-        for old in find_checkpoints(output_dir)[:-total_limit]:
-            shutil.rmtree(old)
+        of_this_run = [path for path in find_checkpoints(output_dir) if step_of(path) <= step]
+        for old in of_this_run[:-total_limit]:
+            remove(old)
     return folder
+
+
+def set_aside(output_dir: Path, step: int) -> list[Path]:
+    """Renames the checkpoints of higher steps than the one that a run goes on from: it leaves them behind.
+
+    Returns:
+        What they are called now; nothing chooses or removes them.
+    """
+    renamed = []
+    for folder in reversed(find_checkpoints(output_dir)):
+        if step_of(folder) > step:
+            names = (f"{_ABANDONED}{folder.name}{f'-{i}' * (i > 1)}" for i in count(1))
+            free = next(path for path in map(output_dir.joinpath, names) if not os.path.lexists(path))
+            renamed.append(folder.rename(free))
+    return renamed
 
 
 def _save(state: dict, file) -> None:
@@ -71,8 +95,13 @@ def _save(state: dict, file) -> None:
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, those of the lowest steps first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(_NAME, path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.name.split("-")[1])
 
 
 def choose_checkpoint(output_dir: Path, name: str) -> Path | None:
@@ -103,22 +132,42 @@ def _check(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"There is no checkpoint {folder} to resume from.")
     try:
-        whole = json.loads((folder / _ABOUT).read_text())[_STATE]
+        whole = read_about(folder)[_STATE]
         size = os.path.getsize(folder / _STATE)
         if size != whole["bytes"]:
             raise ValueError(f"{_STATE} has {size} bytes, but {whole['bytes']} were written")
         with (folder / _STATE).open("rb") as file:
             if sha256_of(file) != whole["sha256"]:
                 raise ValueError(f"the content of {_STATE} is not what was written")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(f"The checkpoint {folder} is damaged: {error}.") from error
+    except (OSError, ValueError) as error:
+        problem = str(error).removesuffix(".")
+        raise DamagedCheckpointError(f"The checkpoint {folder} is damaged: {problem}.") from error
 
 
 def read_about(folder: Path) -> dict:
-    """What `checkpoint.json` tells of a checkpoint."""
-    return json.loads((folder / _ABOUT).read_text())
+    """What `checkpoint.json` tells of a checkpoint.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    return read_json(folder / _ABOUT, _STRUCTURE, "description of a checkpoint")
 
 
-def load_state(folder: Path) -> dict:
-    """The state of a checkpoint, on the CPU."""
-    return torch.load(folder / _STATE, map_location="cpu", weights_only=True, mmap=True)
+def load_state(folder: Path, *parts: str) -> dict:
+    """The state of a checkpoint, on the CPU.
+
+    Args:
+        parts: what it must have.
+
+    Raises:
+        DamagedCheckpointError: it is no state, it would run code, or it lacks a part.
+    """
+    path = folder / _STATE
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch, zipfile and pickle raise many kinds
+        raise DamagedCheckpointError(f"{path} cannot be read as a state: {error}") from error
+    if not isinstance(state, dict) or (missing := [part for part in parts if part not in state]):
+        lack = f"it has no {missing[0]!r}" if isinstance(state, dict) else f"it is a {type(state).__name__}"
+        raise DamagedCheckpointError(f"{path} is no state of a training: {lack}.")
+    return state

@@ -6,10 +6,12 @@ method's, the JSON file of `--config`, the command line.
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cli import Parser, check_options, json_object, option, unknown_option
+from .cli import Limits, Parser, check_options, json_object, option, shortened, unknown_option
+from .files import read_json, written_aside
 
 
 def _network(size, patch, channels, layers, heads, head_dim, decoder, classes):
@@ -98,6 +100,19 @@ METHODS = {
     "mdt": dict(mask_ratio=0.3),
 }
 
+# Options that one method has, or all but one; the others leave them at the preset's value.
+_OF_ONE_METHOD = {
+    "maskdit": ("mae_weight",),
+    "sddit": (
+        "discriminative_weight", "num_prototypes", "head_hidden_dim", "head_bottleneck_dim",
+        "student_temperature", "teacher_temperature_start", "teacher_temperature_end",
+        "teacher_temperature_warmup_epochs", "teacher_momentum_start", "teacher_momentum_end",
+        "teacher_sigma", "center_momentum",
+    ),
+}  # fmt: skip
+_BELOW_1 = 1 - 2**-53  # the largest number
+_WIDEST = 2**16  # of a layer, of a picture
+
 SCHEDULES = ("constant", "cosine")
 CHECKPOINTING = ("none", "selective", "full")
 TRIAL_STEPS = 18  # of the sampler, while a run is not at its end
@@ -137,8 +152,8 @@ class TrainingConfig:
     lr_warmup_steps: int = option(
         0, "steps of linear warm-up to the learning rate, constant afterwards", low=0
     )
-    adam_beta1: float = option(0.9, "of AdamW", low=0, high=1)
-    adam_beta2: float = option(0.999, "of AdamW", low=0, high=1)
+    adam_beta1: float = option(0.9, "of AdamW", low=0, high=_BELOW_1)
+    adam_beta2: float = option(0.999, "of AdamW", low=0, high=_BELOW_1)
     adam_weight_decay: float = option(0.0, "of AdamW", low=0)
     max_grad_norm: float = option(0.0, "gradients are scaled down to this norm; 0: never", low=0)
     mixed_precision: str = option(
@@ -159,7 +174,7 @@ class TrainingConfig:
         0.2,
         "share of the patches hidden from the student's encoder; 0.5 for maskdit, 0.3 for mdt",
         low=0,
-        high=1,
+        high=_BELOW_1,
     )
     mask_ratio_schedule: str = option(
         "constant",
@@ -171,9 +186,11 @@ class TrainingConfig:
         0.1, "probability of training an image without its label, for guidance", low=0, high=1
     )
     discriminative_weight: float = option(1.0, "factor of L_D; 0 trains without teacher", low=0)
-    num_prototypes: int = option(8192, "K", low=2)
-    head_hidden_dim: int = option(2048, "hidden width of the projection head", low=1)
-    head_bottleneck_dim: int = option(256, "width of the projection head before the prototypes", low=1)
+    num_prototypes: int = option(8192, "K", low=2, high=2**20)
+    head_hidden_dim: int = option(2048, "hidden width of the projection head", low=1, high=_WIDEST)
+    head_bottleneck_dim: int = option(
+        256, "width of the projection head before the prototypes", low=1, high=_WIDEST
+    )
     student_temperature: float = option(0.1, "tau_S", low=1e-3)
     teacher_temperature_start: float = option(0.09, "tau_T at the start", low=1e-3)
     teacher_temperature_end: float = option(0.099, "tau_T after its warm-up", low=1e-3)
@@ -197,16 +214,19 @@ class TrainingConfig:
         "inception", "'inception'; without downloads 'classifier', 'pixels'", choices=EXTRACTORS
     )
     validation_steps: int = option(0, "sample a grid every so many steps; 0: at the end only", low=0)
-    num_validation_images: int = option(100, "images of a grid, in rows of ten", low=0)
+    num_validation_images: int = option(100, "images of a grid, in rows of ten", low=0, high=10_000)
     checkpointing_steps: int = option(0, "save a checkpoint every so many steps; 0: none", low=0)
     checkpoints_total_limit: int = option(0, "checkpoints that are kept, the newest ones; 0: all", low=0)
+    overwrite_output_dir: bool = option(
+        False, "begin anew where a model or checkpoints are; it is replaced once the new one is complete"
+    )
     dry_run: bool = option(False, "tell the memory that a step takes, and train nothing")
     resume_from_checkpoint: str = option(
         "", "a checkpoint folder, or 'latest', which begins where there is none"
     )
     logging_steps: int = option(1, "write the metrics every so many steps", low=1)
     report_to: str = option("", "'tensorboard', 'wandb' or 'all', beside metrics.jsonl")
-    dataloader_num_workers: int = option(0, "processes that read images ahead", low=0)
+    dataloader_num_workers: int = option(0, "processes that read images ahead", low=0, high=1024)
     push_to_hub: bool = option(False, "upload the pipeline with its card at the end, never a checkpoint")
     hub_model_id: str = option("", "where to, USER/NAME or NAME; the output folder's name if not given")
 
@@ -218,53 +238,95 @@ class TrainingConfig:
             raise ValueError(
                 f"The preset {self.preset} needs --dataset_name, a folder or a dataset on the Hub."
             )
+        if self.overwrite_output_dir and self.resume_from_checkpoint:
+            raise ValueError(
+                "overwrite_output_dir begins anew, and resume_from_checkpoint goes on: choose one."
+            )
         if self.method == "dit" and self.mask_ratio:
             raise ValueError(f"mask_ratio is {self.mask_ratio}; dit has no mask, so it must be 0.")
         self.network()
         self.teacher_noise()
 
+    def check_method(self) -> None:
+        """Holds what another method's options are against the preset's values.
+
+        Raises:
+            ValueError: one was changed, which would change nothing.
+        """
+        others = [name for method in _OF_ONE_METHOD.keys() - {self.method} for name in _OF_ONE_METHOD[method]]
+        if self.method == "dit":
+            others.append("mask_ratio_schedule")
+        for name in sorted(others):
+            value, left = getattr(self, name), RECIPES[self.preset].get(name, getattr(TrainingConfig, name))
+            if value != left:
+                raise ValueError(
+                    f"{name} is {shortened(value)}; {self.method} has no such option: leave it at {left!r}."
+                )
+
     def network(self) -> dict:
-        """The arguments of the method's network, but for num_classes, which is the dataset's."""
+        """The arguments of the method's network, but for num_classes, which is the dataset's.
+
+        Raises:
+            ValueError: `transformer` is no change of them.
+        """
         preset = PRESETS[self.preset]
         decoder = ("num_decoder_layers", "decoder_num_attention_heads", "decoder_attention_head_dim")
         if self.method in ("dit", "mdt"):
             preset = {name: value for name, value in preset.items() if name not in decoder}
         if self.method == "mdt":
             preset["num_decoder_layers"] = 2  # of num_layers, in all sizes (Gao et al. 2023)
-        return preset | read_changes(self.transformer, preset | {"mlp_ratio": 4.0})
+        return preset | read_changes(self.transformer, preset)
 
     def teacher_noise(self) -> float | str:
         """`teacher_sigma` as the objective takes it."""
         try:
-            return self.teacher_sigma if self.teacher_sigma == "student" else float(self.teacher_sigma)
+            sigma = self.teacher_sigma if self.teacher_sigma == "student" else float(self.teacher_sigma)
         except ValueError:
+            sigma = 0.0
+        if sigma != "student" and not 0 < sigma < math.inf:
             raise ValueError(
-                f"teacher_sigma is {self.teacher_sigma!r}; it must be a number or 'student'."
-            ) from None
+                f"teacher_sigma is {shortened(self.teacher_sigma)}; it must be a number above 0 or 'student'."
+            )
+        return sigma
 
     def save(self, path: Path) -> None:
         """Writes the resolved settings as a file that `--config` reads."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        with written_aside(path, "w") as file:
+            settings = dataclasses.asdict(self) | {"overwrite_output_dir": False}  # once is enough
+            file.write(json.dumps(settings, indent=2) + "\n")
 
 
-def read_changes(text: str, known: dict) -> dict:
+def read_changes(text: str, network: dict) -> dict:
     """The settings of `--transformer`.
 
     Args:
         text: JSON.
-        known: the settings that there are, each with a value of its type; `num_classes` is the dataset's.
+        network: what it changes; `num_classes` is the dataset's.
 
     Raises:
-        ValueError: another setting, or a value that is no positive number of its type.
+        ValueError: another setting, or a value that is no number of its type and range.
     """
     changes = json_object("transformer", text)
-    known = {name: value for name, value in known.items() if name != "num_classes"}
-    for name, value in changes.items():
+    known = [name for name in network if name != "num_classes"] + ["mlp_ratio"]
+    for name in changes:
         if name not in known:
-            raise ValueError(f"transformer has no setting {name!r}; there are {', '.join(known)}.")
-        if type(value) not in (int, type(known[name])) or value <= 0:
-            raise ValueError(f"transformer: {name} is {value!r}; it must be a positive number.")
+            raise ValueError(f"transformer has no setting {shortened(name)}; there are {', '.join(known)}.")
+    for name in filter(changes.__contains__, known):
+        value, ratio = changes[name], name == "mlp_ratio"
+        if type(value) is not int and not (ratio and type(value) is float):
+            problem = "it must be a number" if ratio else "it must be a whole number"
+        elif not (problem := Limits(low=0 if ratio else 1, high=64 if ratio else _WIDEST).problem(value)):
+            empty = ratio and int(_narrowest(network | changes) * value) == 0
+            problem = "it must leave the MLPs a width" * empty
+        if problem:
+            raise ValueError(f"transformer: {name} is {shortened(value)}; {problem}.")
     return changes
+
+
+def _narrowest(network: dict) -> int:
+    """The width of the encoder or of the decoder."""
+    both = [(f"{of}num_attention_heads", f"{of}attention_head_dim") for of in ("", "decoder_")]
+    return min(network[heads] * network[dim] for heads, dim in both if heads in network)
 
 
 def parse(arguments: list[str] | None = None) -> TrainingConfig:
@@ -295,14 +357,7 @@ def parse(arguments: list[str] | None = None) -> TrainingConfig:
 
 def _read_options(path: str) -> dict:
     """The options of a JSON file, each of its field's type."""
-    try:
-        options = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"config {path} cannot be read as JSON: {error}.") from None
-    if not isinstance(options, dict):
-        raise ValueError(
-            f"config {path} holds a {type(options).__name__}; it must be a JSON object of options."
-        )
+    options = read_json(Path(path), dict, "file of options")
     types = {f.name: f.type for f in dataclasses.fields(TrainingConfig)}
     for name, value in options.items():
         if name not in types:
@@ -311,6 +366,6 @@ def _read_options(path: str) -> dict:
             options[name] = json.dumps(value)
         elif type(value) is not types[name] and not (types[name] is float and type(value) is int):
             raise ValueError(
-                f"config {path}: {name} is {value!r}; it must be of type {types[name].__name__}."
+                f"config {path}: {name} is {shortened(value)}; it must be of type {types[name].__name__}."
             )
     return options

@@ -76,11 +76,15 @@ class DenoisingObjective(nn.Module):
         self.p_mean, self.p_std = p_mean, p_std
         self.teacher, self.teacher_sigma = None, 0.002
 
-    def compile_blocks(self) -> None:
-        """Compiles all blocks in place; shapes and names of the weights stay."""
+    def compile_blocks(self, dynamic: bool = False) -> None:
+        """Compiles all blocks in place; shapes and names of the weights stay.
+
+        Args:
+            dynamic: once for any number of tokens, where it changes from step to step.
+        """
         for module in self.modules():
             if isinstance(module, SDDiTBlock):
-                module.compile(dynamic=False)
+                module.compile(dynamic=dynamic)
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator | None = None, device=None) -> Draws:
         """Draws noise levels, noises, masks and dropped labels for images of `shape` `[b, c, h, w]`.

@@ -2,13 +2,14 @@
 
 import ctypes
 import os
+import pickle
 import sys
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
 T = TypeVar("T")
@@ -52,17 +53,42 @@ def keep_freed_memory() -> None:
 
 
 def on_main_process(action: Callable[[], T], accelerator: Accelerator) -> T:
-    """What `action` returns on the main process; an OSError or ValueError of its stops all processes."""
-    outcome = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = action()
-        except (OSError, ValueError) as error:
-            outcome[1] = error
-    result, error = broadcast_object_list(outcome)
-    if error is not None:
-        raise error
+    """What `action` returns on the main process; an error of its is raised on all processes."""
+    result = together(lambda: action() if accelerator.is_main_process else None, accelerator)
+    return broadcast_object_list([result])[0]
+
+
+def together(action: Callable[[], T], accelerator: Accelerator) -> T:
+    """What `action` returns, on each process its own; an error of any process is raised on all.
+
+    The action waits for no other process.
+    """
+    result = error = None
+    try:
+        result = action()
+    except Exception as caught:
+        error = caught
+    failures = [failure for failure in gather_object([error and _sent(error)]) if failure is not None]
+    if failures:
+        raise error or failures[0]
     return result
+
+
+def main_first(action: Callable[[], T], accelerator: Accelerator) -> T:
+    """As [`together`], but the others begin when the main process is done, and find what it has fetched."""
+    main = accelerator.is_main_process
+    first = together(lambda: action() if main else None, accelerator)
+    rest = together(lambda: None if main else action(), accelerator)
+    return first if main else rest
+
+
+def _sent(error: Exception) -> Exception:
+    """An error as other processes can read it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def progress_bar(accelerator: Accelerator, desc: str, **arguments) -> tqdm:

@@ -78,7 +78,7 @@ def load_weights(transformer: PatchTransformer2DModel, name: str) -> None:
         ValueError: there are none, or they are of another network.
     """
     if (Path(name) / "checkpoint.json").is_file():
-        state = load_state(choose_checkpoint(Path(name).parent, name))["objective"]
+        state = load_state(choose_checkpoint(Path(name).parent, name), "objective")["objective"]
         prefix = "transformer."
         weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     elif name.endswith(".safetensors"):

@@ -1,6 +1,7 @@
 """What a run leaves for people to look at: metrics.jsonl, curves.png and grids of samples."""
 
 import json
+import os
 from pathlib import Path
 
 import matplotlib
@@ -8,40 +9,55 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from .files import written_aside
+from .files import parse_json, written_aside
 from .pipeline_sddit import SDDiTPipeline
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
+# A row of metrics.jsonl: numbers by name.
+_ROW = {"step": range(2**63), str: float}
+
 
 class MetricsLog:
-    """One JSON object a line; a resumed run first cuts what lies beyond the step it resumes from."""
+    """One JSON object a line; a resumed run first cuts what lies beyond the step it resumes from.
 
-    def __init__(self, path: Path, start_step: int):
-        self.path = path
-        kept = (
-            [row for row in read_metrics(path) if row["step"] <= start_step]
-            if start_step and path.exists()
-            else []
-        )
+    Args:
+        path: of the log; a link of that name is replaced, not followed.
+        earlier: the log that a resumed run goes on with, if there is one.
+    """
+
+    def __init__(self, path: Path, start_step: int, earlier: Path | None = None):
+        self.path, earlier = path, earlier or path
+        rows = read_metrics(earlier) if start_step and earlier.exists() else []
         with written_aside(path, "w") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in kept))
+            file.write("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= start_step))
 
     def write(self, row: dict) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with open(self.path, "a", opener=_open_no_link) as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            error.filename = error.filename or str(self.path)  # for the message of a full disk
+            raise
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)  # Windows has no such flag
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line that was cut off is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    """The rows of a metrics.jsonl; a last line that was cut off is left out.
+
+    Raises:
+        ValueError: a line that is no row.
+    """
+    *lines, last = path.read_bytes().split(b"\n")
+    rows = [parse_json(line, _ROW, "row of metrics", f"{path}, line {i}") for i, line in enumerate(lines, 1)]
+    try:
+        return [*rows, parse_json(last, _ROW, "row of metrics", str(path))]
+    except ValueError:
+        return rows
 
 
 _PANELS = (

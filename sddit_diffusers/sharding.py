@@ -111,9 +111,13 @@ class Engine:
         return {"objective": weights, "optimizer": moments, "ema": averages}
 
     def scatter(self, state: dict[str, dict], ema: EMAModel) -> None:
-        """Loads what [`gather`] gave with any engine, which each process has read."""
+        """Loads what [`gather`] gave with any engine, which each process has read; settings stay as here."""
+        groups = self.optimizer.param_groups
+        settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         self._scatter(state["objective"], state["optimizer"])
-        averages = dict(state["ema"])
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group |= own
+        averages = state["ema"] | {"decay": ema.decay}
         for shadow, saved in zip(ema.shadow_params, averages.pop("shadow_params"), strict=True):
             saved = saved.to(shadow.device)
             if isinstance(shadow, DTensor):
@@ -201,8 +205,7 @@ class ZeroEngine(Engine):
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         self.model.load_state_dict(weights)
-        (group,), (settings,) = self.optimizer.param_groups, moments["param_groups"]
-        group |= {name: value for name, value in settings.items() if name != "params"}
+        (group,) = self.optimizer.param_groups
         (part,), step = group["params"], next(iter(moments["state"].values()))["step"]
         # What Adam's first step would make, for the moments to be written into.
         zeros = {key: torch.zeros_like(part) for key in _MOMENTS}

@@ -560,8 +560,6 @@ def test_without_labels_and_without_discrimination(tmp_path):
         (["--dataset_name", "./nowhere"], "There is no dataset folder ./nowhere"),
         (["--train_batch_size", "2000"], "The dataset has 1797 rows, fewer than one global batch of 2000"),
         (["--resume_from_checkpoint", "run/checkpoint-7"], "There is no checkpoint run/checkpoint-7"),
-        (["--mask_ratio", "1"], "mask_ratio is 1.0; it must be at least 0 and below 1"),
-        (["--teacher_sigma", "0"], "teacher_sigma is 0.0"),
         (["--report_to", "clouds"], "report_to is 'clouds'"),
         (["--mixed_precision", "fp16"], "mixed_precision is 'fp16', which needs a GPU"),
     ],
@@ -677,7 +675,7 @@ def test_a_full_disk_at_the_end_costs_nothing(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(SDDiTPipeline, "save_pretrained", full)
-        with pytest.raises(SystemExit, match="The pipeline cannot be written to .*No space left"):
+        with pytest.raises(SystemExit, match="The pipeline cannot be written: .*No space left"):
             train(tmp_path, "--max_train_steps", 3, "--checkpointing_steps", 100)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     train(tmp_path, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
