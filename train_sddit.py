@@ -63,7 +63,7 @@ from sddit_diffusers.methods import build_objective
 from sddit_diffusers.references import Judge
 from sddit_diffusers.reporting import MetricsLog, draw_curves, read_metrics, sample_grid
 from sddit_diffusers.sharding import check_engine, prepare, whole, whole_weights
-from sddit_diffusers.sharing import open_repo, upload, write_card
+from sddit_diffusers.sharing import open_repo, python_text, upload, write_card
 
 T = TypeVar("T")
 UNFINISHED = "unfinished"  # the log of a run in a folder that has a model already
@@ -452,7 +452,10 @@ class Trainer:
             self.accelerator.print(f"There is no checkpoint in {self.output_dir} yet: the run begins.")
             return
         about = together(lambda: read_about(folder), self.accelerator)
-        if others := differences(about.get("run", {}), self.identity()):
+        earlier, here = about.get("run", {}), self.identity()
+        if isinstance(data := earlier.get("dataset"), dict):  # 0.1.0 knew no hash of the pictures
+            here["dataset"] = {name: here["dataset"].get(name) for name in data}
+        if others := differences(earlier, here):
             raise ValueError(f"{folder} is of another run; {'; '.join(others)}.")
         if about["step"] > steps:
             raise ValueError(f"max_train_steps is {steps}; {folder} is of step {about['step']} already.")
@@ -544,7 +547,7 @@ class Trainer:
             f"Done: the pipeline, metrics.jsonl, curves.png{', samples.png' * bool(sampled)} are in "
             f"{self.output_dir}/. Use it:\n\n"
             "    from sddit_diffusers import SDDiTPipeline\n"
-            f'    pipe = SDDiTPipeline.from_pretrained("{self.output_dir}")\n'
+            f"    pipe = SDDiTPipeline.from_pretrained({python_text(str(self.output_dir))})\n"
             f'    pipe(class_labels=[{label}]).images[0].save("sample.png")'
         )
 

@@ -20,7 +20,7 @@ from .extractors import (
 from .features import Features, default_cache, extract, features_of_set
 from .generate import class_of, sample
 from .image_sets import KEYS, DatasetImages, ImageSet, has_images, open_images, read_statistics
-from .launching import on_main_process
+from .launching import on_main_process, together
 from .pipeline_sddit import SDDiTPipeline
 from .scores import Gaussian, Manifold, frechet_distance, inception_score, kernel_distance, precision_recall
 
@@ -176,14 +176,25 @@ class Judge:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         mine = range(self.num_samples * rank // processes, self.num_samples * (rank + 1) // processes)
 
+        problems = []
+
         def parts() -> Iterator[Tensor]:
             for i in range(0, len(mine), batch_size):
                 seeds = mine[i : i + batch_size]
                 labels = [class_of(pipe, ["random"], 0, seed) for seed in seeds]
-                pixels = torch.from_numpy(sample(pipe, seeds, labels, **arguments))
+                try:
+                    pixels = torch.from_numpy(sample(pipe, seeds, labels, **arguments))
+                except FloatingPointError as error:  # the other processes wait for this one's share
+                    problems.append(error)
+                    return
                 yield pixels.permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
 
+        def check() -> None:
+            if problems:
+                raise problems[0]
+
         samples = extract(parts(), self.extractor, self.accelerator)
+        together(check, self.accelerator)
         if not self.accelerator.is_main_process:
             return {}
         scores = score(samples, self.reference, self.wanted)

@@ -96,7 +96,8 @@ def draw_curves(metrics: list[dict], path: Path) -> None:
         drawn = axis.get_legend_handles_labels()[1]
         if len(drawn) > 1 or scores.intersection(drawn):
             axis.legend()
-    figure.savefig(path, dpi=100)
+    with written_aside(path) as file:
+        figure.savefig(file, format="png", dpi=100)
     plt.close(figure)
 
 
@@ -186,7 +187,8 @@ def draw_scores(runs: dict[str, list[dict]], metric: str, path: Path) -> None:
     axis.set_ylabel(metric)
     axis.grid(alpha=0.3)
     axis.legend()
-    figure.savefig(path, dpi=120)
+    with written_aside(path) as file:
+        figure.savefig(file, format=path.suffix.removeprefix(".") or "png", dpi=120)
     plt.close(figure)
 
 

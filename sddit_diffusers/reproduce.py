@@ -172,10 +172,11 @@ class Reproduction:
 
     def train(self, run: str, seed: int) -> None:
         """One run of `train_sddit.py`, from its newest checkpoint on; these go once it is complete."""
-        from train_sddit import Trainer  # imported late: it is the program above this package
+        from train_sddit import training  # imported late: it is the program above this package
 
         if not on_main_process(lambda: self.is_complete(run, seed), self.accelerator):
-            Trainer(self.configs[run, seed]).run()
+            with training(self.configs[run, seed]) as trainer:
+                trainer.run()
         on_main_process(lambda: self.clear_up(run, seed), self.accelerator)
 
     def clear_up(self, run: str, seed: int) -> None:
