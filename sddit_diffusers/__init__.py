@@ -21,7 +21,7 @@ hub.register(
     MDTTransformer2DModel,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "PRESETS",
     "EDMHeunScheduler",
