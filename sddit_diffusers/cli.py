@@ -146,8 +146,14 @@ def one_line_errors(program: str, advice: str = "") -> Iterator[None]:
 
 
 def one_line(message: object) -> str:
-    """A message whose lines are joined, and which ends at 2,000 characters."""
-    text = re.sub(r"\s*\n\s*", " ", str(message)).strip()
+    """A message whose lines are joined, and which ends at 2,000 characters.
+
+    That of another process is a traceback, whose last line has the error.
+    """
+    text = str(message).strip()
+    if "Traceback (most recent call last):" in text:
+        text = text.split("\n")[-1].partition(": ")[2] or text
+    text = re.sub(r"\s*\n\s*", " ", text)
     return text if len(text) <= 2000 else f"{text[:1997]}..."
 
 

@@ -166,7 +166,7 @@ class ImageArray:
         if self.shape[1:][2:] != (3,) or 0 in self.shape or self.dtype != np.uint8 or self._fortran:
             raise ValueError(
                 f"arr_0 of {path} is {self.dtype} of shape {self.shape}; it must be uint8 of shape "
-                "(images, height, width, 3), in C order."
+                "(images, height, width, 3) without a 0, in C order."
             )
         self.size = self.shape[1:3]
         self.labels = self._read_labels() if "arr_1" in names else None

@@ -134,7 +134,7 @@ def scored(tmp_path):
     ("arguments", "words"),
     [
         (["one.npz", "samples.npz"], "one.npz has 1 images; scores need at least 2"),
-        (["none.npz", "samples.npz"], "none.npz has 0 images"),
+        (["none.npz", "samples.npz"], "arr_0 of none.npz is uint8 of shape (0, 8, 8, 3)"),
         (["samples.npz", "one.npz"], "one.npz has 1 images; scores need at least 2"),
         (["samples.npz", "three.npz"], "precision and recall need at least 4"),
         (["three.npz", "samples.npz", "--metrics", "recall"], "precision and recall need at least 4"),

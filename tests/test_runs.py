@@ -293,8 +293,17 @@ def test_samples_that_are_not_finite_cost_the_picture_alone(tmp_path, monkeypatc
         train(tmp_path / "b", "--max_train_steps", 2, "--num_validation_images", 1, "--validation_steps", 1)
 
 
+@pytest.fixture
+def heard():
+    """Signals as they are in a terminal: what starts the tests may have them ignored."""
+    earlier = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)}
+    yield
+    for number, handler in earlier.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_ctrl_c_and_a_closed_terminal_save_and_leave(tmp_path, capsys, number):
+def test_ctrl_c_and_a_closed_terminal_save_and_leave(tmp_path, capsys, heard, number):
     trainer, handler = make_trainer(tmp_path, "--max_train_steps", 6), signal.getsignal(number)
     step = trainer.train_step
     trainer.train_step = lambda i, data: (i == 2 and signal.raise_signal(number), step(i, data))[1]
@@ -305,7 +314,7 @@ def test_ctrl_c_and_a_closed_terminal_save_and_leave(tmp_path, capsys, number):
     assert names(tmp_path, "checkpoint-*") == ["checkpoint-3"]
 
 
-def test_a_second_ctrl_c_leaves_at_once(tmp_path, monkeypatch):
+def test_a_second_ctrl_c_leaves_at_once(tmp_path, heard):
     trainer = make_trainer(tmp_path, "--max_train_steps", 6)
 
     def train_step(i, data):

@@ -32,12 +32,15 @@ from sddit_diffusers.transformer_sddit import SDDiTBlock
 SCRIPT = Path(train_sddit.__file__)
 NETWORK = dict(num_layers=2, num_attention_heads=2, attention_head_dim=8, num_decoder_layers=1,
                decoder_num_attention_heads=2, decoder_attention_head_dim=8)  # fmt: skip
-SMALL = ["--transformer", json.dumps(NETWORK), "--num_prototypes", "32", "--head_hidden_dim", "16",
-         "--head_bottleneck_dim", "8", "--train_batch_size", "16", "--evaluation_steps", "0"]  # fmt: skip
+HEAD = ["--num_prototypes", "32", "--head_hidden_dim", "16", "--head_bottleneck_dim", "8"]
+SMALL = [*HEAD, "--transformer", json.dumps(NETWORK), "--train_batch_size", "16", "--evaluation_steps", "0"]
 
 
 def train(folder, *options):
-    train_sddit.main([*SMALL, "--output_dir", str(folder), *map(str, options)])
+    others = {"dit", "maskdit", "mdt"}.intersection(options)  # which have no head
+    train_sddit.main(
+        [*(SMALL[len(HEAD) :] if others else SMALL), "--output_dir", str(folder), *map(str, options)]
+    )
     return read_metrics(folder / "metrics.jsonl")
 
 
