@@ -344,7 +344,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors("reproduce"):
         chosen = parser.parse_known_options(arguments)
         path = Path(chosen.pop("study"))
-        Reproduction(ReproduceConfig(**chosen), path).run()
+        reproduction = Reproduction(ReproduceConfig(**chosen), path)
+        reproduction.run()
+        reproduction.accelerator.state.destroy_process_group()
 
 
 if __name__ == "__main__":
