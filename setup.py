@@ -1,7 +1,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "sddit_diffusers/__init__.py").read_text()).group(1)
@@ -15,8 +15,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["sddit_diffusers"],
-    package_data={"sddit_diffusers": ["model_card.md"]},
+    packages=find_packages(include=["sddit_diffusers*"]),
+    package_data={"sddit_diffusers.training": ["model_card.md"]},
     py_modules=["train_sddit"],
     install_requires=[
         "torch>=2.8",

@@ -27,9 +27,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from sddit_diffusers.data import BatchSampler
-from sddit_diffusers.latents import LatentDataset, Manifest
-from sddit_diffusers.prepare_latents import shard_schema, write_shard
+from sddit_diffusers.data.latents import LatentDataset
+from sddit_diffusers.data.order import BatchSampler
+from sddit_diffusers.data.shards import Manifest, shard_schema, write_shard
 
 SHAPE, BATCH, SHARD = (4, 32, 32), 256, 4096
 

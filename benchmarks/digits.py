@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 from sddit_diffusers import SDDiTPipeline
-from sddit_diffusers.scores import Gaussian, frechet_distance
+from sddit_diffusers.evaluation.scores import Gaussian, frechet_distance
 
 
 def distance_between(a: np.ndarray, b: np.ndarray) -> float:

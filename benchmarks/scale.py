@@ -30,9 +30,9 @@ from diffusers.training_utils import EMAModel
 from train_step import build, in_turn, peak_memory, printed_apart
 
 from sddit_diffusers import PRESETS, EDMHeunScheduler, SDDiTObjective, SDDiTTransformer2DModel
-from sddit_diffusers.attention_cpu import use_cpu_attention
 from sddit_diffusers.launching import check_machine, keep_freed_memory
-from sddit_diffusers.sharding import check_engine
+from sddit_diffusers.models.attention_cpu import use_cpu_attention
+from sddit_diffusers.training.engines import check_engine
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

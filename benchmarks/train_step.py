@@ -31,11 +31,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from sddit_diffusers import PRESETS, EDMHeunScheduler, SDDiTObjective, SDDiTTransformer2DModel
-from sddit_diffusers import objective as objective_module
-from sddit_diffusers.attention_cpu import use_cpu_attention
-from sddit_diffusers.discrimination import Agreement, cross_entropy
 from sddit_diffusers.launching import keep_freed_memory
-from sddit_diffusers.memory import keep_products
+from sddit_diffusers.models.attention_cpu import use_cpu_attention
+from sddit_diffusers.training import objective as objective_module
+from sddit_diffusers.training.discrimination import Agreement, cross_entropy
+from sddit_diffusers.training.memory import keep_products
 
 CONTESTANTS = ("DiT fp32", "DiT", "without L_D", "plain", "selective", "SD-DiT")
 

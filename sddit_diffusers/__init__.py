@@ -1,16 +1,16 @@
 """SD-DiT (Zhu et al., CVPR 2024) for diffusers."""
 
 from . import hub
-from .configuration import PRESETS
-from .objective import SDDiTObjective
-from .pipeline_sddit import SDDiTPipeline
-from .scheduling_edm_heun import EDMHeunScheduler
-from .transformer_baselines import (
+from .models.presets import PRESETS
+from .models.transformer_baselines import (
     MaskDiTTransformer2DModel,
     MDTTransformer2DModel,
     PlainDiTTransformer2DModel,
 )
-from .transformer_sddit import SDDiTTransformer2DModel
+from .models.transformer_sddit import SDDiTTransformer2DModel
+from .pipelines.pipeline_sddit import SDDiTPipeline
+from .schedulers.scheduling_edm_heun import EDMHeunScheduler
+from .training.objective import SDDiTObjective
 
 hub.register(
     SDDiTPipeline,

@@ -24,10 +24,10 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from sddit_diffusers import SDDiTPipeline
 from sddit_diffusers.cli import Parser, check_options, one_line, one_line_errors, option
-from sddit_diffusers.generate import dtype_named, load_pipeline
-from sddit_diffusers.reporting import keep_denoised
+from sddit_diffusers.pipelines.loading import dtype_named, load_pipeline
+from sddit_diffusers.pipelines.pipeline_sddit import SDDiTPipeline
+from sddit_diffusers.pipelines.sampling import keep_denoised
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 try:

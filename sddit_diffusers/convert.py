@@ -30,15 +30,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .cli import Parser, check_options, one_line_errors, option, shortened
-from .configuration import read_changes
 from .files import parse_json, remove, save_tensors
-from .generate import load_pipeline
-from .latents import load_vae
-from .methods import TRANSFORMERS
-from .originals import translate
-from .pipeline_sddit import SDDiTPipeline
-from .scheduling_edm_heun import EDMHeunScheduler
-from .transformer_sddit import PatchTransformer2DModel, read_single_file
+from .models.originals import translate
+from .models.transformer_sddit import PatchTransformer2DModel, read_single_file
+from .pipelines.loading import load_pipeline, load_vae
+from .pipelines.pipeline_sddit import SDDiTPipeline
+from .schedulers.scheduling_edm_heun import EDMHeunScheduler
+from .training.methods import TRANSFORMERS
+from .training.options import read_changes
 
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 _METHODS = {transformer.__name__: method for method, transformer in TRANSFORMERS.items()}

@@ -22,17 +22,17 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from .cli import Parser, check_options, one_line_errors, option, options
-from .configuration import EXTRACTORS
-from .data import ImageDataset
-from .extractors import DinoExtractor, Extractor, InceptionExtractor
-from .features import Features, default_cache, features_of_set
+from .data.pictures import ImageDataset
+from .evaluation.extractors import DinoExtractor, Extractor, InceptionExtractor
+from .evaluation.features import Features, default_cache, features_of_set
+from .evaluation.image_sets import KEYS, open_images, save_statistics
+from .evaluation.judge import Reference, build_extractor, open_reference, score
+from .evaluation.probe import probe
+from .evaluation.scores import inception_score
 from .files import read_json, sha256_of, written_aside
-from .generate import load_pipeline
-from .image_sets import KEYS, open_images, save_statistics
 from .launching import check_machine
-from .probe import probe
-from .references import Reference, build_extractor, open_reference, score
-from .scores import inception_score
+from .pipelines.loading import load_pipeline
+from .training.options import EXTRACTORS
 
 # Names of the scores, and whether less or more is better.
 SCORES = {

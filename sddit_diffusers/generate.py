@@ -44,15 +44,12 @@ from .cli import (
     options,
     shortened,
 )
-from .data import generator_for
 from .files import LOCK, locked, read_json, remove, sha256_of, written_aside
-from .latents import sha256_of_weights
 from .launching import check_machine, on_main_process, progress_bar
-from .pipeline_sddit import SDDiTPipeline
+from .pipelines.loading import _DTYPES, dtype_named, load_pipeline, sha256_of_weights
+from .pipelines.pipeline_sddit import SDDiTPipeline
+from .pipelines.sampling import class_of, sample
 
-# Matrix products of a CPU round the rows of an odd remainder otherwise: batches are filled up there.
-MULTIPLE = 16
-_DTYPES = ("float32", "bfloat16", "float16")
 _MOST_SEED = 2**63 - 1
 _UINT8_RULE = "127.5 x + 128, clamped and truncated, of x in -1..1"
 
@@ -117,50 +114,6 @@ class GenerateConfig:
         return settings | {"format": sorted(self.format)}
 
 
-def class_of(pipe: SDDiTPipeline, labels: Sequence[str], seed: int, index: int) -> int:
-    """The class of the image with a number and a seed, by the setting `class_labels`.
-
-    Raises:
-        ValueError: a label that the pipeline does not have.
-    """
-    count = pipe.transformer.config.num_classes
-    if labels == ["none"] or (count == 0 and labels in (["random"], ["balanced"])):
-        return count
-    if labels == ["random"]:
-        return int(torch.randint(count, (), generator=generator_for(seed + index, 1)))
-    if labels == ["balanced"]:  # every so many images in a row have each class once
-        block, place = divmod(index, count)
-        return int(torch.randperm(count, generator=generator_for(seed, 2, block))[place])
-    label = labels[index % len(labels)]
-    is_number = re.fullmatch("-?[0-9]{1,18}", label)
-    return pipe.get_label_ids([int(label) if is_number else label])[0]
-
-
-def dtype_named(name: str) -> torch.dtype:
-    """The dtype that the option `dtype` names.
-
-    Raises:
-        ValueError: another name.
-    """
-    if name not in _DTYPES:
-        raise ValueError(f"dtype is {name!r}; it must be 'float32', 'bfloat16' or 'float16'.")
-    return getattr(torch, name)
-
-
-def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> SDDiTPipeline:
-    """A pipeline by folder or name on the Hub, its transformer of a dtype, all else in float32.
-
-    Raises:
-        ValueError: there is none.
-    """
-    try:
-        dtypes = {"transformer": dtype, "default": torch.float32}
-        return SDDiTPipeline.from_pretrained(name, dtype=dtypes)
-    except Exception as error:  # whatever the Hub, the network and the readers raise
-        problem = str(error).strip().split("\n")[0]
-        raise ValueError(f"The pipeline {name!r} cannot be loaded: {problem}") from None
-
-
 def scheduler_of(pipe: SDDiTPipeline, config: GenerateConfig) -> SchedulerMixin:
     """The scheduler that the settings ask for: the pipeline's own, or made of its settings and others.
 
@@ -200,22 +153,6 @@ def _setting_problem(usual, value) -> str:
     if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < math.inf:
         return f"it must be a {'whole ' * (allowed is int)}number above 0"
     return ""
-
-
-def sample(pipe: SDDiTPipeline, seeds: Sequence[int], labels: Sequence[int], **arguments) -> np.ndarray:
-    """Images of seeds and classes, as bytes `[n, h, w, channels]`; `arguments` go to the pipeline.
-
-    Raises:
-        FloatingPointError: an image is not finite.
-    """
-    null = pipe.transformer.config.num_classes
-    extra = -len(seeds) % MULTIPLE if pipe.device.type == "cpu" else 0
-    seeds, labels = list(seeds), [None if label == null else label for label in labels]
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds + seeds[-1:] * extra]
-    images = pipe(labels + labels[-1:] * extra, generator=generators, output_type="pt", **arguments).images
-    # In 0..1 the rule is 255 x + 0.5.
-    pixels = (images[: len(seeds)] * 255 + 0.5).clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
 class Generation:

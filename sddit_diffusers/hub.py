@@ -4,7 +4,12 @@ A saved pipeline names its classes by the files that were copied along: `["pipel
 diffusers takes such names for code to be trusted and run. Where this package is imported its own classes are
 meant, so `DiffusionPipeline` and `AutoModel`, which offer no other way, are told to read them as such. All
 other names mean what they meant before.
+
+Copies of version 0.1.0 import from `sddit_diffusers.FILE`, where these files were; that address leads to them
+still.
 """
+
+import sys
 
 import diffusers
 from diffusers import AutoModel, DiffusionPipeline
@@ -15,7 +20,9 @@ _modules: dict[tuple[str, str], str] = {}  # (file, class) to module
 def register(*classes: type) -> None:
     """Makes `from_pretrained` of pipelines and `AutoModel` find these classes, in folders and on the Hub."""
     for cls in classes:
-        _modules[cls.__module__.split(".")[-1], cls.__name__] = cls.__module__
+        file = cls.__module__.split(".")[-1]
+        _modules[file, cls.__name__] = cls.__module__
+        sys.modules[f"{__package__}.{file}"] = sys.modules[cls.__module__]
         setattr(diffusers, cls.__name__, cls)  # where a pipeline's or a single model's own name is looked up
     DiffusionPipeline._dict_from_json_file = classmethod(_dict_from_json_file)
     for loader in (DiffusionPipeline, AutoModel):

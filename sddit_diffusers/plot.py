@@ -15,8 +15,9 @@ from PIL import Image
 
 from .cli import Parser, check_options, one_line_errors, option, options
 from .files import written_aside
-from .generate import load_pipeline
-from .reporting import draw_scores, path_grid, read_metrics, sample_grid
+from .pipelines.loading import load_pipeline
+from .pipelines.sampling import path_grid, sample_grid
+from .training.metrics import draw_scores, read_metrics
 
 
 @dataclass

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,22 +34,14 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
-from .cli import Parser, check_options, differences, one_line, one_line_errors, option
-from .data import (
-    MOST_CLASSES,
-    UnreadableImageError,
-    decode_image,
-    generator_for,
-    load_rows,
-    pictures_of,
-    prefetch,
-    read_out,
-)
+from .cli import Parser, check_options, differences, one_line_errors, option
+from .data.order import generator_for, prefetch, read_out
+from .data.pictures import MOST_CLASSES, UnreadableImageError, decode_image, load_rows, pictures_of
+from .data.shards import Manifest, shard_schema, verify, write_shard
 from .files import LOCK, locked, read_json, remove, sha256_of, written_aside
-from .latents import Manifest, find_latents, load_vae, sha256_of_weights
 from .launching import check_machine, on_main_process, progress_bar
+from .pipelines.loading import load_vae, sha256_of_weights
 
-_ROW_GROUP = 256  # rows that are read at once; larger groups halve the reading speed
 # A row of a block: a latent, or an image that cannot be read, with the problem.
 _BLOCK_ROW = pa.schema(
     {"row": pa.int64(), "flipped": pa.bool_(), "moments": pa.binary(), "label": pa.string()}
@@ -483,24 +474,6 @@ class Blocks:
         )
 
 
-def shard_schema(num_classes: int, class_names: list[str] | None) -> pa.Schema:
-    """The columns of a shard, with what `datasets` needs to know of them."""
-    features = {"moments": datasets.Value("binary")}
-    if num_classes:
-        features["label"] = datasets.ClassLabel(names=class_names) if class_names else datasets.Value("int64")
-    features |= {"index": datasets.Value("int64"), "flipped": datasets.Value("bool")}
-    return datasets.Features(features).arrow_schema
-
-
-def write_shard(path: Path, table: pa.Table) -> None:
-    """Writes a parquet file that is read fast and tells when it is damaged."""
-    with written_aside(path) as file:
-        pq.write_table(
-            table, file, row_group_size=_ROW_GROUP, compression="none", use_dictionary=False,
-            write_statistics=False, write_page_checksum=True,
-        )  # fmt: skip
-
-
 def holds(path: Path, table: pa.Table) -> bool:
     """Whether a shard that a run before has written is that of a table."""
     try:
@@ -546,30 +519,6 @@ With SD-DiT for diffusers:
 accelerate launch train_sddit.py --preset SD-DiT-S/2 --dataset_name THIS_DATASET
 ```
 """
-
-
-def verify(name: str) -> list[str]:
-    """Reads a folder of latents as a whole, and says what is wrong with it."""
-    root = find_latents(name)
-    if root is None:
-        raise ValueError(f"There are no latents in {name}: it has no manifest.json.")
-    manifest, problems = Manifest.read(root), []
-    for shard in tqdm(manifest.shards, desc="verifying", unit="shard", dynamic_ncols=True):
-        try:
-            with fsspec.open(f"{root}/{shard['file']}") as file:
-                if sha256_of(file) != shard["sha256"]:
-                    raise ValueError("its content is not what was written")
-                file.seek(0)
-                table = pq.read_table(file)
-            if len(table) != shard["rows"]:
-                raise ValueError(f"it has {len(table)} rows, but {shard['rows']} were written")
-            moments, _ = manifest.rows_of(table)
-            for number, row in enumerate(moments):
-                if not np.isfinite(row).all():
-                    raise ValueError(f"row {number} is not of {len(row)} finite values")
-        except Exception as error:  # pyarrow, fsspec and the Hub raise many kinds
-            problems.append(f"{shard['file']}: {one_line(error)}")
-    return problems
 
 
 def main(arguments: Iterable[str] | None = None) -> None:

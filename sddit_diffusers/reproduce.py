@@ -25,28 +25,20 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
-from .checkpointing import find_checkpoints
-from .cli import (
-    Parser,
-    check_options,
-    differences,
-    json_object,
-    one_line_errors,
-    option,
-    options,
-    shortened,
-)
-from .configuration import TrainingConfig, parse
-from .data import ImageDataset
+from .cli import Parser, check_options, differences, json_object, one_line_errors, option, options, shortened
+from .data.pictures import ImageDataset
+from .evaluation.judge import Judge
+from .evaluation.probe import probe
+from .evaluation.studies import Results, as_json, draw, markdown, read_study, slug
 from .files import locked, read_json, remove, written_aside
-from .generate import load_pipeline
 from .launching import check_machine, on_main_process
-from .pipeline_sddit import SDDiTPipeline
-from .probe import probe
-from .references import Judge
-from .reporting import read_metrics
-from .scheduling_edm_heun import EDMHeunScheduler
-from .studies import Results, as_json, draw, markdown, read_study, slug
+from .pipelines.loading import load_pipeline
+from .pipelines.pipeline_sddit import SDDiTPipeline
+from .schedulers.scheduling_edm_heun import EDMHeunScheduler
+from .training.checkpointing import find_checkpoints
+from .training.metrics import read_metrics
+from .training.options import TrainingConfig, parse
+from .training.trainer import Trainer, training
 
 SPEED_ROUNDS = 20
 # What a training leaves at its end, in the order in which it does.
@@ -172,7 +164,6 @@ class Reproduction:
 
     def train(self, run: str, seed: int) -> None:
         """One run of `train_sddit.py`, from its newest checkpoint on; these go once it is complete."""
-        from train_sddit import training  # imported late: it is the program above this package
 
         if not on_main_process(lambda: self.is_complete(run, seed), self.accelerator):
             with training(self.configs[run, seed]) as trainer:
@@ -215,7 +206,6 @@ class Reproduction:
 
     def measure_speeds(self, runs: list[str]) -> dict[str, float]:
         """Steps a second of the runs, all in turn, round by round; medians."""
-        from train_sddit import Trainer
 
         seconds: dict[str, list[float]] = {run: [] for run in runs}
         speed = self.folder / ".speed"

@@ -26,6 +26,8 @@ TINY = dict(
     decoder_attention_head_dim=6,
     num_classes=4,
 )
+_ENCODER = {name: value for name, value in TINY.items() if "decoder" not in name}
+NETWORKS = {"sddit": TINY, "dit": _ENCODER, "maskdit": TINY, "mdt": _ENCODER | {"num_decoder_layers": 2}}
 
 
 def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

@@ -1,55 +1,77 @@
-"""Imports run one way, and the files that travel to the Hub stand alone."""
+"""Imports run down the floors of the house, and the files that travel to the Hub stand alone."""
 
 import ast
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "sddit_diffusers"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "sddit_diffusers"
 DEPENDENCIES = {"torch", "numpy", "diffusers", "safetensors"}
-HUB_FILES = ["transformer_sddit", "scheduling_edm_heun", "pipeline_sddit"]
-# Later layers may import earlier ones.
-LAYERS = [
-    {*HUB_FILES, "cli"},
-    {"discrimination", "denoising", "transformer_baselines", "files", "launching", "scores", "sharding"}
-    | {"attention_cpu", "hub"},
-    {"objective", "baselines", "configuration", "data", "checkpointing", "reporting", "memory", "studies"},
-    {"latents", "image_sets", "originals"},
-    {"prepare_latents", "generate", "extractors", "sharing"},
-    {"features", "probe", "plot", "methods"},
-    {"references"},
-    {"evaluate", "reproduce", "convert", "app"},
+HUB_FILES = ["models/transformer_sddit", "schedulers/scheduling_edm_heun", "pipelines/pipeline_sddit"]
+# Wings, and modules that stand by themselves; each imports from the floors below its own and from its wing.
+FLOORS = [
+    {"cli", "files", "hub", "launching"},
+    {"models", "schedulers"},
+    {"data"},
+    {"pipelines"},
+    {"evaluation"},
+    {"training"},
+    {"app", "convert", "evaluate", "generate", "plot", "prepare_latents", "reproduce"},
 ]
+FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in PACKAGE.rglob("*.py")
+    if path.name != "__init__.py"
+}
 
 
 def imports(path):
-    """(name of the package or of our module, whether it is ours)"""
+    """(the module that is imported, whether it is ours); ours without the package's name."""
+    wing = path.relative_to(PACKAGE).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from ((alias.name.split(".")[0], False) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            yield node.module, True
-        elif isinstance(node, ast.ImportFrom) and node.module.startswith("sddit_diffusers."):
-            yield node.module.split(".")[1], True
+            yield from ((alias.name, False) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module.split(".")[0], False
+            base = wing[: len(wing) + 1 - node.level] if node.level else ()
+            name = ".".join([*base, *filter(None, [node.module])])
+            ours = node.level > 0 or name.split(".")[0] == "sddit_diffusers"
+            name = name.removeprefix("sddit_diffusers").removeprefix(".")
+            if ours and name not in MODULES:  # a wing, or the face
+                yield from ((f"{name}.{alias.name}".removeprefix("."), True) for alias in node.names)
+            else:
+                yield name, ours
 
 
 @pytest.mark.parametrize("name", HUB_FILES)
 def test_hub_files_need_only_diffusers_and_what_it_needs(name):
     for module, ours in imports(PACKAGE / f"{name}.py"):
         assert not ours
-        assert module in DEPENDENCIES or module in sys.stdlib_module_names, module
+        top = module.split(".")[0]
+        assert top in DEPENDENCIES or top in sys.stdlib_module_names, module
 
 
-def test_every_module_has_its_layer():
-    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set.union(*LAYERS)
+def test_every_module_has_its_floor():
+    assert {module.split(".")[0] for module in MODULES} == set(FLOOR)
 
 
-@pytest.mark.parametrize("layer", range(len(LAYERS)))
-def test_imports_run_one_way(layer):
-    allowed = set().union(*LAYERS[:layer])
-    for name in LAYERS[layer]:
-        ours = {module for module, is_ours in imports(PACKAGE / f"{name}.py") if is_ours}
-        assert ours <= allowed, f"{name} imports {ours - allowed}"
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_down(module):
+    """To lower floors or within the wing; never to the package's face or to a script above it."""
+    scripts = {path.stem for path in ROOT.glob("*.py")}
+    for imported, ours in imports(MODULES[module]):
+        assert ours or imported.split(".")[0] not in scripts, f"{module} imports {imported}"
+        if ours:
+            assert imported in MODULES, f"{module} imports the face for {imported}"
+            here, there = module.split(".")[0], imported.split(".")[0]
+            assert FLOOR[there] < FLOOR[here] or (here == there and module != here), (
+                f"{module} imports {imported}"
+            )
+
+
+def test_no_modules_import_each_other():
+    arrows = {module: {name for name, ours in imports(path) if ours} for module, path in MODULES.items()}
+    assert len([*TopologicalSorter(arrows).static_order()]) >= len(MODULES)

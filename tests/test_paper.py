@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sddit_diffusers import PRESETS, EDMHeunScheduler, SDDiTObjective, SDDiTTransformer2DModel
-from sddit_diffusers.configuration import RECIPES, TrainingConfig
+from sddit_diffusers.training.options import RECIPES, TrainingConfig
 
 
 def count(modules, without=()):

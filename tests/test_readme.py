@@ -13,13 +13,13 @@ from conftest import TINY, randomize
 from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline, SDDiTTransformer2DModel
 from sddit_diffusers.app import AppConfig
 from sddit_diffusers.cli import Parser
-from sddit_diffusers.configuration import TrainingConfig, parse
 from sddit_diffusers.convert import ConvertConfig
 from sddit_diffusers.evaluate import EvaluateConfig
 from sddit_diffusers.generate import GenerateConfig
 from sddit_diffusers.plot import PlotConfig
 from sddit_diffusers.prepare_latents import PrepareConfig
 from sddit_diffusers.reproduce import ReproduceConfig
+from sddit_diffusers.training.options import TrainingConfig, parse
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

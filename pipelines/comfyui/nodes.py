@@ -17,7 +17,7 @@ from comfy_api.latest import io
 from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 
 from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline
-from sddit_diffusers.generate import load_pipeline
+from sddit_diffusers.pipelines.loading import load_pipeline
 
 Pipeline = io.Custom("SDDIT_PIPELINE")
 FROM_HUB = "(from the Hub)"

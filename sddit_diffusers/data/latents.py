@@ -1,0 +1,196 @@
+"""Folders of latents: their manifest, and a stream of them in an order that follows from (seed, epoch) alone.
+
+`prepare_latents` writes such folders, shuffled once; this module reads them, from the disk, the Hub or any
+fsspec URL. An epoch's sequence is the shards in a new order, with the rows of each block of `BLOCK` in a new
+order. The sequence is cut into equal parts, at most `LANES`, read side by side: each gives its share of every
+global batch, and a process reads only the lanes that its own rows come from.
+"""
+
+import glob
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import closing
+
+import datasets
+import numpy as np
+import pyarrow.dataset
+import torch
+from torch import Tensor
+
+from .order import BatchSampler, generator_for, prefetch, read_out
+from .shards import Manifest, UnreadableShardError
+
+LANES = 8
+BLOCK = 1024
+
+
+class LatentDataset:
+    """Latents as `prepare_latents` writes them, streamed.
+
+    Args:
+        root: a folder or an fsspec URL, as [`find_latents`] gives.
+
+    Attributes:
+        num_classes: 0 without labels.
+        id2label: names of the classes by number, None where there are none.
+        shape: of a latent, (c, h, w).
+
+    Raises:
+        ValueError: there are no latents.
+        UnreadableShardError: a shard is missing; and, when read, one is cut short or altered.
+    """
+
+    def __init__(self, root: str):
+        self.name, self.manifest = root, Manifest.read(root)
+        self.shape = tuple(self.manifest.shape)
+        self.num_classes = self.manifest.num_classes
+        names = self.manifest.class_names
+        self.id2label = dict(enumerate(names)) if names else None
+        self._rows = np.array([shard["rows"] for shard in self.manifest.shards])
+        place = root if "://" in root else os.path.abspath(root)
+        files = [glob.escape(f"{place}/{shard['file']}") for shard in self.manifest.shards]
+        self._lanes = min(LANES, max(1, len(files) // 4))  # lanes begin and end within shards
+        # What is far away is fetched in large pieces, ahead; that takes memory, and time where it is near.
+        options = pyarrow.dataset.ParquetFragmentScanOptions(
+            page_checksum_verification=True, pre_buffer="://" in root
+        )
+        try:
+            stream = datasets.load_dataset(
+                "parquet",
+                data_files={"train": files},
+                split="train",
+                streaming=True,
+                fragment_scan_options=options,
+            )
+        except Exception as error:  # whatever the Hub, the network and the reader raise
+            raise UnreadableShardError(f"The shards of {root} cannot be opened: {error}") from error
+        self._stream = stream.select_columns(["moments"] + ["label"] * (self.num_classes > 0))
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    def identity(self) -> dict:
+        """What tells these data from others."""
+        hashes = "".join(shard["sha256"] for shard in self.manifest.shards)
+        return {"rows": len(self), "sha256": hashlib.sha256(hashes.encode()).hexdigest()}
+
+    def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Latents drawn from their posteriors, scaled as the transformer sees them.
+
+        Args:
+            moments: `[b, 2, c, h, w]`, mean and standard deviation.
+            noise: `[b, c, h, w]`, of unit variance.
+
+        Returns:
+            `[b, c, h, w]` in float32.
+        """
+        config = self.manifest.vae["config"]
+        mean, std = moments.unbind(1)
+        latents = torch.addcmul(mean.float(), std.float(), noise)
+        return latents.sub_(config.get("shift_factor") or 0.0).mul_(config["scaling_factor"])
+
+    def batches(self, sampler: BatchSampler) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Moments `[b, 2, c, h, w]` and class numbers `[b]` of the sampler's micro-batches, read ahead."""
+        return prefetch(self._read(sampler))
+
+    def _read(self, sampler: BatchSampler) -> Iterator[tuple[Tensor, Tensor | None]]:
+        step = sampler.start_step
+        while step < sampler.max_steps:
+            epoch, first = divmod(step, sampler.steps_per_epoch)
+            stop = min(sampler.steps_per_epoch, first + sampler.max_steps - step)
+            yield from self._read_epoch(sampler, epoch, first, stop)
+            step += stop - first
+
+    def _read_epoch(self, sampler: BatchSampler, epoch: int, first: int, stop: int) -> Iterator:
+        """The micro-batches of an epoch's steps from `first` to `stop`.
+
+        Row j of the global batch belongs to lane l where edges[l] <= j < edges[l + 1]; the lane's part of the
+        sequence begins at steps * edges[l], and each step takes the next rows of it.
+        """
+        steps, slices = sampler.steps_per_epoch, [sampler.rows(i) for i in range(sampler.accumulation)]
+        edges = [sampler.global_batch * lane // self._lanes for lane in range(self._lanes + 1)]
+        lanes = [
+            _Lane(self._blocks(sampler.seed, epoch, steps * low + first * (high - low), steps * high))
+            for low, high in zip(edges, edges[1:], strict=False)
+        ]
+        try:
+            for step in range(first, stop):
+                for rows in slices:
+                    moments = np.empty((rows.stop - rows.start, 2 * int(np.prod(self.shape))), np.float16)
+                    labels = np.empty(len(moments), np.int64)
+                    for low, high, lane in zip(edges, edges[1:], lanes, strict=False):
+                        a, b = max(low, rows.start), min(high, rows.stop)
+                        if a < b:
+                            start = steps * low + step * (high - low) + a - low
+                            part = slice(a - rows.start, b - rows.start)
+                            lane.read(start, moments[part], labels[part])
+                    batch = torch.from_numpy(moments).view(-1, 2, *self.shape), torch.from_numpy(labels)
+                    if torch.cuda.is_available():
+                        batch = tuple(tensor.pin_memory() for tensor in batch)
+                    yield batch if self.num_classes else (batch[0], None)
+        finally:
+            for lane in lanes:
+                lane.blocks.close()
+
+    def _blocks(self, seed: int, epoch: int, start: int, stop: int) -> Iterator:
+        """The blocks that hold the positions from `start` to `stop` of an epoch's sequence.
+
+        Yields:
+            position of the first row, moments, labels, and the order in which the rows follow one another.
+        """
+        order = torch.randperm(len(self._rows), generator=generator_for(seed, 0, epoch)).numpy()
+        ends = self._rows[order].cumsum()
+        for shard, end in zip(order.tolist(), ends.tolist(), strict=True):
+            begin = end - int(self._rows[shard])
+            if end <= start or begin >= stop:
+                continue
+            skipped = max(0, start - begin) // BLOCK * BLOCK
+            with closing(self._read_shard(shard, skipped)) as blocks:
+                for moments, labels in blocks:
+                    position = begin + skipped
+                    if position >= stop:
+                        break
+                    generator = generator_for(seed, 0, epoch, 1 + shard, skipped)
+                    rows = torch.randperm(len(moments), generator=generator).numpy()
+                    yield position, moments, labels, rows
+                    skipped += len(moments)
+
+    def _read_shard(self, shard: int, skipped: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Moments and labels of a shard's blocks after the first rows, until its end."""
+        written, name = self.manifest.shards[shard]["rows"], self.manifest.shards[shard]["file"]
+        found = skipped
+        try:
+            stream = self._stream.shard(len(self._rows), shard).skip(skipped).with_format("arrow")
+            with closing(read_out(stream.iter(BLOCK))) as tables:
+                for table in tables:
+                    found += table.num_rows
+                    yield self.manifest.rows_of(table)
+            if found != written:
+                raise ValueError(f"it has {found} rows, but {written} were written")
+        except Exception as error:  # pyarrow, fsspec and the Hub raise many kinds
+            raise UnreadableShardError(
+                f"The shard {name} of {self.name} cannot be read: {error}. "
+                f"Check all with: python -m sddit_diffusers.prepare_latents --verify {self.name}"
+            ) from error
+
+
+class _Lane:
+    """Rows of a part of the sequence, by rising positions."""
+
+    def __init__(self, blocks: Iterator):
+        self.blocks, self.stop = blocks, -1
+
+    def read(self, start: int, moments: np.ndarray, labels: np.ndarray) -> None:
+        """Fills the arrays with the rows from position `start` on."""
+        done = 0
+        while done < len(moments):
+            while start + done >= self.stop:
+                self.position, self.moments, self.labels, self.order = next(self.blocks)
+                self.stop = self.position + len(self.order)
+            rows = self.order[start + done - self.position :][: len(moments) - done]
+            # "clip", for numpy would fill a buffer first.
+            np.take(self.moments, rows, axis=0, out=moments[done : done + len(rows)], mode="clip")
+            if self.labels is not None:
+                labels[done : done + len(rows)] = self.labels[rows]
+            done += len(rows)

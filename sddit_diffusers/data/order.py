@@ -1,0 +1,114 @@
+"""The order of data, which follows from (seed, step) alone, and reading ahead."""
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+
+def generator_for(seed: int, *counters: int, device: str | torch.device = "cpu") -> torch.Generator:
+    """A generator for one purpose at one step, unrelated to those of other counters."""
+    state = np.random.SeedSequence([seed, *counters]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state))
+
+
+class BatchSampler(Sampler):
+    """Row numbers of every micro-batch of one process, from `start_step` to `max_steps`.
+
+    An epoch is a new permutation of the dataset; what is left at its end, less than one global batch, is
+    dropped.
+
+    Args:
+        size: number of rows.
+        batch_size: rows of a micro-batch in one process.
+        accumulation: micro-batches of a step.
+        rank, processes: which of how many processes.
+
+    Raises:
+        ValueError: the dataset is smaller than one global batch.
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, accumulation: int, rank: int, processes: int, seed: int,
+        start_step: int = 0, max_steps: int = 2**63,
+    ):  # fmt: skip
+        self.global_batch = batch_size * accumulation * processes
+        if size < self.global_batch:
+            raise ValueError(
+                f"The dataset has {size} rows, fewer than one global batch of {self.global_batch}."
+            )
+        self.size, self.seed, self.accumulation = size, seed, accumulation
+        self.batch_size, self.rank, self.processes = batch_size, rank, processes
+        self.start_step, self.max_steps = start_step, max_steps
+        self.steps_per_epoch = size // self.global_batch
+
+    def rows(self, micro: int) -> slice:
+        """This process's part of the global batch in a micro-batch."""
+        start = (micro * self.processes + self.rank) * self.batch_size
+        return slice(start, start + self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order, order_epoch = None, None
+        for step in range(self.start_step, self.max_steps):
+            epoch, position = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order_epoch, order = (
+                    epoch,
+                    torch.randperm(self.size, generator=generator_for(self.seed, 0, epoch)),
+                )
+            batch = order[position * self.global_batch :][: self.global_batch]
+            for micro in range(self.accumulation):
+                yield batch[self.rows(micro)].tolist()
+
+
+def read_out(items: Iterable) -> Iterator:
+    """The items of a parquet reader; closed early, it first reads the rest.
+
+    pyarrow reads ahead in threads that crash an interpreter, or hold it for ever, if it ends before them.
+    """
+    items = iter(items)
+    try:
+        for item in items:  # noqa: UP028, "yield from" would close them
+            yield item
+    finally:
+        for _ in items:
+            pass
+
+
+def prefetch(items: Iterator, depth: int = 4) -> Iterator:
+    """The items, up to `depth` of them made ahead in a thread; closing it closes them too."""
+    ready, closed, end = queue.Queue(depth), threading.Event(), object()
+
+    def put(item) -> bool:
+        while not closed.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                pass
+        return False
+
+    def read() -> None:
+        try:
+            for item in items:
+                if not put(item):
+                    return
+            put(end)
+        except BaseException as error:
+            put(error)
+        finally:
+            items.close()
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not end:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        closed.set()
+        thread.join()

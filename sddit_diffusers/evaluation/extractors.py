@@ -1,0 +1,341 @@
+"""Networks that turn images into features, all of them feature extractors of torch-fidelity.
+
+- `sddit-inception`: ADM's Inception, with the spatial features of sFID, which torch-fidelity's does not give;
+- `sddit-dinov2`: DINOv2 as EDM2 uses it for FD-DINOv2;
+- `sddit-classifier` and `sddit-pixels`: small ones without downloads. Their scores compare with themselves
+  alone: two runs scored on the same data may be compared, figures of a paper may not.
+
+Each takes uint8 `[b, 3, h, w]` and gives some of: `features` `[b, d]`, for FID, KID, precision and recall,
+`logits` `[b, classes]`, for the Inception Score, and `spatial` `[b, d']`, for sFID.
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torch_fidelity.registry import register_feature_extractor
+from tqdm.auto import tqdm
+from transformers import Dinov2Model
+
+from ..cli import one_line
+from ..data.order import generator_for, prefetch
+from ..files import save_tensors, sha256_of
+from .image_sets import DatasetImages
+
+# torch-fidelity's conversion of TensorFlow's weights, as it and others name it; the hash is in the name.
+_INCEPTION = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
+_INCEPTION_SHA256 = "6726825d"  # its first digits
+
+
+class Extractor(FeatureExtractorBase):
+    """What the extractors have in common.
+
+    Attributes:
+        identity: what tells its features from those of others, for caches and records.
+    """
+
+    provided: tuple[str, ...] = ("features",)
+    identity = ""
+
+    @classmethod
+    def get_provided_features_list(cls) -> tuple[str, ...]:
+        return cls.provided
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "logits" if metric == "isc" else "features"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+
+class InceptionExtractor(Extractor):
+    """Inception v3 of 2015: pool_3, the logits without bias, and a part of mixed_6's first branch.
+
+    That is `Mixed_6d.branch1x1`, the first 7 of its 192 channels of 17 x 17, channels last: 2,023 numbers.
+
+    Raises:
+        ValueError: the weights are not those of this network.
+    """
+
+    provided = ("features", "logits", "spatial")
+
+    def __init__(self, name: str, features_list, feature_extractor_weights_path: str | None = None, **kwargs):
+        super().__init__(name, features_list)
+        path = find_inception(feature_extractor_weights_path)
+        with path.open("rb") as file:
+            self.identity = f"inception-{sha256_of(file)}"
+        try:
+            torch.load(path, weights_only=True)  # torch-fidelity would run what is in a pickle
+            self.inception = FeatureExtractorInceptionV3(
+                name, ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
+            )
+        except Exception as error:  # what torch makes of a damaged or foreign file
+            problem = str(error).strip().split("\n")[0]
+            raise ValueError(f"{path} does not hold the weights of Inception v3: {problem}") from None
+        self.inception.Mixed_6d.register_forward_hook(self._keep_spatial)
+
+    def _keep_spatial(self, module: nn.Module, arguments, output: Tensor) -> None:
+        self._spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)
+
+    @property
+    def is_published(self) -> bool:
+        """Whether these are the weights that the field's figures are made with."""
+        return self.identity.startswith(f"inception-{_INCEPTION_SHA256}")
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        features, logits = self.inception(images)
+        found = {"features": features, "logits": logits, "spatial": self._spatial}
+        return tuple(found[name] for name in self.features_list)
+
+
+def find_inception(path: str | None = None) -> Path:
+    """The file of Inception's weights: the path if given, one in torch's hub cache, or else downloaded there.
+
+    Raises:
+        ValueError: it is not there and cannot be downloaded, or a cached one is damaged.
+    """
+    if path:
+        if not Path(path).is_file():
+            raise ValueError(f"There are no Inception weights in {path}.")
+        return Path(path)
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    for name in _INCEPTION:
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                if not sha256_of(file).startswith(_INCEPTION_SHA256):
+                    raise ValueError(f"{folder / name} is damaged: remove it, and it is downloaded again.")
+            return folder / name
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / _INCEPTION[0]
+    try:
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(target), hash_prefix=_INCEPTION_SHA256)
+    except (OSError, RuntimeError) as error:  # no network, or another content
+        raise ValueError(
+            f"Inception's weights cannot be downloaded from {URL_INCEPTION_V3} ({error}); "
+            "download them elsewhere and name the file with --inception_weights."
+        ) from None
+    return target
+
+
+class DinoExtractor(Extractor):
+    """DINOv2's [CLS], as EDM2 measures FD-DINOv2 (Karras et al. 2024): 224 pixels, bicubic, antialiased.
+
+    Args:
+        feature_extractor_weights_path: a `Dinov2Model`, a folder or a name on the Hub.
+
+    Raises:
+        ValueError: there is none.
+    """
+
+    def __init__(
+        self, name: str, features_list,
+        feature_extractor_weights_path: str | None = None, **kwargs,
+    ):  # fmt: skip
+        super().__init__(name, features_list)
+        source = feature_extractor_weights_path or "facebook/dinov2-large"
+        try:
+            self.model = Dinov2Model.from_pretrained(source)
+        except Exception as error:  # whatever the Hub, the network and the reader raise
+            problem = str(error).strip().split("\n")[0]
+            raise ValueError(f"DINOv2 cannot be loaded from {source}: {problem}") from None
+        digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in self.model.parameters()))
+        self.identity = f"dinov2-{digest.hexdigest()}"
+        self._fit_positions(224 // self.model.config.patch_size)
+        self.requires_grad_(False).eval()
+
+    def _fit_positions(self, side: int) -> None:
+        """Interpolates the positions once, with the offset of 0.1 that the original code has.
+
+        transformers leaves it out, which moves FD-DINOv2 by more than a percent.
+        """
+        embeddings = self.model.embeddings
+        cls, grid = embeddings.position_embeddings.detach().split(
+            [1, embeddings.patch_embeddings.num_patches], 1
+        )
+        trained = int(grid.shape[1] ** 0.5)
+        grid = grid.unflatten(1, (trained, trained)).permute(0, 3, 1, 2)  # [1, d, trained, trained]
+        scale = (side + 0.1) / trained
+        grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")  # [1, d, side, side]
+        positions = torch.cat([cls, grid.flatten(2).transpose(1, 2)], dim=1)
+        embeddings.position_embeddings = nn.Parameter(positions, requires_grad=False)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        pixels = F.interpolate(images.float(), size=(224, 224), mode="bicubic", antialias=True) / 255
+        return (self.model((pixels - self.mean) / self.std).last_hidden_state[:, 0],)
+
+
+class PixelExtractor(Extractor):
+    """The pixels themselves, in -1..1, of pictures brought to at most 16 x 16.
+
+    They are divided by the root of 3, so that distances between grey pictures are those of one channel.
+    """
+
+    identity = "pixels"
+
+    def __init__(self, name: str, features_list, **kwargs):
+        super().__init__(name, features_list)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        pixels = images.float() / 127.5 - 1
+        if max(images.shape[2:]) > 16:
+            pixels = F.adaptive_avg_pool2d(pixels, 16)
+        return (pixels.flatten(1) / 3**0.5,)
+
+
+class ClassifierExtractor(Extractor):
+    """The 128 features and the logits of a small convolutional classifier; see [`train_classifier`].
+
+    Raises:
+        ValueError: the file does not hold its weights.
+    """
+
+    provided = ("features", "logits")
+
+    def __init__(self, name: str, features_list, feature_extractor_weights_path: str | None = None, **kwargs):
+        super().__init__(name, features_list)
+        if not feature_extractor_weights_path:
+            raise ValueError("The classifier has weights of its own data: train_classifier makes them.")
+        try:
+            weights = load_file(feature_extractor_weights_path)
+            self.net = SmallClassifier(len(weights["head.bias"]))
+            self.net.load_state_dict(weights)
+        except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"{feature_extractor_weights_path} does not hold a classifier's weights: {one_line(error)}."
+            ) from None
+        self.requires_grad_(False).eval()
+        self.identity = f"classifier-{_hash_of('', weights)}"
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        features = self.net.features(images)
+        found = {"features": features, "logits": self.net.head(features)}
+        return tuple(found[name] for name in self.features_list)
+
+
+def keep_tensors(path: Path, tensors: dict[str, Tensor], **about: str) -> None:
+    """Writes a file of a cache, with the hash that [`kept_tensors`] asks of it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    save_tensors(path, tensors, sha256=_hash_of(path.name, tensors), **about)
+
+
+def kept_tensors(path: Path) -> dict[str, Tensor] | None:
+    """What a file of a cache holds; None, with a warning, where it is not what was written under its name."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            written = (file.metadata() or {}).get("sha256")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    except (SafetensorError, OSError) as error:
+        problem = one_line(error)
+    else:
+        if written == _hash_of(path.name, tensors):
+            return tensors
+        problem = "its hash is another" if written else "it has no hash"
+    print(f"{path} is damaged or of another version ({problem}); it is made again.", file=sys.stderr)
+    return None
+
+
+def _hash_of(name: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(name.encode())
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
+
+
+class SmallClassifier(nn.Module):
+    """Four convolutions, the mean over the picture, and a linear layer; pictures come to at most 64 x 64."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        layers, channels = [], 3
+        for width, stride in ((32, 1), (64, 2), (128, 2), (128, 1)):
+            convolution = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+            layers += [convolution, nn.GroupNorm(8, width), nn.GELU()]
+            channels = width
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(channels, num_classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """`[b, 128]` of uint8 `[b, 3, h, w]`."""
+        pixels = images.float() / 127.5 - 1
+        if max(images.shape[2:]) > 64:
+            pixels = F.adaptive_avg_pool2d(pixels, 64)
+        return self.body(pixels).mean((2, 3))
+
+
+def train_classifier(
+    images: DatasetImages, cache_dir: Path, device: torch.device = "cpu", steps: int = 300
+) -> Path:
+    """Weights of a [`SmallClassifier`], trained on labelled pictures in seconds, or found in the cache.
+
+    A tenth of the pictures is held out; its accuracy, which is printed and stored in the file, says how much
+    the features know.
+
+    Raises:
+        ValueError: the pictures have no labels.
+    """
+    if images.labels is None:
+        raise ValueError(f"The classifier needs labelled pictures, and {images.name} has no labels.")
+    path = cache_dir / f"classifier-{images.sha256[:16]}-{steps}.safetensors"
+    if kept_tensors(path) is None:
+        weights, accuracy = _fit_classifier(images, device, steps)
+        keep_tensors(path, weights, accuracy=f"{accuracy:.4f}", data=images.name)
+        print(f"Classifier of {images.name}: {accuracy:.1%} of held-out pictures right", file=sys.stderr)
+    return path
+
+
+def _fit_classifier(images: DatasetImages, device, steps: int) -> tuple[dict[str, Tensor], float]:
+    """The weights, and the accuracy on the pictures held out."""
+    order = torch.randperm(len(images), generator=generator_for(0))
+    held_out, used = order[: len(images) // 10], order[len(images) // 10 :]
+    labels = torch.from_numpy(images.labels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = SmallClassifier(images.dataset.num_classes).to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
+
+    def draws():
+        for step in range(steps):
+            rows = used[torch.randint(len(used), (128,), generator=generator_for(0, step))]
+            yield images.dataset.pixels(rows.tolist()), labels[rows]
+
+    for pixels, targets in tqdm(prefetch(draws()), total=steps, desc="training the classifier", leave=False):
+        loss = F.cross_entropy(net.head(net.features(pixels.to(device))), targets.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    right = 0
+    with torch.no_grad():
+        for rows in held_out.split(256):
+            logits = net.head(net.features(images.dataset.pixels(rows.tolist()).to(device))).cpu()
+            right += (logits.argmax(1) == labels[rows]).sum().item()
+    weights = {name: tensor.cpu().contiguous() for name, tensor in net.state_dict().items()}
+    return weights, right / max(1, len(held_out))
+
+
+for _name, _class in (
+    ("sddit-inception", InceptionExtractor),
+    ("sddit-dinov2", DinoExtractor),
+    ("sddit-classifier", ClassifierExtractor),
+    ("sddit-pixels", PixelExtractor),
+):
+    register_feature_extractor(_name, _class)

@@ -1,0 +1,428 @@
+"""What a study is, and how its results are told: tables in Markdown and JSON, figures.
+
+A study is a JSON file of runs by name and of tables and figures made of them:
+- `title`, `about`: what readers are told;
+- `settings`: of `train_sddit.py`, for all runs; `seeds`: each run is trained with all of them;
+- `metric`: the score of `metrics.jsonl` that the tables are about;
+- `runs`: the settings of each run that differ;
+- `tables`: each with a `title`, a `kind` and, by name of the run, the `paper`'s figures or null. The kinds:
+  `steps` (the score over steps), `speed` (steps a second against the score; the paper's are pairs), `setting`
+  (the score over the value of a `setting`), `metrics` (the last values of `columns`), `probe` (what the
+  encoder knows, at `sigmas`), and `sampling` (the score of one `run` with each of the `samplings`, by name:
+  arguments of the pipeline's call, those of `SAMPLING`, and `scheduler`, settings of its scheduler).
+"""
+
+import dataclasses
+import inspect
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+
+from ..cli import shortened
+from ..files import read_json, written_aside
+from ..schedulers.scheduling_edm_heun import EDMHeunScheduler
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+KINDS = ("steps", "speed", "setting", "metrics", "probe", "sampling")
+FIGURES = ("png", "svg")
+RESULTS = ("results.md", "results.json", "speeds.json")  # of a study, in its folder
+# What a sampling may change; see `files.parse_json` for such structures.
+SAMPLING = {
+    "num_inference_steps?": range(1, 2**31), "sigmas?": [float], "guidance_scale?": float,
+    "guidance_interval?": [float], "s_churn?": float, "s_tmin?": float, "s_tmax?": float, "s_noise?": float,
+    "scheduler?": dict,
+}  # fmt: skip
+_TABLE = {
+    "title": str, "kind": str, "paper": {str: (None, [float], float)}, "setting?": str, "columns?": [str],
+    "sigmas?": [float], "run?": str, "samplings?": {str: SAMPLING},
+}  # fmt: skip
+_STUDY = {
+    "title": str, "about": str, "settings": dict, "seeds": [range(2**32)], "metric": str,
+    "runs": {str: dict}, "tables": [_TABLE],
+}  # fmt: skip
+
+
+@dataclass
+class Table:
+    """A table of a study, as its file has it."""
+
+    title: str
+    kind: str
+    paper: dict[str, float | list | None]  # by row; the rows are runs, or samplings
+    setting: str = ""
+    columns: list[str] = field(default_factory=list)
+    sigmas: list[float] = field(default_factory=list)
+    run: str = ""
+    samplings: dict[str, dict] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"its kind is {self.kind!r}; there are {', '.join(KINDS)}.")
+        needed = {"setting": "setting", "metrics": "columns", "probe": "sigmas", "sampling": "samplings"}
+        if self.kind in needed and not getattr(self, needed[self.kind]):
+            raise ValueError(f"a table of kind {self.kind} needs {needed[self.kind]}.")
+        if any(sigma <= 0 for sigma in self.sigmas):
+            raise ValueError(f"sigmas are {self.sigmas}; they must be above 0.")
+        if self.kind == "sampling" and set(self.paper) != set(self.samplings):
+            raise ValueError(
+                "paper must have the names of the samplings, with null where there is no figure."
+            )
+        for name, sampling in self.samplings.items():
+            try:
+                _check_sampling(sampling)
+            except ValueError as error:
+                raise ValueError(f"the sampling {shortened(name)}: {error}") from None
+
+    @property
+    def runs(self) -> list[str]:
+        """The runs that it is made of."""
+        return [self.run] if self.kind == "sampling" else list(self.paper)
+
+    @property
+    def name(self) -> str:
+        """For its figure's files."""
+        return slug(self.title.split(":")[0])
+
+
+@dataclass
+class Study:
+    """A study's file."""
+
+    title: str
+    about: str
+    settings: dict
+    seeds: list[int]
+    metric: str
+    runs: dict[str, dict]
+    tables: list[Table]
+
+    def __post_init__(self):
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds are {self.seeds}; they must be different, and at least one.")
+        for table in self.tables:
+            for run in table.runs:
+                self._check_run(table, run)
+        for kind in ("speed", "probe"):
+            if sum(table.kind == kind for table in self.tables) > 1:
+                raise ValueError(f"there are several tables of kind {kind}; there can be one.")
+        self._check_files()
+
+    def _check_run(self, table: Table, run: str) -> None:
+        """Of a table."""
+        if run not in self.runs:
+            raise ValueError(
+                f"{table.title}: there is no run {shortened(run)}; there are {', '.join(self.runs)}."
+            )
+        settings = self.settings | self.runs[run]
+        if table.setting and table.setting not in settings:
+            raise ValueError(f"{table.title}: {run} has no setting {table.setting!r}.")
+        if table.kind == "setting" and not _is_place(value := settings[table.setting]):
+            raise ValueError(
+                f"{table.title}: {table.setting} is {shortened(value)}; an axis needs a number or 'student'."
+            )
+
+    def _check_files(self) -> None:
+        """No two runs or tables share a file, nor two samplings of a run that differ."""
+        taken = dict.fromkeys(RESULTS, "the study itself")
+        files = [(slug(run), f"the run {shortened(run)}") for run in self.runs]
+        for table in self.tables:
+            files += [(f"{table.name}.{ending}", f"the table {table.title!r:.80}") for ending in FIGURES]
+        for file, owner in files:
+            if file in taken:
+                raise ValueError(
+                    f"{owner} would write {file}, which is of {taken[file]}; give it another name."
+                )
+            taken[file] = owner
+        samplings: dict[tuple, tuple] = {}
+        for table in self.tables:
+            for name, sampling in table.samplings.items():
+                other, known = samplings.setdefault((table.run, slug(name)), (name, sampling))
+                if known != sampling:
+                    raise ValueError(
+                        f"the sampling {shortened(name)} of {table.run} has other settings than "
+                        f"{shortened(other)}, whose file it would write; give it another name."
+                    )
+
+
+def _is_place(value) -> bool:
+    """Whether a setting's value has a place in a figure."""
+    try:
+        return value == "student" or (not isinstance(value, bool) and math.isfinite(float(value)))
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _check_sampling(sampling: dict) -> None:
+    known = [name.removesuffix("?") for name in SAMPLING]
+    if unknown := [name for name in sampling if name not in known]:
+        raise ValueError(f"there is no argument {shortened(unknown[0])}; there are {', '.join(known)}.")
+    for name, value in sampling.items():
+        if name.startswith("s_") and value < 0:
+            raise ValueError(f"{name} is {value}; it must be at least 0.")
+    low, high = (*sampling.get("guidance_interval", (0, 0)), 0, 0)[:2]
+    if "guidance_interval" in sampling and (len(sampling["guidance_interval"]) != 2 or not low <= high):
+        raise ValueError(
+            f"guidance_interval is {sampling['guidance_interval']}; it must be two rising sigmas."
+        )
+    defaults = {name: each.default for name, each in inspect.signature(EDMHeunScheduler).parameters.items()}
+    for name, value in sampling.get("scheduler", {}).items():
+        if name not in defaults:
+            raise ValueError(f"the scheduler has no {shortened(name)}; it has {', '.join(defaults)}.")
+        kind = type(defaults[name])
+        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+            raise ValueError(f"{name} is {shortened(value)}; it must be as {defaults[name]!r}.")
+    EDMHeunScheduler(**sampling.get("scheduler", {}))
+
+
+def slug(name: str) -> str:
+    """Letters, digits, points and dashes: the name of a file or folder, which stays where it is put.
+
+    Raises:
+        ValueError: the name has none to begin with, is very long, or is Windows' own.
+    """
+    made = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+    if not re.match(r"[a-z0-9]", made) or made.endswith("."):
+        raise ValueError(f"{shortened(name)} names a file, so it must begin and end with a letter or digit.")
+    if len(made) > 100:
+        raise ValueError(f"{shortened(name)} names a file; it may have at most 100 letters.")
+    if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", made):
+        raise ValueError(f"{shortened(name)} names a file, and Windows has no such files.")
+    return made
+
+
+def read_study(path: Path) -> Study:
+    """Reads a study's file.
+
+    Raises:
+        ValueError: it cannot be read, or is no study; the message says what is wrong.
+    """
+    content, where, tables = read_json(path, _STUDY, "study"), "", []
+    try:
+        for table in content.pop("tables"):
+            where = f"{shortened(table['title'])[1:-1]}: "
+            tables.append(Table(**_known(table, Table)))
+        where = ""
+        return Study(tables=tables, **_known(content, Study))
+    except ValueError as error:
+        raise ValueError(f"{path} is no study: {where}{error}") from None
+
+
+def _known(content: dict, kind: type) -> dict:
+    """The content, once each of its names is a field's."""
+    names = [each.name for each in dataclasses.fields(kind)]
+    if unknown := [name for name in content if name not in names]:
+        raise ValueError(f"there is nothing called {shortened(unknown[0])}; there are {', '.join(names)}.")
+    return content
+
+
+class Results:
+    """What was found, as far as the study has been run: numbers by run, by what they tell, and by seed.
+
+    They tell ("score", step), ("last",), which is the last score, ("metric", name), ("speed",),
+    ("k-NN", features, sigma) and ("sampling", name).
+    """
+
+    def __init__(self):
+        self._values: dict[tuple, dict[int, float]] = {}
+
+    def add(self, run: str, seed: int, what: tuple, value: float) -> None:
+        self._values.setdefault((run, *what), {})[seed] = value
+
+    def of(self, run: str, what: tuple) -> list[float]:
+        """The seeds' values."""
+        return list(self._values.get((run, *what), {}).values())
+
+    def steps(self, runs: Sequence[str]) -> list[int]:
+        """At which any of the runs was scored."""
+        return sorted({what[0] for run, kind, *what in self._values if kind == "score" and run in runs})
+
+
+def columns_of(table: Table, study: Study, results: Results) -> dict[str, tuple]:
+    """What a table tells of each run, by the headings of its columns."""
+    if table.kind == "steps":
+        return {f"{step:,}": ("score", step) for step in results.steps(table.runs)}
+    if table.kind == "speed":
+        return {"steps/s": ("speed",), study.metric: ("last",)}
+    if table.kind == "metrics":
+        return {name: ("metric", name) for name in table.columns}
+    if table.kind == "probe":
+        return {
+            f"{features}, σ = {sigma:g}": ("k-NN", features, sigma)
+            for features in ("[CLS]", "patches")
+            for sigma in table.sigmas
+        }
+    return {study.metric: ("last",)}  # of a setting
+
+
+def rows_of(table: Table, study: Study, results: Results) -> tuple[list[str], list[list]]:
+    """Headings, and the rows: a name, what the paper says, and lists of the seeds' values."""
+    if table.kind == "sampling":
+        rows = [
+            [name, paper, results.of(table.run, ("sampling", name))] for name, paper in table.paper.items()
+        ]
+        return ["sampling", "paper", study.metric], rows
+    columns = columns_of(table, study, results)
+    rows = [
+        [run, paper, *(results.of(run, what) for what in columns.values())]
+        for run, paper in table.paper.items()
+    ]
+    return ["run", "paper", *columns], rows
+
+
+def show(value: float | list[float] | None) -> str:
+    """A cell: a number, or the mean of the seeds with their standard deviation."""
+    if value is None or value == []:
+        return "–"
+    if isinstance(value, list):
+        spread = f" ± {statistics.stdev(value):.2g}" if len(value) > 1 else ""
+        return f"{statistics.fmean(value):.4g}{spread}"
+    return f"{value:g}"
+
+
+def markdown(study: Study, results: Results) -> str:
+    """All tables; a mean over the seeds has their standard deviation after ±."""
+    lines = [f"# {study.title}", "", study.about, ""]
+    for table in study.tables:
+        head, rows = rows_of(table, study, results)
+        lines += [f"## {table.title}", "", _row(head), "|" + "---|" * len(head)]
+        for name, paper, *values in rows:
+            quoted = " / ".join(f"{number:g}" for number in paper) if isinstance(paper, list) else show(paper)
+            lines.append(_row([name, quoted, *map(show, values)]))
+        lines += ["", f"![{table.title}]({table.name}.png)", ""]
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    """A line of a table, whose cells may have its bars."""
+    escaped = [cell.replace("|", r"\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
+
+
+def as_json(study: Study, results: Results) -> dict:
+    """The same, with each seed's value."""
+    tables = []
+    for table in study.tables:
+        head, rows = rows_of(table, study, results)
+        tables.append({"title": table.title, "kind": table.kind, "columns": head, "rows": rows})
+    return {"title": study.title, "seeds": study.seeds, "metric": study.metric, "tables": tables}
+
+
+def draw(table: Table, study: Study, results: Results, folder: Path) -> None:
+    """The table's figure, as PNG and SVG; seeds' means, and their spread from the lowest to the highest."""
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    axis.set_ylabel(_text(study.metric))
+    DRAWINGS[table.kind](axis, table, study, results)
+    axis.set_title(_text(table.title), wrap=True)
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(fontsize=8)
+    for ending in FIGURES:
+        about = {"Date": None} if ending == "svg" else None
+        with written_aside(folder / f"{table.name}.{ending}") as file:
+            figure.savefig(file, format=ending, dpi=120, metadata=about)
+    plt.close(figure)
+
+
+def _text(name: str) -> str:
+    """A name as it is, where matplotlib would read formulas between dollars."""
+    return name.replace("$", r"\$")
+
+
+def _draw_steps(axis, table: Table, study: Study, results: Results) -> None:
+    for run in table.runs:
+        steps = results.steps([run])
+        _draw_line(axis, steps, [results.of(run, ("score", step)) for step in steps], _text(run))
+    axis.set_xlabel("step")
+    axis.set_yscale("log")
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks("{x:g}")
+
+
+def _draw_speed(axis, table: Table, study: Study, results: Results) -> None:
+    for run in table.runs:
+        speed, scores = results.of(run, ("speed",)), results.of(run, ("last",))
+        if speed and scores:
+            low, mean, high = _spread(scores)
+            axis.errorbar(speed, [mean], [[mean - low], [high - mean]], fmt="o", capsize=3)
+            axis.annotate(_text(run), (speed[0], mean), (6, 6), textcoords="offset points")
+    axis.set_xlabel("training steps a second")
+    axis.margins(0.2)
+
+
+def _draw_setting(axis, table: Table, study: Study, results: Results) -> None:
+    points = {}
+    for run in table.runs:
+        value = (study.settings | study.runs[run])[table.setting]
+        scores = results.of(run, ("last",))
+        if scores and value == "student":  # a distribution, which has no place on the axis
+            axis.axhline(statistics.fmean(scores), linestyle="--", color="tab:orange", label=_text(run))
+        elif scores:
+            points[float(value)] = scores
+    xs = sorted(points)
+    _draw_line(axis, xs, [points[x] for x in xs], _text(study.metric))
+    if xs and 0 < min(xs) < max(xs) / 50:
+        axis.set_xscale("log")
+    axis.set_xlabel(_text(table.setting))
+
+
+def _draw_metrics(axis, table: Table, study: Study, results: Results) -> None:
+    width = 0.8 / len(table.columns)
+    for i, run in enumerate(table.runs):
+        for j, name in enumerate(table.columns):
+            if values := results.of(run, ("metric", name)):
+                low, mean, high = _spread(values)
+                place, reach = i + (j + 0.5) * width - 0.4, [[mean - low], [high - mean]]
+                axis.bar(
+                    place, mean, width, yerr=reach, capsize=2, color=f"C{j}", label=None if i else _text(name)
+                )
+    axis.set_xticks(range(len(table.runs)), [*map(_text, table.runs)], rotation=20)
+    axis.set_ylabel("")
+
+
+def _draw_probe(axis, table: Table, study: Study, results: Results) -> None:
+    for i, run in enumerate(table.runs):
+        for features, style in (("[CLS]", "--"), ("patches", "-")):
+            values = [results.of(run, ("k-NN", features, sigma)) for sigma in table.sigmas]
+            if all(values):
+                _draw_line(
+                    axis, table.sigmas, values, f"{_text(run)}, {features}", color=f"C{i}", linestyle=style
+                )
+    axis.set_xscale("log")
+    axis.set_xlabel("σ")
+    axis.set_ylabel("k-NN accuracy")
+
+
+def _draw_sampling(axis, table: Table, study: Study, results: Results) -> None:
+    found = {name: results.of(table.run, ("sampling", name)) for name in table.samplings}
+    found = {name: values for name, values in found.items() if values}
+    _draw_line(axis, range(len(found)), list(found.values()), _text(table.run))
+    axis.set_xticks(range(len(found)), [*map(_text, found)], rotation=20)
+
+
+def _draw_line(axis, xs, values: list[list[float]], label: str, **style) -> None:
+    if not values:
+        return
+    low, mean, high = zip(*map(_spread, values), strict=True)
+    (line,) = axis.plot(xs, mean, marker="o", markersize=4, label=label, **style)
+    axis.fill_between(xs, low, high, color=line.get_color(), alpha=0.15)
+
+
+def _spread(values: list[float]) -> tuple[float, float, float]:
+    return min(values), statistics.fmean(values), max(values)
+
+
+DRAWINGS = {
+    "steps": _draw_steps,
+    "speed": _draw_speed,
+    "setting": _draw_setting,
+    "metrics": _draw_metrics,
+    "probe": _draw_probe,
+    "sampling": _draw_sampling,
+}

@@ -1,0 +1,216 @@
+"""The networks that SD-DiT is compared with, made of its blocks: DiT, MaskDiT and MDT as EDM's raw network F.
+
+Shapes are those of `transformer_sddit.py`. None has a [CLS] token. Unlike a copy of that file, one of this
+needs the package: its absolute import makes diffusers say so.
+"""
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  (where diffusers looks for it)
+from torch import Tensor, nn
+
+from sddit_diffusers.models.transformer_sddit import (
+    AdaLayerNorm,
+    PatchTransformer2DModel,
+    SDDiTBlock,
+    SDDiTDecoder,
+    SDDiTTransformer2DOutput,
+    run_block,
+    unpatchify,
+)
+
+
+class PlainDiTTransformer2DModel(PatchTransformer2DModel):
+    """DiT (Peebles & Xie 2023): SD-DiT's encoder over all patches, and DiT's last layer.
+
+    Args:
+        sample_size, patch_size, in_channels, out_channels, num_layers, num_attention_heads,
+            attention_head_dim, mlp_ratio, num_classes: as of `SDDiTTransformer2DModel`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        num_layers: int = 28,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+    ):
+        super().__init__()
+        dim = self._build_encoder(
+            sample_size, patch_size, in_channels, num_layers, num_attention_heads, attention_head_dim,
+            mlp_ratio, num_classes,
+        )  # fmt: skip
+        self.norm_out = AdaLayerNorm(dim, dim)
+        self.proj_out = nn.Linear(dim, patch_size**2 * (out_channels or in_channels))
+        self._initialize_weights()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SDDiTTransformer2DOutput | tuple:
+        """As `SDDiTTransformer2DModel.forward`, without a mask."""
+        tokens, grid = self._embed(hidden_states)  # [b, n, D]
+        temb = self._condition(timestep, class_labels, hidden_states)  # [b, D]
+        for block in self.transformer_blocks:
+            tokens = run_block(self, block, tokens, temb)
+        sample = unpatchify(self.proj_out(self.norm_out(tokens, temb)), self.config.patch_size, *grid)
+        return SDDiTTransformer2DOutput(sample, tokens) if return_dict else (sample, tokens)
+
+
+class MaskDiTTransformer2DModel(PatchTransformer2DModel):
+    """MaskDiT (Zheng et al. 2024): the decoder gets a learned mask token in place of each masked patch.
+
+    Args:
+        sample_size, patch_size, in_channels, out_channels, num_layers, num_attention_heads,
+            attention_head_dim, mlp_ratio, num_decoder_layers, decoder_num_attention_heads,
+            decoder_attention_head_dim, num_classes: as of `SDDiTTransformer2DModel`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        num_layers: int = 28,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        mlp_ratio: float = 4.0,
+        num_decoder_layers: int = 8,
+        decoder_num_attention_heads: int = 16,
+        decoder_attention_head_dim: int = 32,
+        num_classes: int = 1000,
+    ):
+        super().__init__()
+        dim = self._build_encoder(
+            sample_size, patch_size, in_channels, num_layers, num_attention_heads, attention_head_dim,
+            mlp_ratio, num_classes,
+        )  # fmt: skip
+        self.decoder = SDDiTDecoder(
+            dim, num_decoder_layers, decoder_num_attention_heads, decoder_attention_head_dim, mlp_ratio,
+            sample_size // patch_size, patch_size, out_channels or in_channels, has_cls=False,
+        )  # fmt: skip
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, self.decoder.proj_in.out_features))
+        self._initialize_weights()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        visible_ids: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SDDiTTransformer2DOutput | tuple:
+        """As `SDDiTTransformer2DModel.forward`."""
+        tokens, grid = self._embed(hidden_states)
+        temb = self._condition(timestep, class_labels, hidden_states)  # [b, D]
+        if visible_ids is not None:
+            tokens = gather_tokens(tokens, visible_ids)
+        for block in self.transformer_blocks:
+            tokens = run_block(self, block, tokens, temb)  # [b, k, D]
+        complete = self.decoder.narrow(tokens, temb)  # [b, k, E]
+        if visible_ids is not None:
+            complete = fill_with(self.mask_token, complete, visible_ids, grid[0] * grid[1])  # [b, n, E]
+        sample = self.decoder.denoise(complete, temb, *grid)
+        return SDDiTTransformer2DOutput(sample, tokens) if return_dict else (sample, tokens)
+
+
+class MDTTransformer2DModel(PatchTransformer2DModel):
+    """MDT (Gao et al. 2023): encoder, in training with a mask the side-interpolater, and a decoder as wide.
+
+    Of SD-DiT's blocks, so without MDT's relative positions in attention, and with fixed positions.
+
+    Args:
+        sample_size, patch_size, in_channels, out_channels, num_attention_heads, attention_head_dim,
+            mlp_ratio, num_classes: as of `SDDiTTransformer2DModel`.
+        num_layers: blocks of encoder and decoder together.
+        num_decoder_layers: those of them that are the decoder.
+
+    Raises:
+        ValueError: no block would be left for the encoder.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        num_layers: int = 28,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        mlp_ratio: float = 4.0,
+        num_decoder_layers: int = 2,
+        num_classes: int = 1000,
+    ):
+        super().__init__()
+        dim = self._build_encoder(
+            sample_size, patch_size, in_channels, num_layers, num_attention_heads, attention_head_dim,
+            mlp_ratio, num_classes,
+        )  # fmt: skip
+        if not 0 < num_decoder_layers < num_layers:
+            raise ValueError(
+                f"num_decoder_layers is {num_decoder_layers}; of {num_layers} blocks it must be 1 to "
+                f"{num_layers - 1}."
+            )
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.side_interpolater = SDDiTBlock(dim, num_attention_heads, mlp_ratio, dim)
+        self.norm_out = AdaLayerNorm(dim, dim)
+        self.proj_out = nn.Linear(dim, patch_size**2 * (out_channels or in_channels))
+        self._initialize_weights()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        visible_ids: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SDDiTTransformer2DOutput | tuple:
+        """As `SDDiTTransformer2DModel.forward`; with a mask, through the side-interpolater."""
+        tokens, grid = self._embed(hidden_states)
+        temb = self._condition(timestep, class_labels, hidden_states)  # [b, D]
+        positions = self.pos_embed(*grid).to(tokens.dtype)  # [n, D]
+        if visible_ids is not None:
+            tokens = gather_tokens(tokens, visible_ids)
+        for block in self.transformer_blocks[: -self.config.num_decoder_layers]:
+            tokens = run_block(self, block, tokens, temb)  # [b, k, D]
+        if visible_ids is None:
+            complete = tokens + positions
+        else:
+            complete = self.interpolate(tokens, visible_ids, temb, positions)
+        for block in self.transformer_blocks[-self.config.num_decoder_layers :]:
+            complete = run_block(self, block, complete, temb)  # [b, n, D]
+        sample = unpatchify(self.proj_out(self.norm_out(complete, temb)), self.config.patch_size, *grid)
+        return SDDiTTransformer2DOutput(sample, tokens) if return_dict else (sample, tokens)
+
+    def interpolate(self, tokens: Tensor, visible_ids: Tensor, temb: Tensor, positions: Tensor) -> Tensor:
+        """Visible tokens `[b, k, D]` at their positions, and what a block makes of mask tokens elsewhere."""
+        complete = (
+            fill_with(self.mask_token, tokens, visible_ids, positions.shape[0]) + positions
+        )  # [b, n, D]
+        filled = run_block(self, self.side_interpolater, complete, temb)
+        index = visible_ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
+        return filled.scatter(1, index, complete.gather(1, index).to(filled.dtype))
+
+
+def gather_tokens(tokens: Tensor, visible_ids: Tensor) -> Tensor:
+    """The visible ones, `[b, n, D]` to `[b, k, D]`."""
+    return tokens.gather(1, visible_ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def fill_with(mask_token: Tensor, tokens: Tensor, visible_ids: Tensor, n: int) -> Tensor:
+    """Visible tokens `[b, k, D]` at their places among n, and the mask token `[1, 1, D]` at all others."""
+    index = visible_ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
+    return mask_token.to(tokens.dtype).expand(tokens.shape[0], n, -1).scatter(1, index, tokens)

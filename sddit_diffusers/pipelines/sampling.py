@@ -1,0 +1,144 @@
+"""Images of seeds, and pictures of them: grids of samples, denoising paths."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from ..data.order import generator_for
+from .pipeline_sddit import SDDiTPipeline
+
+# Matrix products of a CPU round the rows of an odd remainder otherwise: batches are filled up there.
+MULTIPLE = 16
+
+
+def class_of(pipe: SDDiTPipeline, labels: Sequence[str], seed: int, index: int) -> int:
+    """The class of the image with a number and a seed, by the setting `class_labels`.
+
+    Raises:
+        ValueError: a label that the pipeline does not have.
+    """
+    count = pipe.transformer.config.num_classes
+    if labels == ["none"] or (count == 0 and labels in (["random"], ["balanced"])):
+        return count
+    if labels == ["random"]:
+        return int(torch.randint(count, (), generator=generator_for(seed + index, 1)))
+    if labels == ["balanced"]:  # every so many images in a row have each class once
+        block, place = divmod(index, count)
+        return int(torch.randperm(count, generator=generator_for(seed, 2, block))[place])
+    label = labels[index % len(labels)]
+    is_number = re.fullmatch("-?[0-9]{1,18}", label)
+    return pipe.get_label_ids([int(label) if is_number else label])[0]
+
+
+def sample(pipe: SDDiTPipeline, seeds: Sequence[int], labels: Sequence[int], **arguments) -> np.ndarray:
+    """Images of seeds and classes, as bytes `[n, h, w, channels]`; `arguments` go to the pipeline.
+
+    Raises:
+        FloatingPointError: an image is not finite.
+    """
+    null = pipe.transformer.config.num_classes
+    extra = -len(seeds) % MULTIPLE if pipe.device.type == "cpu" else 0
+    seeds, labels = list(seeds), [None if label == null else label for label in labels]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds + seeds[-1:] * extra]
+    images = pipe(labels + labels[-1:] * extra, generator=generators, output_type="pt", **arguments).images
+    # In 0..1 the rule is 255 x + 0.5.
+    pixels = (images[: len(seeds)] * 255 + 0.5).clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def sample_grid(
+    pipe: SDDiTPipeline, classes: int = 10, columns: int = 10, labels: list | None = None, **arguments
+) -> Image.Image:
+    """A picture of samples: a row a class, named at its left; image i has the seed i.
+
+    Args:
+        classes: how many, evenly chosen where `labels` does not say which.
+        labels: numbers of classes, or None for the null class.
+        arguments: go to the pipeline's call.
+    """
+    labels = labels or _spread_classes(pipe, classes)
+    seeds, images = list(range(len(labels) * columns)), []
+    size = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    together = len(labels) if size <= 64 else 1  # rows made at once
+    for i in range(0, len(labels), together):
+        generators = [
+            torch.Generator().manual_seed(seed) for seed in seeds[i * columns :][: together * columns]
+        ]
+        images += pipe(
+            labels[i : i + together], num_images_per_label=columns, generator=generators, **arguments
+        ).images
+    return draw_grid(images, _names(pipe, labels), columns)
+
+
+def _spread_classes(pipe: SDDiTPipeline, count: int) -> list[int | None]:
+    """Evenly chosen classes; the null class of a model that has no other."""
+    num_classes = pipe.transformer.config.num_classes
+    chosen = np.linspace(0, num_classes - 1, min(count, num_classes)).round().astype(int)
+    return chosen.tolist() or [None]
+
+
+def _names(pipe: SDDiTPipeline, labels: list[int | None]) -> list[str]:
+    return ["" if label is None else pipe.id2label.get(label, str(label)) for label in labels]
+
+
+def draw_grid(
+    images: list[Image.Image], names: list[str], columns: int, titles: list[str] | None = None
+) -> Image.Image:
+    """Rows of `columns` images, named at the left and, with titles, at the top; small ones are enlarged."""
+    zoom = -(-64 // images[0].height)
+    width, height = images[0].width * zoom, images[0].height * zoom
+    margin, gap, top = 14 + 7 * max(len(name) for name in names), 2, 18 if titles else 0
+    grid = Image.new("RGB", (margin + columns * (width + gap), top + len(names) * (height + gap)), "white")
+    draw = ImageDraw.Draw(grid)
+    for column, title in enumerate(titles or []):
+        draw.text((margin + column * (width + gap) + 2, 3), title, fill="black")
+    for row, name in enumerate(names):
+        draw.text((6, top + row * (height + gap) + height // 2 - 6), name, fill="black")
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        grid.paste(image, (margin + column * (width + gap), top + row * (height + gap)))
+    return grid
+
+
+def path_grid(pipe: SDDiTPipeline, columns: int = 10, labels: list | None = None, **arguments) -> Image.Image:
+    """A picture of how images come about: a row a label, the denoised D(x; sigma) from sigma_max to the last.
+
+    Args:
+        columns: noise levels that are shown, of those of the sampler's steps.
+        labels: as in [`sample_grid`]; image i has the seed i.
+        arguments: go to the pipeline's call.
+
+    Raises:
+        ValueError: the pipeline's scheduler does not tell D.
+    """
+    labels = labels or _spread_classes(pipe, 10)
+    denoised = {}
+
+    def keep(pipe: SDDiTPipeline, i: int, t: torch.Tensor, tensors: dict) -> dict:
+        if tensors["pred_original_sample"] is None:
+            raise ValueError(f"{type(pipe.scheduler).__name__} does not tell the denoised samples.")
+        keep_denoised(denoised, pipe, i, tensors)
+        return {}
+
+    generators = [torch.Generator().manual_seed(i) for i in range(len(labels))]
+    pipe(labels, generator=generators, output_type="latent", callback_on_step_end=keep,
+         callback_on_step_end_tensor_inputs=["pred_original_sample"], **arguments)  # fmt: skip
+    levels = list(denoised)
+    shown = [
+        levels[i] for i in np.linspace(0, len(levels) - 1, min(columns, len(levels))).round().astype(int)
+    ]
+    by_level = [pipe.decode(denoised[sigma]) for sigma in shown]
+    images = [by_level[column][row] for row in range(len(labels)) for column in range(len(shown))]
+    return draw_grid(images, _names(pipe, labels), len(shown), [f"{sigma:.3g}" for sigma in shown])
+
+
+def keep_denoised(denoised: dict[float, torch.Tensor], pipe: SDDiTPipeline, i: int, tensors: dict) -> None:
+    """Puts the D(x; sigma) of evaluation i, among the `tensors` of a callback, beside those of other sigmas.
+
+    Of two evaluations at one level the second stays, which is of the corrected sample.
+    """
+    denoised[float(pipe.scheduler.sigmas[i])] = tensors["pred_original_sample"]

@@ -1,0 +1,236 @@
+"""Studies, run as users run them, with networks of a few thousand weights."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from bad_input import refusal
+from conftest import launch
+from PIL import Image
+from small_study import STUDY
+
+from sddit_diffusers import reproduce
+from sddit_diffusers.evaluation.studies import Results, markdown, read_study
+from sddit_diffusers.reproduce import ReproduceConfig, Reproduction
+from sddit_diffusers.training.options import parse
+
+STUDIES = Path(reproduce.__file__).parents[1] / "studies"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_study(**changes):
+        path = tmp_path / "small.json"
+        path.write_text(json.dumps(STUDY | changes))
+        return path
+
+    return write_study
+
+
+def run(path, folder, *options):
+    reproduce.main([str(path), "--output_dir", str(folder), *options])
+    return json.loads((folder / "results.json").read_text())
+
+
+def table_of(results, title):
+    (table,) = (table for table in results["tables"] if table["title"].startswith(title))
+    return {row[0]: row[1:] for row in table["rows"]}
+
+
+def test_a_study_in_parts_is_the_study(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "SPEED_ROUNDS", 2)
+    path = write()
+    empty = run(path, tmp_path / "a", "--report_only")
+    assert table_of(empty, "Table 1") == {"DiT": [68.40], "SD-DiT": [48.39]}
+    results = run(path, tmp_path / "a", "--seeds", "5", "--runs", "SD-DiT")
+    first = (tmp_path / "a/sd-dit/seed-5/metrics.jsonl").read_bytes()
+    assert table_of(results, "Table 1")["DiT"] == [68.40, [], []]
+    results = run(path, tmp_path / "a")
+    assert (tmp_path / "a/sd-dit/seed-5/metrics.jsonl").read_bytes() == first
+    assert not list((tmp_path / "a").rglob("checkpoint-*"))
+
+    # What the runs' own files say.
+    scores = {}
+    for name in ("dit", "sd-dit", "mask-0"):
+        for seed in (0, 5):
+            rows = (tmp_path / f"a/{name}/seed-{seed}/metrics.jsonl").read_text().splitlines()
+            for row in map(json.loads, rows):
+                if "fid_pixels" in row:
+                    scores.setdefault((name, row["step"]), []).append(row["fid_pixels"])
+    assert table_of(results, "Table 1")["SD-DiT"] == [48.39, scores["sd-dit", 2], scores["sd-dit", 4]]
+    assert table_of(results, "Figure 5") == {
+        "mask 0": [58.92, scores["mask-0", 4]],
+        "SD-DiT": [None, scores["sd-dit", 4]],
+    }
+    paper, speed, quality = table_of(results, "Figure 3")["DiT"]
+    assert paper == [5.03, 68.40] and speed[0] > 0 and quality == scores["dit", 4]
+    assert table_of(results, "Diagnostics")["DiT"] == [None, []]  # it has no teacher
+    assert len(table_of(results, "Diagnostics")["SD-DiT"][1]) == 2
+    probed = table_of(results, "Probe")
+    assert probed["DiT"][1] == [] and len(probed["SD-DiT"][1]) == 2  # which has a [CLS] token
+    assert all(0 <= value <= 1 for row in probed.values() for values in row[1:] for value in values)
+    sampled = table_of(results, "Sampler")
+    assert len(sampled["N = 2"][1]) == 2 and sampled["N = 2"] != sampled["rho 3"]
+    for name in ("table-1", "figure-3", "figure-5", "diagnostics", "probe", "sampler"):
+        assert Image.open(tmp_path / f"a/{name}.png").getextrema() != ((255, 255),) * 4
+        assert (tmp_path / f"a/{name}.svg").read_text().startswith("<?xml")
+
+    # Of a study that was changed, what was changed is measured again, and nothing else.
+    files = [path for path in (tmp_path / "a").rglob("*.json") if path.stem != "results"]
+    times = {path: path.stat().st_mtime_ns for path in files}
+    *others, probe, sampler = STUDY["tables"]
+    again = run(write(tables=[*others, probe | {"sigmas": [0.1, 1.0]}, sampler]), tmp_path / "a")
+    changed = {path.name for path in files if path.stat().st_mtime_ns != times[path]}
+    assert changed == {"probe.json"} and len(table_of(again, "Probe")["DiT"]) == 5
+
+    mean, spread = torch.tensor(scores["dit", 4]).mean(), torch.tensor(scores["dit", 4]).std()
+    assert f"| {mean:.4g} ± {spread:.2g} |" in (tmp_path / "a/results.md").read_text()
+
+
+def test_killed_and_started_again_it_gives_the_same(write, tmp_path):
+    """SIGKILL in the middle of the second run; what comes out is that of a study that nobody disturbed."""
+    only_training = [table for table in STUDY["tables"] if table["kind"] in ("steps", "setting", "metrics")]
+    path = write(tables=only_training, settings=STUDY["settings"] | {"max_train_steps": 8})
+    command = [
+        sys.executable,
+        "-m",
+        "sddit_diffusers.reproduce",
+        str(path),
+        "--output_dir",
+        str(tmp_path / "a"),
+    ]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    while not list((tmp_path / "a/sd-dit").glob("*/checkpoint-*")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    run(path, tmp_path / "a")
+    run(path, tmp_path / "b")
+    for name in ("results.md", "results.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_many_processes_run_a_study_together(write, tmp_path):
+    """Each trains a part of each batch; speeds, probes and samplings come from the main one alone."""
+    settings = STUDY["settings"] | {"mixed_precision": "bf16"}
+    path = write(settings=settings | {"train_batch_size": 8}, seeds=[0])
+    result = launch(2, "-m", "sddit_diffusers.reproduce", path, "--output_dir", tmp_path / "two")
+    assert result.returncode == 0, result.stderr
+    alone = run(write(settings=settings, seeds=[0]), tmp_path / "one")
+    together = json.loads((tmp_path / "two/results.json").read_text())
+    for title in ("Table 1", "Figure 5", "Sampler"):
+        for name, row in table_of(alone, title).items():
+            for mine, theirs in zip(row[1:], table_of(together, title)[name][1:], strict=True):
+                assert theirs == pytest.approx(mine, rel=0.02)
+    assert table_of(together, "Figure 3")["DiT"][1][0] > 0
+    assert len(table_of(together, "Probe")["SD-DiT"][1]) == 1
+
+
+def test_a_run_that_was_killed_at_its_end_is_completed(write, tmp_path):
+    """Whatever of its last files is missing, and while its checkpoints go."""
+    path = write(tables=[STUDY["tables"][0]], runs={"DiT": STUDY["runs"]["DiT"], "SD-DiT": {}}, seeds=[0])
+    folder, command = tmp_path / "a/dit/seed-0", ("--runs", "DiT")
+    kept = tmp_path / "kept"
+
+    def killed(checkpoint):
+        shutil.copytree(checkpoint, kept, dirs_exist_ok=True)
+        (checkpoint / "state.pt").unlink()
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(reproduce, "remove", killed)
+        run(path, tmp_path / "a", *command)
+    complete = {name: (folder / name).read_bytes() for name in ("README.md", "curves.png", "metrics.jsonl")}
+    assert run(path, tmp_path / "a", *command)["tables"][0]["rows"][0][-1]
+    assert not list(folder.glob("checkpoint-*"))
+
+    for missing in ("README.md", "curves.png", "model_index.json"):
+        shutil.copytree(kept, folder / "checkpoint-4")
+        for name in ("README.md", missing):
+            (folder / name).unlink(missing_ok=True)
+        run(path, tmp_path / "a", *command)
+        assert {name: (folder / name).read_bytes() for name in complete} == complete
+        assert (folder / "model_index.json").is_file() and not list(folder.glob("checkpoint-*"))
+
+
+def test_precisions_cannot_differ(write, tmp_path, capsys):
+    runs = STUDY["runs"] | {"DiT": STUDY["runs"]["DiT"] | {"mixed_precision": "bf16"}}
+    with refusal(capsys, "it must be the same in all runs"):
+        run(write(runs=runs), tmp_path / "a")
+
+
+def test_other_settings_than_those_begun_with_are_refused(write, tmp_path, capsys):
+    run(write(), tmp_path / "a", "--runs", "DiT", "--seeds", "0")
+    with refusal(capsys, "learning_rate: 0.003 there, 0.5 here. Choose another --output_dir"):
+        run(write(), tmp_path / "a", "--settings", '{"learning_rate": 0.5}')
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": []}, "seeds are []"),
+        ({"tables": [{"title": "T", "kind": "pie", "paper": {}}]}, "T: its kind is 'pie'; there are steps,"),
+        ({"tables": [{"title": "T", "kind": "steps", "paper": {"X": 1}}]}, "there is no run 'X'; there are"),
+        ({"tables": [{"title": "T", "kind": "probe", "paper": {}}]}, "needs sigmas"),
+        ({"tables": [STUDY["tables"][2] | {"setting": "seed"}]}, "Figure 5: mask 0 has no setting 'seed'"),
+        ({"tables": [STUDY["tables"][4], STUDY["tables"][4]]}, "several tables of kind probe"),
+        ({"runs": {"A b": {}, "a-b": {}}, "tables": []}, "would write a-b, which is of the run 'A b'"),
+        ({"colour": "red"}, "there is nothing called 'colour'"),
+        ({"settings": {"presett": "digits"}}, "unknown option --presett"),
+        ({"settings": {"preset": "cifar10"}}, "is not scored"),
+    ],
+)  # fmt: skip
+def test_wrong_studies_are_refused(changes, message, write, tmp_path, capsys):
+    with refusal(capsys, message):
+        run(write(**changes), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_what_is_no_study_is_refused(tmp_path, capsys):
+    for content in ("{", "[1]", "{}", '{"tables": [[]]}'):
+        (tmp_path / "it.json").write_text(content)
+        with refusal(capsys, "it.json is no study: "):
+            reproduce.main([str(tmp_path / "it.json")])
+    with refusal(capsys, "other.json cannot be read: No such file"):
+        reproduce.main([str(tmp_path / "other.json")])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--runs", "SiT"], "There is no run 'SiT'; there are DiT, SD-DiT, mask 0."),
+        (["--seeds", "7"], "There is no seed 7; there are 0, 5."),
+        (["--settings", "{"], "which is no JSON"),
+    ],
+)
+def test_wrong_choices_are_refused(options, message, write, tmp_path, capsys):
+    with refusal(capsys, message):
+        run(write(), tmp_path / "a", *options)
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.json")), ids=lambda path: path.stem)
+def test_the_project_s_studies_can_be_run(path, tmp_path):
+    reproduction = Reproduction(
+        ReproduceConfig(output_dir=str(tmp_path), settings='{"dataset_name": "somewhere"}'), path
+    )
+    study = reproduction.study
+    assert len(study.seeds) >= 3 or "ImageNet" in study.about
+    assert markdown(study, Results()).count("\n## ") == len(study.tables)
+
+
+def test_studies_have_the_paper_s_figures():
+    study = read_study(STUDIES / "imagenet.json")
+    table_1, table_3 = (next(t for t in study.tables if t.title.startswith(f"Table {i}")) for i in (1, 3))
+    assert table_1.paper == {"DiT": 68.40, "MDT": 53.46, "MaskDiT": None, "SD-DiT": 48.39}
+    assert list(table_3.paper.values()) == [53.72, 62.84, 58.92]
+    config = parse([f"--{name}={value}" for name, value in study.settings.items()] + ["--dataset_name=x"])
+    assert (config.max_train_steps, config.train_batch_size, config.learning_rate) == (400_000, 256, 1e-4)
+    assert (config.evaluation_samples, config.evaluation_extractor) == (50_000, "inception")
