@@ -48,6 +48,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: "epsilon", the sign of c_out in EDM, or "v_prediction", its negative.
         rho: curvature of the "karras" schedule, 7; in 0.1..1000.
         final_sigmas_type: the end point, "zero" or "sigma_min".
+        p_mean, p_std: of training's noise levels, ln(sigma) ~ N(p_mean, p_std^2) (supplementary, Eq. 2).
+        num_inference_steps: Heun steps of a pipeline that is not told how many.
 
     Raises:
         ValueError: an unknown `sigma_schedule`, `prediction_type` or `final_sigmas_type`, a number out of its
@@ -67,6 +69,9 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: str = "epsilon",
         rho: float = 7.0,
         final_sigmas_type: str = "zero",
+        p_mean: float = -1.2,
+        p_std: float = 1.2,
+        num_inference_steps: int = 40,
     ):
         for name, value, allowed in (
             ("sigma_schedule", sigma_schedule, ("karras", "exponential")),
@@ -82,13 +87,41 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             ("sigma_max", sigma_max, 1e-6, 1e6),
             ("sigma_data", sigma_data, 1e-6, 1e6),
             ("rho", rho, 0.1, 1000),
+            ("p_mean", p_mean, -20, 20),
+            ("p_std", p_std, 0, 20),
         ):
             if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
                 raise ValueError(f"{name} is {value!r:.80}; it must be a number in {low}..{high}.")
         if not sigma_min < sigma_max:
             raise ValueError(f"sigma_min is {sigma_min}; it must be below sigma_max, {sigma_max}.")
         check_steps("num_train_timesteps", num_train_timesteps)
-        self.set_timesteps(40)
+        self.set_timesteps(num_inference_steps)
+
+    # Training; a time t is the noise level sigma
+
+    def training_times(self, normal: Tensor) -> Tensor:
+        """Noise levels of standard normal draws, of the same shape (supplementary, Eq. 2)."""
+        return (self.config.p_mean + self.config.p_std * normal).exp()
+
+    def time_of(self, ratio: float) -> float:
+        """The time at which the noise is `ratio` times as large as the signal."""
+        return ratio
+
+    def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t = x0 + sigma n, `[b, c, h, w]`, of noise of unit variance and t `[b, 1, 1, 1]`."""
+        return x0 + t * noise
+
+    def error(self, model_output: Tensor, sample: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """lambda(sigma) (D - x0)^2, `[b, c, h, w]`, of the network's output F for a noised sample (Eq. 9).
+
+        # Paper silent: the weight is EDM's, (sigma^2 + sigma_data^2) / (sigma sigma_data)^2. In float32: at
+        small sigma it is large, and D - x0 the small difference of large numbers.
+        """
+        denoised, sigma_data = (
+            self.precondition_outputs(sample, model_output.float(), t),
+            self.config.sigma_data,
+        )
+        return (t**2 + sigma_data**2) / (t * sigma_data) ** 2 * (denoised - x0) ** 2
 
     # Preconditioning (EDM, Table 1, last column; supplementary, Eq. 1)
 
