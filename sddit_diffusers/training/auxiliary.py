@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.order import Batch
+from ..models.transformer_sddit import check_number
 
 
 class Process(Protocol):
@@ -41,15 +42,19 @@ class AuxiliaryLoss(nn.Module):
     It is made with the network that is trained. `forward` alone must be written.
 
     Args:
-        weight: factor of the loss.
+        weight: factor of the loss, at least 0.
 
     Attributes:
         name: of the metric `loss_NAME`, which is the loss without its weight.
+
+    Raises:
+        ValueError: a weight that is none.
     """
 
     name: str
 
     def __init__(self, weight: float):
+        check_number("weight", weight, low=0)
         super().__init__()
         self.weight = weight
 

@@ -6,6 +6,7 @@ from ..models.attention_cpu import use_cpu_attention
 from ..models.transformer_sddit import PatchTransformer2DModel, differing_names
 from ..pipelines.loading import load_pipeline
 from .auxiliaries import AUXILIARIES
+from .auxiliary import Process
 from .checkpointing import choose_checkpoint, load_state
 from .memory import keep_products
 from .methods import METHODS
@@ -14,7 +15,12 @@ from .options import TrainingConfig
 from .processes import PROCESSES
 
 
-def build_objective(config: TrainingConfig, network: dict, device: str) -> Objective:
+def build_process(config: TrainingConfig) -> Process:
+    """The scheduler of the configured process."""
+    return PROCESSES[config.process].build(config)
+
+
+def build_objective(config: TrainingConfig, network: dict, process: Process, device: str) -> Objective:
     """The configured method's network and what trains it, on a kind of device.
 
     Args:
@@ -34,7 +40,7 @@ def build_objective(config: TrainingConfig, network: dict, device: str) -> Objec
     auxiliaries = {name: AUXILIARIES[name].build(transformer, config) for name in config.auxiliaries}
     objective = method.objective(
         transformer,
-        PROCESSES[config.process].build(config),
+        process,
         {name: auxiliary for name, auxiliary in auxiliaries.items() if auxiliary is not None},
         mask_ratio=config.mask_ratio,
         mask_ratio_schedule=config.mask_ratio_schedule,

@@ -112,8 +112,19 @@ class Discrimination(AuxiliaryLoss):
         teacher_momentum_start: float = 0.996,
         teacher_momentum_end: float = 0.999,
     ):
-        check_number("student_temperature", student_temperature, above=0)
-        check_number("center_momentum", center_momentum, low=0, high=1)
+        for name, temperature in (
+            ("student_temperature", student_temperature),
+            ("teacher_temperature_start", teacher_temperature_start),
+            ("teacher_temperature_end", teacher_temperature_end),
+        ):
+            check_number(name, temperature, above=0)
+        for name, momentum in (
+            ("center_momentum", center_momentum),
+            ("teacher_momentum_start", teacher_momentum_start),
+            ("teacher_momentum_end", teacher_momentum_end),
+        ):
+            check_number(name, momentum, low=0, high=1)
+        check_number("teacher_temperature_warmup_epochs", teacher_temperature_warmup_epochs, low=0)
         check_number("num_prototypes", num_prototypes, low=2, kind=Integral)
         check_number("head_hidden_dim", head_hidden_dim, low=1, kind=Integral)
         check_number("head_bottleneck_dim", head_bottleneck_dim, low=1, kind=Integral)

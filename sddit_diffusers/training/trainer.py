@@ -22,7 +22,7 @@ from ..data.order import Batch, BatchSampler, generator_for
 from ..data.pictures import ImageDataset
 from ..data.shards import find_latents
 from ..launching import check_machine, main_first, on_main_process
-from .building import build_objective
+from .building import build_objective, build_process
 from .checkpointing import find_checkpoints
 from .engines import check_engine, prepare, whole
 from .metrics import MetricsLog
@@ -76,7 +76,10 @@ class Trainer:
         """Makes the network of these arguments, what trains it, and the averages."""
         config, device = self.config, self.accelerator.device.type
         set_seed(config.seed)
-        self.objective = main_first(lambda: build_objective(config, network, device), self.accelerator)
+        process = build_process(config)
+        self.objective = main_first(
+            lambda: build_objective(config, network, process, device), self.accelerator
+        )
         if config.compile:
             self.objective.compile_blocks()
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
