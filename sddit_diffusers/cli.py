@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import field
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class Limits(NamedTuple):
 
     low: float | None = None
     high: float | None = None
-    choices: Sequence[str] = ()
+    choices: Collection[str] = ()  # such as the keys of a table, to which rows may be added
     infinite: bool = False  # whether infinity is a value
 
     def problem(self, value) -> str:

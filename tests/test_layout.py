@@ -75,3 +75,25 @@ def test_imports_run_down(module):
 def test_no_modules_import_each_other():
     arrows = {module: {name for name, ours in imports(path) if ours} for module, path in MODULES.items()}
     assert len([*TopologicalSorter(arrows).static_order()]) >= len(MODULES)
+
+
+LONG = {"models/transformer_sddit.py", "SDDiTPipeline", "SDDiTPipeline.__call__"}  # what may be
+
+
+@pytest.mark.parametrize("path", [*MODULES.values(), *ROOT.glob("*.py"), *ROOT.glob("pipelines/*/*.py")])
+def test_nothing_is_long(path):
+    """At most 400 lines a file, 220 a class, 60 a function."""
+    text, tree = path.read_text(), ast.parse(path.read_text())
+    name = path.relative_to(PACKAGE).as_posix() if PACKAGE in path.parents else path.name
+    found = {} if name in LONG or len(text.splitlines()) <= 400 else {name: len(text.splitlines())}
+
+    def look(node, within=""):
+        for each in ast.iter_child_nodes(node):
+            if isinstance(each, (ast.FunctionDef, ast.ClassDef)):
+                title, lines = f"{within}{each.name}", each.end_lineno - each.lineno + 1
+                if title not in LONG and lines > (220 if isinstance(each, ast.ClassDef) else 60):
+                    found[title] = lines
+                look(each, f"{title}.")
+
+    look(tree)
+    assert not found

@@ -102,15 +102,14 @@ class NetworkOptions:
     _argument_group_name = "network"
 
     method: str = option(
-        "sddit", "'sddit', or what it is compared with: 'dit', 'maskdit', 'mdt'", choices=tuple(METHODS)
+        "sddit", "'sddit', or what it is compared with: 'dit', 'maskdit', 'mdt'", choices=METHODS.keys()
     )
-    preset: str = option("digits", "network and recipe: " + ", ".join(PRESETS), choices=tuple(PRESETS))
+    preset: str = option("digits", "network and recipe: " + ", ".join(PRESETS), choices=PRESETS.keys())
     transformer: str = option("{}", "JSON of network settings that differ from the preset's")
-    process: str = option("edm", "diffusion process: 'edm'", choices=tuple(PROCESSES))
+    process: str = option("edm", "diffusion process: 'edm'", choices=PROCESSES.keys())
     auxiliary: list[str] = options(
         ["discrimination"],
         "auxiliary losses, or 'none'; 'discrimination' is L_D. By default those of the method",
-        choices=("none", *AUXILIARIES),
     )
     pretrained_model_name_or_path: str = option(
         "",
@@ -132,6 +131,11 @@ class NetworkOptions:
         0.1, "probability of training an image without its label, for guidance", low=0, high=1
     )
 
+    @property
+    def auxiliaries(self) -> list[str]:
+        """Names of the auxiliary losses."""
+        return [] if self.auxiliary == ["none"] else self.auxiliary
+
     def network(self) -> dict:
         """The arguments of the method's network, but for num_classes, which is the dataset's.
 
@@ -145,10 +149,14 @@ class NetworkOptions:
         """Raises a ValueError for choices that do not go together."""
         if self.mask_ratio and not METHODS[self.method].has_mask:
             raise ValueError(f"mask_ratio is {self.mask_ratio}; {self.method} has no mask, so it must be 0.")
-        if "none" in self.auxiliary and len(self.auxiliary) > 1:
-            raise ValueError(f"auxiliary is {' '.join(self.auxiliary)}; 'none' stands alone.")
-        if twice := {name for name in self.auxiliary if self.auxiliary.count(name) > 1}:
-            raise ValueError(f"auxiliary names {', '.join(twice)} twice.")
+        for name in self.auxiliaries:
+            if name not in AUXILIARIES:
+                raise ValueError(
+                    f"auxiliary is {shortened(name)}; it must be 'none' alone, or some of "
+                    f"{', '.join(AUXILIARIES)}."
+                )
+            if self.auxiliary.count(name) > 1:
+                raise ValueError(f"auxiliary names {name} twice.")
         self.network()
 
 
@@ -240,7 +248,7 @@ class OutputOptions:
 GROUPS = [
     DataOptions,
     NetworkOptions,
-    *(row.options for row in PROCESSES.values()),
+    *(row.options for row in PROCESSES.values() if row.options),
     *(row.options for row in AUXILIARIES.values() if row.options),
     OptimizerOptions,
     EvaluationOptions,
@@ -263,11 +271,6 @@ class TrainingConfig(*GROUPS):
         for group in GROUPS:
             if hasattr(group, "check"):
                 group.check(self)
-
-    @property
-    def auxiliaries(self) -> list[str]:
-        """Names of the auxiliary losses."""
-        return [name for name in self.auxiliary if name != "none"]
 
     def check_choices(self) -> None:
         """Holds options of what was not chosen against the preset's values.

@@ -25,12 +25,12 @@ class ProcessRow:
     Args:
         title: for people.
         build: makes its scheduler of the options.
-        options: a dataclass of its options, which `TrainingConfig` takes in.
+        options: a dataclass of its options, which `TrainingConfig` takes in; None without.
     """
 
     title: str
     build: Callable[[object], Process]
-    options: type
+    options: type | None = None
 
 
 PROCESSES = {
