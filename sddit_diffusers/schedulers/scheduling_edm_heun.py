@@ -33,7 +33,57 @@ class EDMHeunSchedulerOutput(BaseOutput):
     pred_original_sample: Tensor
 
 
-class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
+class EDMProcess:
+    """EDM's diffusion process, of a scheduler with a config: how samples are noised, what the network gives.
+
+    A time t is the noise level sigma itself, which is the noise-to-signal ratio.
+    """
+
+    def training_times(self, normal: Tensor) -> Tensor:
+        """Noise levels of standard normal draws, of the same shape (supplementary, Eq. 2)."""
+        return (self.config.p_mean + self.config.p_std * normal).exp()
+
+    def time_of(self, ratio: float) -> float:
+        """The time at which the noise is `ratio` times as large as the signal."""
+        return ratio
+
+    def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t = x0 + sigma n, `[b, c, h, w]`, of noise of unit variance and t `[b, 1, 1, 1]`."""
+        return x0 + t * noise
+
+    def error(self, model_output: Tensor, sample: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """lambda(sigma) (D - x0)^2, `[b, c, h, w]`, of the network's output F for a noised sample (Eq. 9).
+
+        # Paper silent: the weight is EDM's, (sigma^2 + sigma_data^2) / (sigma sigma_data)^2. In float32: at
+        small sigma it is large, and D - x0 the small difference of large numbers.
+        """
+        denoised, sigma_data = (
+            self.precondition_outputs(sample, model_output.float(), t),
+            self.config.sigma_data,
+        )
+        return (t**2 + sigma_data**2) / (t * sigma_data) ** 2 * (denoised - x0) ** 2
+
+    # Preconditioning (EDM, Table 1, last column; supplementary, Eq. 1)
+
+    def precondition_inputs(self, sample: Tensor, sigma: float | Tensor) -> Tensor:
+        """c_in(sigma) x, where c_in = 1 / sqrt(sigma^2 + sigma_data^2)."""
+        return sample / (sigma**2 + self.config.sigma_data**2) ** 0.5
+
+    def precondition_noise(self, sigma: float | Tensor) -> Tensor:
+        """c_noise(sigma) = ln(sigma) / 4, the timestep that the network takes."""
+        return torch.as_tensor(sigma).log() / 4
+
+    def precondition_outputs(self, sample: Tensor, model_output: Tensor, sigma: float | Tensor) -> Tensor:
+        """D(x; sigma) = c_skip x + c_out F."""
+        sigma_data = self.config.sigma_data
+        c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
+        c_out = sigma * sigma_data / (sigma**2 + sigma_data**2) ** 0.5
+        if self.config.prediction_type == "v_prediction":
+            c_out = -c_out
+        return c_skip * sample + c_out * model_output
+
+
+class EDMHeunScheduler(EDMProcess, SchedulerMixin, ConfigMixin):
     """Heun's method on the probability-flow ODE: an Euler step to sigma_{i+1}, then the trapezoid's
     correction.
 
@@ -96,51 +146,6 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"sigma_min is {sigma_min}; it must be below sigma_max, {sigma_max}.")
         check_steps("num_train_timesteps", num_train_timesteps)
         self.set_timesteps(num_inference_steps)
-
-    # Training; a time t is the noise level sigma
-
-    def training_times(self, normal: Tensor) -> Tensor:
-        """Noise levels of standard normal draws, of the same shape (supplementary, Eq. 2)."""
-        return (self.config.p_mean + self.config.p_std * normal).exp()
-
-    def time_of(self, ratio: float) -> float:
-        """The time at which the noise is `ratio` times as large as the signal."""
-        return ratio
-
-    def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t = x0 + sigma n, `[b, c, h, w]`, of noise of unit variance and t `[b, 1, 1, 1]`."""
-        return x0 + t * noise
-
-    def error(self, model_output: Tensor, sample: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """lambda(sigma) (D - x0)^2, `[b, c, h, w]`, of the network's output F for a noised sample (Eq. 9).
-
-        # Paper silent: the weight is EDM's, (sigma^2 + sigma_data^2) / (sigma sigma_data)^2. In float32: at
-        small sigma it is large, and D - x0 the small difference of large numbers.
-        """
-        denoised, sigma_data = (
-            self.precondition_outputs(sample, model_output.float(), t),
-            self.config.sigma_data,
-        )
-        return (t**2 + sigma_data**2) / (t * sigma_data) ** 2 * (denoised - x0) ** 2
-
-    # Preconditioning (EDM, Table 1, last column; supplementary, Eq. 1)
-
-    def precondition_inputs(self, sample: Tensor, sigma: float | Tensor) -> Tensor:
-        """c_in(sigma) x, where c_in = 1 / sqrt(sigma^2 + sigma_data^2)."""
-        return sample / (sigma**2 + self.config.sigma_data**2) ** 0.5
-
-    def precondition_noise(self, sigma: float | Tensor) -> Tensor:
-        """c_noise(sigma) = ln(sigma) / 4, the timestep that the network takes."""
-        return torch.as_tensor(sigma).log() / 4
-
-    def precondition_outputs(self, sample: Tensor, model_output: Tensor, sigma: float | Tensor) -> Tensor:
-        """D(x; sigma) = c_skip x + c_out F."""
-        sigma_data = self.config.sigma_data
-        c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
-        c_out = sigma * sigma_data / (sigma**2 + sigma_data**2) ** 0.5
-        if self.config.prediction_type == "v_prediction":
-            c_out = -c_out
-        return c_skip * sample + c_out * model_output
 
     # The schedule
 
