@@ -25,8 +25,8 @@ from PIL import Image
 from torch import Tensor
 
 from sddit_diffusers.cli import Parser, check_options, one_line, one_line_errors, option
-from sddit_diffusers.pipelines.loading import dtype_named, load_pipeline
-from sddit_diffusers.pipelines.pipeline_sddit import SDDiTPipeline
+from sddit_diffusers.pipelines.loading import DTYPES, load_pipeline
+from sddit_diffusers.pipelines.pipeline_sddit import SDDiTPipeline, default_steps
 from sddit_diffusers.pipelines.sampling import keep_denoised
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
@@ -63,9 +63,7 @@ class AppConfig:
     max_images: int = option(16, "images that are made at once, at most", low=1)
     max_steps: int = option(100, "steps, at most", low=1)
     dtype: str = option(
-        "float32",
-        "of the transformer: 'float32', 'bfloat16' or 'float16'",
-        choices=("float32", "bfloat16", "float16"),
+        "float32", "of the transformer: 'float32', 'bfloat16' or 'float16'", choices=tuple(DTYPES)
     )
     server_name: str = option("", "the address to listen at; 127.0.0.1, this machine alone, if not given")
     server_port: int = option(
@@ -368,7 +366,7 @@ def build(page: Page) -> gr.Blocks:
                 images = gr.Slider(
                     1, max(_ENDS, most), min(4, most), step=1, visible=most > 1, label="Images per class"
                 )
-                default = min(40, config.max_steps)
+                default = min(default_steps(page.pipe.scheduler), config.max_steps)
                 steps = gr.Slider(1, max(_ENDS, config.max_steps), default, step=1, label="Steps")
                 guidance = gr.Slider(0, MAX_GUIDANCE_SCALE, 1, step=0.1, label="Guidance scale (1 is off)")
                 with gr.Accordion("Guidance interval", open=False), gr.Row():
@@ -422,7 +420,7 @@ def serve(model: str, config: AppConfig) -> None:
         ValueError: there is no such pipeline.
         OSError: the port is taken.
     """
-    pipe = load_pipeline(model, dtype_named(config.dtype)).to(Accelerator().device)
+    pipe = load_pipeline(model, DTYPES[config.dtype]).to(Accelerator().device)
     pipe.set_progress_bar_config(disable=True)
     small = pipe.transformer.config.sample_size * pipe.vae_scale_factor <= _SMALL
     page = Page(pipe, model, config)

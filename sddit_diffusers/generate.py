@@ -25,12 +25,10 @@ from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from diffusers import SchedulerMixin
 from PIL import Image
 
 from .cli import (
@@ -42,15 +40,15 @@ from .cli import (
     one_line_errors,
     option,
     options,
-    shortened,
 )
 from .files import LOCK, locked, read_json, remove, sha256_of, written_aside
 from .launching import check_machine, on_main_process, progress_bar
-from .pipelines.loading import _DTYPES, dtype_named, load_pipeline, sha256_of_weights
-from .pipelines.pipeline_sddit import SDDiTPipeline
+from .pipelines.loading import DTYPES, load_pipeline, scheduler_of, settings_of, sha256_of_weights
+from .pipelines.pipeline_sddit import SDDiTPipeline, default_steps
 from .pipelines.sampling import class_of, sample
 
 _MOST_SEED = 2**63 - 1
+_STEPS = "num_inference_steps"
 _UINT8_RULE = "127.5 x + 128, clamped and truncated, of x in -1..1"
 
 
@@ -67,8 +65,11 @@ class GenerateConfig:
         "or numbers or names of classes, which are taken in turn",
     )
     seed: int = option(0, "of the first image; the next ones have the next seeds", low=0, high=_MOST_SEED)
-    num_inference_steps: int = option(
-        40, "steps N; Heun's sampler evaluates the network 2 N - 1 times", low=1, high=10_000
+    num_inference_steps: int | None = option(
+        None,
+        "steps N, the pipeline's own if not given; Heun's sampler evaluates the network 2 N - 1 times",
+        low=1,
+        high=10_000,
     )
     guidance_scale: float = option(1.0, "1 is off")
     guidance_interval: list[float] = options(
@@ -80,7 +81,9 @@ class GenerateConfig:
     s_noise: float = option(1.0, "what the added noise is multiplied by", low=0)
     scheduler: str = option("", "one of diffusers' EDM schedulers; the pipeline's own if not given")
     scheduler_options: str = option("{}", "JSON of the scheduler's settings that differ from the pipeline's")
-    dtype: str = option("float32", "of the transformer: 'float32', 'bfloat16' or 'float16'", choices=_DTYPES)
+    dtype: str = option(
+        "float32", "of the transformer: 'float32', 'bfloat16' or 'float16'", choices=tuple(DTYPES)
+    )
     format: list[str] = options(
         ["npz"], "'npz' (samples.npz, as ADM's), 'png' (images/), or both", choices=("npz", "png")
     )
@@ -114,47 +117,6 @@ class GenerateConfig:
         return settings | {"format": sorted(self.format)}
 
 
-def scheduler_of(pipe: SDDiTPipeline, config: GenerateConfig) -> SchedulerMixin:
-    """The scheduler that the settings ask for: the pipeline's own, or made of its settings and others.
-
-    Raises:
-        ValueError: there is none, or its settings make no schedule.
-    """
-    known = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
-    changes = json_object("scheduler_options", config.scheduler_options)
-    for name, value in changes.items():
-        if name not in known:
-            raise ValueError(f"The scheduler has no setting {shortened(name)}; it has {', '.join(known)}.")
-        if problem := _setting_problem(known[name], value):
-            raise ValueError(f"{name} of scheduler_options is {shortened(value)}; {problem}.")
-    kind = type(pipe.scheduler)
-    if config.scheduler:
-        kind = getattr(diffusers, config.scheduler, None)
-        if not config.scheduler.startswith("EDM") or kind is None:
-            names = ", ".join(name for name in dir(diffusers) if name.startswith("EDM"))
-            raise ValueError(
-                f"There is no EDM scheduler {shortened(config.scheduler)}; diffusers has {names}."
-            )
-    try:
-        scheduler = kind.from_config(pipe.scheduler.config, **changes)
-        scheduler.set_timesteps(config.num_inference_steps)
-    except Exception as error:  # whatever the schedulers' arithmetic raises
-        raise ValueError(f"The scheduler's settings cannot be used: {one_line(error)}") from None
-    if not scheduler.sigmas.isfinite().all() or not (scheduler.sigmas.diff() <= 0).all():
-        raise ValueError("The scheduler's settings cannot be used: its noise levels do not fall.")
-    return scheduler
-
-
-def _setting_problem(usual, value) -> str:
-    """What a setting of a scheduler must be and is not, going by its usual value."""
-    if isinstance(usual, (bool, str)) or usual is None:
-        return "" if isinstance(value, type(usual)) else f"it must be such as {json.dumps(usual)}"
-    allowed = int if isinstance(usual, int) else (int, float)
-    if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < math.inf:
-        return f"it must be a {'whole ' * (allowed is int)}number above 0"
-    return ""
-
-
 class Generation:
     """A run: make the batches that are missing, write what was asked for, say what made it."""
 
@@ -165,24 +127,28 @@ class Generation:
         self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
         check_machine(self.accelerator)
         self.pipe = self._load()
+        self.num_inference_steps = config.num_inference_steps or default_steps(self.pipe.scheduler)
         labels = config.class_labels
         self.labels = [class_of(self.pipe, labels, config.seed, i) for i in range(config.num_samples)]
         self.settings = json.loads(json.dumps(self._settings()))  # as they come back from a file
 
     def _load(self) -> SDDiTPipeline:
-        config, pipe = self.config, load_pipeline(self.config.model, dtype_named(self.config.dtype))
-        pipe.scheduler = scheduler_of(pipe, config)
+        config, pipe = self.config, load_pipeline(self.config.model, DTYPES[self.config.dtype])
+        changes = json_object("scheduler_options", config.scheduler_options)
+        pipe.scheduler = scheduler_of(pipe.scheduler, config.scheduler, changes, config.num_inference_steps)
         pipe.to(self.accelerator.device)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     def _settings(self) -> dict:
+        """What decides the images; the number of steps once, as it is used."""
         pipe = self.pipe
+        scheduler = {name: value for name, value in settings_of(pipe.scheduler).items() if name != _STEPS}
         return self.config.decisive() | {
+            _STEPS: self.num_inference_steps,
             "transformer_sha256": sha256_of_weights(pipe.transformer),
             "vae_sha256": None if pipe.vae is None else sha256_of_weights(pipe.vae),
-            "scheduler_config": {"class": type(pipe.scheduler).__name__}
-            | {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")},
+            "scheduler_config": {"class": type(pipe.scheduler).__name__} | scheduler,
         }
 
     def _begin(self, held: ExitStack) -> bool:
@@ -296,7 +262,7 @@ class Generation:
                     self.pipe,
                     [config.seed + i for i in batch],
                     [self.labels[i] for i in batch],
-                    num_inference_steps=config.num_inference_steps,
+                    num_inference_steps=self.num_inference_steps,
                     guidance_scale=config.guidance_scale,
                     guidance_interval=tuple(config.guidance_interval),
                     **config.churn,

@@ -40,7 +40,7 @@ from .data.pictures import MOST_CLASSES, UnreadableImageError, decode_image, loa
 from .data.shards import Manifest, shard_schema, verify, write_shard
 from .files import LOCK, locked, read_json, remove, sha256_of, written_aside
 from .launching import check_machine, on_main_process, progress_bar
-from .pipelines.loading import load_vae, sha256_of_weights
+from .pipelines.loading import DTYPES, load_vae, sha256_of_weights
 
 # A row of a block: a latent, or an image that cannot be read, with the problem.
 _BLOCK_ROW = pa.schema(
@@ -63,7 +63,7 @@ class PrepareConfig:
     vae: str = option("", "AutoencoderKL or AutoencoderTiny: a folder or a name on the Hub")
     dtype: str = option(
         "float32", "precision of the VAE: 'float32', 'bfloat16' or 'float16'",
-        choices=("float32", "bfloat16", "float16"),
+        choices=tuple(DTYPES),
     )  # fmt: skip
     resolution: int = option(
         256, "side of the square that is cut from each image, in pixels", low=1, high=8192
@@ -192,7 +192,7 @@ class Preparation:
         }
         self.vae.to(self.accelerator.device)
         if config.dtype != "float32":
-            self.vae.to(getattr(torch, config.dtype))
+            self.vae.to(DTYPES[config.dtype])
         self.shape = self._shape()
 
     def _shape(self) -> list[int]:

@@ -136,7 +136,7 @@ class SDDiTPipeline(DiffusionPipeline):
         num_images_per_label: int = 1,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 40,
+        num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
         generator: Generators = None,
         latents: Tensor | None = None,
@@ -159,7 +159,8 @@ class SDDiTPipeline(DiffusionPipeline):
                 2024).
             num_images_per_label: images of each label, side by side in the result.
             height, width: size of the images in pixels; by default that of the training samples.
-            num_inference_steps: N. The Heun scheduler evaluates the network 2N - 1 times.
+            num_inference_steps: N, by default that of the scheduler's config, else the paper's 40. The Heun
+                scheduler evaluates the network 2N - 1 times.
             sigmas: the noise levels themselves, decreasing, in place of `num_inference_steps`.
             generator: one for all images, or a list with one for each image, which then depends on its own
                 alone.
@@ -181,6 +182,8 @@ class SDDiTPipeline(DiffusionPipeline):
                 call, from 0, and the seeds of their generators.
         """
         check_number("num_images_per_label", num_images_per_label, 1, _MOST, Integral)
+        if num_inference_steps is None:
+            num_inference_steps = default_steps(self.scheduler)
         check_number("num_inference_steps", num_inference_steps, 1, _MOST, Integral)
         check_number("guidance_scale", guidance_scale)
         check_range("guidance_interval", guidance_interval)
@@ -386,6 +389,11 @@ class SDDiTPipeline(DiffusionPipeline):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs is {names!r:.80}; it must be a list of some of {known}."
             )
+
+
+def default_steps(scheduler: SchedulerMixin) -> int:
+    """Steps of a call that names none: those of the scheduler's config, else the paper's 40."""
+    return scheduler.config.get("num_inference_steps", 40)
 
 
 def check_number(
