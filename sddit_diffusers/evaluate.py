@@ -25,10 +25,11 @@ from .cli import Parser, check_options, one_line_errors, option, options
 from .data.pictures import ImageDataset
 from .evaluation.extractors import DinoExtractor, Extractor, InceptionExtractor
 from .evaluation.features import Features, default_cache, features_of_set
-from .evaluation.image_sets import KEYS, open_images, save_statistics
+from .evaluation.image_sets import open_images
 from .evaluation.judge import Reference, build_extractor, open_reference, score
 from .evaluation.probe import probe
 from .evaluation.scores import inception_score
+from .evaluation.statistics import KEYS, save_statistics
 from .files import read_json, sha256_of, written_aside
 from .launching import check_machine
 from .pipelines.loading import load_pipeline

@@ -21,8 +21,9 @@ from .extractors import (
     train_classifier,
 )
 from .features import Features, default_cache, extract, features_of_set
-from .image_sets import KEYS, DatasetImages, ImageSet, has_images, open_images, read_statistics
+from .image_sets import DatasetImages, ImageSet, has_images, open_images
 from .scores import Gaussian, Manifold, frechet_distance, inception_score, kernel_distance, precision_recall
+from .statistics import KEYS, read_statistics
 
 _DIMENSIONS = {"fid": 2048, "sfid": 2023}  # of Inception's features
 

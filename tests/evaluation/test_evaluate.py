@@ -18,7 +18,8 @@ from sddit_diffusers import evaluate
 from sddit_diffusers.evaluate import SCORES
 from sddit_diffusers.evaluation import features
 from sddit_diffusers.evaluation.extractors import DinoExtractor
-from sddit_diffusers.evaluation.image_sets import open_images, read_statistics
+from sddit_diffusers.evaluation.image_sets import open_images
+from sddit_diffusers.evaluation.statistics import read_statistics
 
 DIGITS = open_images("digits", label_column="label")
 
