@@ -45,7 +45,7 @@ from .files import LOCK, locked, read_json, remove, sha256_of, written_aside
 from .launching import check_machine, on_main_process, progress_bar
 from .pipelines.loading import DTYPES, load_pipeline, scheduler_of, settings_of, sha256_of_weights
 from .pipelines.pipeline_sddit import SDDiTPipeline, default_steps
-from .pipelines.sampling import class_of, sample
+from .pipelines.sampling import class_of, image_size, sample
 
 _MOST_SEED = 2**63 - 1
 _STEPS = "num_inference_steps"
@@ -214,7 +214,7 @@ class Generation:
         self.num_inference_steps = config.num_inference_steps or default_steps(pipe.scheduler)
         labels = config.class_labels
         self.labels = [class_of(pipe, labels, config.seed, i) for i in range(config.num_samples)]
-        side, vae = pipe.transformer.config.sample_size * pipe.vae_scale_factor, pipe.vae
+        side, vae = image_size(pipe), pipe.vae
         channels = pipe.transformer.config.in_channels if vae is None else vae.config.out_channels
         self.batches = Batches(self.batches_dir, config.num_samples, (side, side, channels))
         self.settings = json.loads(json.dumps(self._settings()))  # as they come back from a file
