@@ -10,14 +10,10 @@ import torch
 from ..cli import shortened
 from ..files import written_aside
 from .arrays import read_array, read_pickle
+from .catalogue import SCORES
 from .scores import Gaussian
 
-# The names of mean and covariance in .npz files: ADM's and EDM's, and ours for DINOv2.
-KEYS = {
-    "fid": ("mu", "sigma"),
-    "sfid": ("mu_s", "sigma_s"),
-    "fd_dinov2": ("mu_dinov2", "sigma_dinov2"),
-}
+_NAMES = {name: score.statistics for name, score in SCORES.items() if score.statistics}
 _WIDEST = 16_384  # features that statistics may be of
 
 
@@ -35,7 +31,7 @@ def read_statistics(path: Path) -> dict[str, Gaussian]:
     except Exception as error:  # whatever a damaged or foreign file makes of numpy and pickle
         raise ValueError(f"{path} cannot be read as statistics: {error}") from None
     statistics = {}
-    for score, (mean, covariance) in KEYS.items():
+    for score, (mean, covariance) in _NAMES.items():
         if mean in found and covariance in found:
             statistics[score] = _gaussian(path, mean, found[mean], found[covariance])
     if path.suffix == ".pkl" and not statistics:
@@ -48,7 +44,7 @@ def _of_edm2(path: Path) -> dict[str, np.ndarray]:
     found = read_pickle(path.read_bytes())
     return {
         name: _checked(found[score][part], f"{part} of {score}")
-        for score, names in KEYS.items()
+        for score, names in _NAMES.items()
         if score in found
         for name, part in zip(names, ("mu", "sigma"), strict=True)
     }
@@ -65,7 +61,7 @@ def _of_archive(path: Path) -> dict[str, np.ndarray]:
         there = {name.removesuffix(".npy") for name in archive.namelist()}
         return {
             name: read_array(archive, name, _WIDEST)
-            for names in KEYS.values()
+            for names in _NAMES.values()
             for name in names
             if name in there
         }
@@ -86,7 +82,7 @@ def save_statistics(path: Path, statistics: dict[str, Gaussian]) -> None:
     """Writes what [`read_statistics`] reads, under ADM's names."""
     arrays = {}
     for score, gaussian in statistics.items():
-        mean, covariance = KEYS[score]
+        mean, covariance = _NAMES[score]
         arrays |= {mean: gaussian.mean.numpy(), covariance: gaussian.covariance.numpy()}
     with written_aside(path) as file:
         np.savez(file, **arrays)

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, u
 
 from ..data.latents import LatentDataset
 from ..data.pictures import ImageDataset
+from ..evaluation.catalogue import METRICS, SCORES
 from ..files import written_aside
 from ..pipelines.pipeline_sddit import SDDiTPipeline
 from .metrics import read_metrics
@@ -21,7 +22,6 @@ SHARED = (
     "README.md", "model_index.json", "*.py", "transformer/*", "scheduler/*", "vae/*",
     "samples.png", "curves.png", "metrics.jsonl", "training_config.json",
 )  # fmt: skip
-_NAMES = {"fid": "FID", "precision": "Precision", "recall": "Recall"}
 _METHODS = {"sddit": "SD-DiT", "dit": "DiT", "maskdit": "MaskDiT", "mdt": "MDT"}
 
 
@@ -75,7 +75,7 @@ def write_card(
     last = (read_metrics(path) if path.is_file() else [])[-1:]
     name, source, public = _METHODS[config.method], *_source_of(config, dataset)
     network = {name: value for name, value in pipe.transformer.config.items() if not name.startswith("_")}
-    scores = [score for row in last for score in row.items() if score[0].split("_")[0] in _NAMES]
+    scores = [score for row in last for score in row.items() if score[0] in METRICS]
     title = one_line(repo.split("/")[-1])
     data = ModelCardData(
         license="apache-2.0",
@@ -87,7 +87,7 @@ def write_card(
         eval_results=[
             EvalResult(
                 task_type="unconditional-image-generation", dataset_type=public or "custom",
-                dataset_name=source, metric_type=key.split("_")[0],
+                dataset_name=source, metric_type=METRICS[key][0],
                 metric_name=_score_name(key, config), metric_value=round(value, 4),
             )
             for key, value in scores
@@ -155,10 +155,10 @@ def _source_of(config: TrainingConfig, dataset: ImageDataset | LatentDataset) ->
 
 
 def _score_name(key: str, config: TrainingConfig) -> str:
-    kind, _, extractor = key.partition("_")
-    extractor = {"": "Inception"}.get(extractor, extractor)
+    score, extractor = METRICS[key]
+    extractor = {"inception": "Inception"}.get(extractor, extractor)
     made = f"{config.evaluation_samples} samples, {TRIAL_STEPS} steps, no guidance"
-    return f"{_NAMES[kind]} ({extractor}, {made})"
+    return f"{SCORES[score].title} ({extractor}, {made})"
 
 
 def _settings(config: TrainingConfig) -> dict[str, object]:
