@@ -75,8 +75,8 @@ class LatentDataset:
         hashes = "".join(shard["sha256"] for shard in self.manifest.shards)
         return {"rows": len(self), "sha256": hashlib.sha256(hashes.encode()).hexdigest()}
 
-    def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Latents drawn from their posteriors, scaled as the transformer sees them.
+    def draw(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """The VAE's own latents, drawn from their posteriors; the transformer sees them scaled.
 
         Args:
             moments: `[b, 2, c, h, w]`, mean and standard deviation.
@@ -85,10 +85,8 @@ class LatentDataset:
         Returns:
             `[b, c, h, w]` in float32.
         """
-        config = self.manifest.vae["config"]
         mean, std = moments.unbind(1)
-        latents = torch.addcmul(mean.float(), std.float(), noise)
-        return latents.sub_(config.get("shift_factor") or 0.0).mul_(config["scaling_factor"])
+        return torch.addcmul(mean.float(), std.float(), noise)
 
     def batches(self, sampler: BatchSampler) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Moments `[b, 2, c, h, w]` and class numbers `[b]` of the sampler's micro-batches, read ahead."""

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -280,20 +280,11 @@ class SDDiTPipeline(DiffusionPipeline):
             return images.float()
         encoded = self.vae.encode(images.to(self._execution_device, self.vae.dtype))
         latents = encoded.latents if isinstance(self.vae, AutoencoderTiny) else encoded.latent_dist.mean
-        shift, factor = self._vae_scaling
-        return (latents.float() - shift) * factor
+        return scale_latents(latents.float(), self.vae.config)
 
     def unscale_latents(self, latents: Tensor) -> Tensor:
         """The VAE's own latents, of samples as the transformer makes them; without a VAE the samples."""
-        if self.vae is None:
-            return latents
-        shift, factor = self._vae_scaling
-        return latents / factor + shift
-
-    @property
-    def _vae_scaling(self) -> tuple[float, float]:
-        """(shift, factor): the transformer's latents are those of the VAE, minus shift, times factor."""
-        return self.vae.config.get("shift_factor") or 0.0, self.vae.config.scaling_factor
+        return latents if self.vae is None else unscale_latents(latents, self.vae.config)
 
     @torch.no_grad()
     def decode(
@@ -394,6 +385,16 @@ class SDDiTPipeline(DiffusionPipeline):
 def default_steps(scheduler: SchedulerMixin) -> int:
     """Steps of a call that names none: those of the scheduler's config, else the paper's 40."""
     return scheduler.config.get("num_inference_steps", 40)
+
+
+def scale_latents(latents: Tensor, vae_config: Mapping) -> Tensor:
+    """A VAE's own latents, `[b, c, h, w]`, as the transformer sees them."""
+    return (latents - (vae_config.get("shift_factor") or 0.0)) * vae_config["scaling_factor"]
+
+
+def unscale_latents(latents: Tensor, vae_config: Mapping) -> Tensor:
+    """The inverse of [`scale_latents`]."""
+    return latents / vae_config["scaling_factor"] + (vae_config.get("shift_factor") or 0.0)
 
 
 def check_number(

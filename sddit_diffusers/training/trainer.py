@@ -39,7 +39,7 @@ from ..evaluation.judge import Judge
 from ..files import folder_written_aside, locked, remove, written_aside
 from ..launching import check_machine, main_first, on_main_process, together
 from ..pipelines.loading import load_vae, sha256_of_weights
-from ..pipelines.pipeline_sddit import SDDiTPipeline
+from ..pipelines.pipeline_sddit import SDDiTPipeline, scale_latents
 from ..pipelines.sampling import sample_grid
 from ..schedulers.scheduling_edm_heun import EDMHeunScheduler
 from .checkpointing import (
@@ -267,7 +267,8 @@ class Trainer:
             labels = None if labels is None else labels.to(device, non_blocking=True)
             rows = self.sampler.rows(micro)
             if posterior is not None:
-                x0 = self.dataset.sample(x0, posterior[rows])
+                latents = self.dataset.draw(x0, posterior[rows])
+                x0 = scale_latents(latents, self.dataset.manifest.vae["config"])
             with self.accelerator.accumulate(self.engine.prepared):
                 with self.accelerator.autocast():
                     losses = self.engine.prepared(x0, labels, draws.rows(rows))
