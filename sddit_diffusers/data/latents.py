@@ -18,6 +18,7 @@ import pyarrow.dataset
 import torch
 from torch import Tensor
 
+from ..pipelines.pipeline_sddit import scale_latents
 from .order import Batch, BatchSampler, generator_for, prefetch, read_out
 from .shards import Manifest, UnreadableShardError
 
@@ -87,10 +88,10 @@ class LatentDataset:
     def batch(self, read: tuple[Tensor, Tensor | None], noise: Tensor, device: torch.device) -> Batch:
         """A micro-batch that was read, on a device, drawn with its rows of the noise `[b, c, h, w]`."""
         moments, labels = (None if part is None else part.to(device, non_blocking=True) for part in read)
-        return Batch(self.sample(moments, noise), labels)
+        return Batch(scale_latents(self.sample(moments, noise), self.vae["config"]), labels)
 
     def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Latents drawn from their posteriors, scaled as the transformer sees them.
+        """The VAE's own latents, drawn from their posteriors; the transformer sees them scaled.
 
         Args:
             moments: `[b, 2, c, h, w]`, mean and standard deviation.
@@ -99,10 +100,8 @@ class LatentDataset:
         Returns:
             `[b, c, h, w]` in float32.
         """
-        config = self.manifest.vae["config"]
         mean, std = moments.unbind(1)
-        latents = torch.addcmul(mean.float(), std.float(), noise)
-        return latents.sub_(config.get("shift_factor") or 0.0).mul_(config["scaling_factor"])
+        return torch.addcmul(mean.float(), std.float(), noise)
 
     def batches(self, sampler: BatchSampler) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Moments `[b, 2, c, h, w]` and class numbers `[b]` of the sampler's micro-batches, read ahead."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import get_origin
 
 from ..cli import Parser, check_options, option, options, shortened, unknown_option
+from ..evaluation.catalogue import EXTRACTORS
 from ..files import read_json, written_aside
 from ..models.presets import PRESETS, read_changes
 from .auxiliaries import AUXILIARIES
@@ -75,9 +76,6 @@ RECIPES = {
 _BELOW_1 = 1 - 2**-53  # the largest number
 CHECKPOINTING = ("none", "selective", "full")
 TRIAL_STEPS = 18  # of the sampler, while a run is not at its end
-
-# Networks that give the features of scores.
-EXTRACTORS = ("inception", "classifier", "pixels")
 
 
 @dataclass
@@ -208,7 +206,7 @@ class EvaluationOptions:
         "a REFERENCE of sddit_diffusers.evaluate; the pictures trained on if not given",
     )
     evaluation_extractor: str = option(
-        "inception", "'inception'; without downloads 'classifier', 'pixels'", choices=EXTRACTORS
+        "inception", "'inception'; without downloads 'classifier', 'pixels'", choices=tuple(EXTRACTORS)
     )
     validation_steps: int = option(0, "sample a grid every so many steps; 0: at the end only", low=0)
     num_validation_images: int = option(100, "images of a grid, in rows of ten", low=0, high=10_000)

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, u
 
 from ..data.latents import LatentDataset
 from ..data.pictures import ImageDataset
+from ..evaluation.catalogue import METRICS, SCORES
 from ..files import written_aside
 from ..pipelines.pipeline_sddit import SDDiTPipeline
 from .auxiliaries import AUXILIARIES
@@ -25,7 +26,6 @@ SHARED = (
     "README.md", "model_index.json", "*.py", "transformer/*", "scheduler/*", "vae/*",
     "samples.png", "curves.png", "metrics.jsonl", "training_config.json",
 )  # fmt: skip
-_NAMES = {"fid": "FID", "precision": "Precision", "recall": "Recall"}
 
 
 def open_repo(name: str) -> str:
@@ -78,25 +78,9 @@ def write_card(
     last = (read_metrics(path) if path.is_file() else [])[-1:]
     name, source, public = METHODS[config.method].title, *_source_of(dataset)
     network = {name: value for name, value in pipe.transformer.config.items() if not name.startswith("_")}
-    scores = [score for row in last for score in row.items() if score[0].split("_")[0] in _NAMES]
+    scores = [score for row in last for score in row.items() if score[0] in METRICS]
     title = one_line(repo.split("/")[-1])
-    data = ModelCardData(
-        license="apache-2.0",
-        library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
-        tags=["sd-dit", config.method, "class-conditional", "diffusion-transformer"],
-        datasets=[public] if public else None,
-        model_name=title,
-        eval_results=[
-            EvalResult(
-                task_type="unconditional-image-generation", dataset_type=public or "custom",
-                dataset_name=source, metric_type=key.split("_")[0],
-                metric_name=_score_name(key, config), metric_value=round(value, 4),
-            )
-            for key, value in scores
-        ]
-        or None,
-    )  # fmt: skip
+    data = _data_of(title, config, source, public, scores)
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -120,6 +104,29 @@ def write_card(
     )
     with written_aside(folder / "README.md", "w") as file:
         file.write(str(card))
+
+
+def _data_of(
+    title: str, config: TrainingConfig, source: str, public: str | None, scores: list[tuple[str, float]]
+) -> ModelCardData:
+    """What the Hub is told of the model."""
+    return ModelCardData(
+        license="apache-2.0",
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["sd-dit", config.method, "class-conditional", "diffusion-transformer"],
+        datasets=[public] if public else None,
+        model_name=title,
+        eval_results=[
+            EvalResult(
+                task_type="unconditional-image-generation", dataset_type=public or "custom",
+                dataset_name=source, metric_type=METRICS[key][0],
+                metric_name=_score_name(key, config), metric_value=round(value, 4),
+            )
+            for key, value in scores
+        ]
+        or None,
+    )  # fmt: skip
 
 
 def one_line(name: str) -> str:
@@ -158,10 +165,10 @@ def _source_of(dataset: ImageDataset | LatentDataset) -> tuple[str, str | None]:
 
 
 def _score_name(key: str, config: TrainingConfig) -> str:
-    kind, _, extractor = key.partition("_")
-    extractor = {"": "Inception"}.get(extractor, extractor)
+    score, extractor = METRICS[key]
+    extractor = {"inception": "Inception"}.get(extractor, extractor)
     made = f"{config.evaluation_samples} samples, {TRIAL_STEPS} steps, no guidance"
-    return f"{_NAMES[kind]} ({extractor}, {made})"
+    return f"{SCORES[score].title} ({extractor}, {made})"
 
 
 def _settings(config: TrainingConfig) -> dict[str, object]:
