@@ -7,6 +7,7 @@ and out.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -123,27 +124,7 @@ class EDMHeunScheduler(EDMProcess, SchedulerMixin, ConfigMixin):
         p_std: float = 1.2,
         num_inference_steps: int = 40,
     ):
-        for name, value, allowed in (
-            ("sigma_schedule", sigma_schedule, ("karras", "exponential")),
-            ("prediction_type", prediction_type, ("epsilon", "v_prediction")),
-            ("final_sigmas_type", final_sigmas_type, ("zero", "sigma_min")),
-        ):
-            if value not in allowed:
-                raise ValueError(
-                    f"{name} is {value!r:.80}; it must be one of {', '.join(map(repr, allowed))}."
-                )
-        for name, value, low, high in (
-            ("sigma_min", sigma_min, 1e-6, 1e6),
-            ("sigma_max", sigma_max, 1e-6, 1e6),
-            ("sigma_data", sigma_data, 1e-6, 1e6),
-            ("rho", rho, 0.1, 1000),
-            ("p_mean", p_mean, -20, 20),
-            ("p_std", p_std, 0, 20),
-        ):
-            if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
-                raise ValueError(f"{name} is {value!r:.80}; it must be a number in {low}..{high}.")
-        if not sigma_min < sigma_max:
-            raise ValueError(f"sigma_min is {sigma_min}; it must be below sigma_max, {sigma_max}.")
+        check_config(self.config)
         check_steps("num_train_timesteps", num_train_timesteps)
         self.set_timesteps(num_inference_steps)
 
@@ -312,3 +293,27 @@ def check_steps(name: str, value: int) -> None:
     """Raises a ValueError for what is no number of steps."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= _MOST_STEPS:
         raise ValueError(f"{name} is {value!r:.80}; it must be a whole number in 1..{_MOST_STEPS}.")
+
+
+def check_config(config: Mapping) -> None:
+    """Raises a ValueError for settings that make no schedule."""
+    for name, allowed in (
+        ("sigma_schedule", ("karras", "exponential")),
+        ("prediction_type", ("epsilon", "v_prediction")),
+        ("final_sigmas_type", ("zero", "sigma_min")),
+    ):
+        if config[name] not in allowed:
+            raise ValueError(
+                f"{name} is {config[name]!r:.80}; it must be one of {', '.join(map(repr, allowed))}."
+            )
+    for name, low, high in (
+        ("sigma_min", 1e-6, 1e6), ("sigma_max", 1e-6, 1e6), ("sigma_data", 1e-6, 1e6), ("rho", 0.1, 1000),
+        ("p_mean", -20, 20), ("p_std", 0, 20),
+    ):  # fmt: skip
+        value = config[name]
+        if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+            raise ValueError(f"{name} is {value!r:.80}; it must be a number in {low}..{high}.")
+    if not config["sigma_min"] < config["sigma_max"]:
+        raise ValueError(
+            f"sigma_min is {config['sigma_min']}; it must be below sigma_max, {config['sigma_max']}."
+        )
