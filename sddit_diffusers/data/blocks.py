@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 
 from ..files import sha256_of, written_aside
-from .order import generator_for
+from ..seeds import generator_for
 from .shards import shard_schema
 from .sources import Source
 

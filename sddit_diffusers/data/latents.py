@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..pipelines.pipeline_sddit import scale_latents
-from .order import Batch, BatchSampler, generator_for, prefetch, read_out
+from ..seeds import generator_for
+from .order import Batch, BatchSampler, prefetch, read_out
 from .shards import Manifest, UnreadableShardError
 
 LANES = 8

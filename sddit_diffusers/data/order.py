@@ -5,10 +5,11 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
+
+from ..seeds import generator_for
 
 
 class Batch(NamedTuple):
@@ -17,12 +18,6 @@ class Batch(NamedTuple):
     x0: Tensor  # clean samples, [b, c, h, w], as the network is to make them
     labels: Tensor | None  # class numbers [b]; None without classes
     features: Tensor | None = None  # of a frozen encoder, if there is one
-
-
-def generator_for(seed: int, *counters: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """A generator for one purpose at one step, unrelated to those of other counters."""
-    state = np.random.SeedSequence([seed, *counters]).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state))
 
 
 class BatchSampler(Sampler):

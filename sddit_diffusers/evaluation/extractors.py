@@ -25,8 +25,9 @@ from tqdm.auto import tqdm
 from transformers import Dinov2Model
 
 from ..cli import one_line
-from ..data.order import generator_for, prefetch
+from ..data.order import prefetch
 from ..files import save_tensors, sha256_of
+from ..seeds import generator_for
 from .image_sets import DatasetImages
 
 # torch-fidelity's conversion of TensorFlow's weights, as it and others name it; the hash is in the name.

@@ -15,10 +15,10 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.order import generator_for
 from ..data.pictures import ImageDataset
 from ..pipelines.pipeline_sddit import SDDiTPipeline
 from ..pipelines.sampling import MULTIPLE
+from ..seeds import generator_for
 
 
 def encoder_features(pipe: SDDiTPipeline, noised: Tensor, sigma: float) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from ..data.order import generator_for
+from ..seeds import generator_for
 from .pipeline_sddit import SDDiTPipeline
 
 # Matrix products of a CPU round the rows of an odd remainder otherwise: batches are filled up there.

@@ -18,10 +18,11 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..data.latents import LatentDataset
-from ..data.order import Batch, BatchSampler, generator_for
+from ..data.order import Batch, BatchSampler
 from ..data.pictures import ImageDataset
 from ..data.shards import find_latents
 from ..launching import check_machine, main_first, on_main_process
+from ..seeds import generator_for
 from .building import build_objective, build_process
 from .checkpointing import find_checkpoints
 from .engines import check_engine, prepare, whole

@@ -9,8 +9,9 @@ from conftest import global_batch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from sddit_diffusers.data.order import BatchSampler, generator_for, prefetch
+from sddit_diffusers.data.order import BatchSampler, prefetch
 from sddit_diffusers.data.pictures import ImageDataset, UnreadableImageError, center_crop, decode_image
+from sddit_diffusers.seeds import generator_for
 
 
 def png(array):

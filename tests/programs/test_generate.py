@@ -12,10 +12,10 @@ from datasets import load_dataset
 from PIL import Image
 
 from sddit_diffusers import SDDiTPipeline, SDDiTTransformer2DModel, files, generate
-from sddit_diffusers.data.order import generator_for
 from sddit_diffusers.evaluation.image_sets import open_images
 from sddit_diffusers.pipelines.loading import sha256_of_weights
 from sddit_diffusers.pipelines.sampling import class_of
+from sddit_diffusers.seeds import generator_for
 
 
 @pytest.fixture

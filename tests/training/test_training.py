@@ -25,9 +25,9 @@ from small_runs import NETWORK, SCRIPT, SMALL, batches_of, make_trainer, train
 
 import train_sddit
 from sddit_diffusers import SDDiTPipeline, evaluate, generate
-from sddit_diffusers.data.order import generator_for
 from sddit_diffusers.data.pictures import ImageDataset
 from sddit_diffusers.models.transformer_sddit import SDDiTBlock
+from sddit_diffusers.seeds import generator_for
 from sddit_diffusers.training import checkpointing
 from sddit_diffusers.training.checkpointing import load_state
 from sddit_diffusers.training.metrics import read_metrics
