@@ -22,19 +22,17 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from .cli import Parser, check_options, one_line_errors, option, options
-from .data.pictures import ImageDataset
 from .evaluation.catalogue import EXTRACTORS, SCORES
 from .evaluation.extractors import DinoExtractor, Extractor, InceptionExtractor
 from .evaluation.features import Features, default_cache, features_of_set
 from .evaluation.image_sets import open_images
 from .evaluation.judge import Reference, build_extractor, open_reference, score
-from .evaluation.probe import probe
+from .evaluation.probe import labelled_pictures, probe
 from .evaluation.scores import inception_score
 from .evaluation.statistics import save_statistics
 from .files import read_json, sha256_of, written_aside
 from .launching import check_machine
 from .pipelines.loading import load_pipeline
-from .pipelines.sampling import image_size
 
 
 @dataclass
@@ -264,11 +262,8 @@ def run_probe(config: EvaluateConfig, dataset_name: str) -> None:
         ValueError: there is no such pipeline or no such labelled dataset.
     """
     pipe = load_pipeline(config.probe)
-    channels = pipe.transformer.config.in_channels if pipe.vae is None else 3
     label_column = config.label_column or "label"
-    dataset = ImageDataset(
-        dataset_name, config.image_column, label_column, channels, image_size(pipe), split=config.split
-    )
+    dataset = labelled_pictures(pipe, dataset_name, config.image_column, label_column, config.split)
     pipe.to(Accelerator().device)
     rows = probe(pipe, dataset, config.probe_sigmas, config.probe_samples, config.batch_size)
     used = min(len(dataset), config.probe_samples)

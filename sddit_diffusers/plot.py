@@ -16,7 +16,7 @@ from PIL import Image
 from .cli import Parser, check_options, one_line_errors, option, options
 from .files import written_aside
 from .pipelines.loading import load_pipeline
-from .pipelines.sampling import path_grid, sample_grid
+from .pipelines.sampling import check_interval, path_grid, sample_grid
 from .training.metrics import draw_scores, read_metrics
 
 
@@ -38,9 +38,7 @@ class PlotConfig:
 
     def __post_init__(self):
         check_options(self)
-        interval = self.guidance_interval
-        if len(interval) != 2 or interval[0] > interval[1]:
-            raise ValueError(f"guidance_interval is {interval}; it must be two rising sigmas.")
+        check_interval(self.guidance_interval)
 
 
 def plot_samples(kind: str, config: PlotConfig, name: str, path: Path) -> None:

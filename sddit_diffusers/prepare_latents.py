@@ -37,7 +37,7 @@ from .data.shards import Manifest, card, holds, verify, write_shard
 from .data.sources import Source
 from .files import LOCK, locked, read_json, remove, sha256_of, written_aside
 from .launching import check_machine, on_main_process, progress_bar
-from .pipelines.loading import DTYPES, load_vae, sha256_of_weights
+from .pipelines.loading import DTYPES, load_vae, settings_of, sha256_of_weights
 
 
 @dataclass
@@ -285,7 +285,6 @@ class Preparation:
                 with (self.output_dir / name).open("rb") as file:
                     shards.append({"file": name, "rows": count, "sha256": sha256_of(file)})
                 progress.update()
-        vae_config = {name: value for name, value in self.vae.config.items() if not name.startswith("_")}
         manifest = Manifest(
             shape=self.shape,
             count=sum(counts),
@@ -298,7 +297,7 @@ class Preparation:
                 else self.config.vae,
                 "class": type(self.vae).__name__,
                 "sha256": self.settings["vae_sha256"],
-                "config": json.loads(json.dumps(vae_config, default=str)),
+                "config": json.loads(json.dumps(settings_of(self.vae), default=str)),
             },
             source={"name": self.config.dataset_name, "split": self.config.split, "rows": blocks.source_rows},
             settings=self.settings,

@@ -26,10 +26,9 @@ from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
 from .cli import Parser, check_options, differences, json_object, one_line_errors, option, options, shortened
-from .data.pictures import ImageDataset
 from .evaluation.figures import draw
 from .evaluation.judge import Judge
-from .evaluation.probe import probe
+from .evaluation.probe import labelled_pictures, probe
 from .evaluation.studies import Results, as_json, markdown, read_study, slug
 from .files import locked, read_json, remove, written_aside
 from .launching import check_machine, on_main_process
@@ -289,9 +288,8 @@ def probe_training(
     folder: Path, config: TrainingConfig, accelerator: Accelerator, sigmas: list[float]
 ) -> list[dict]:
     """What a training's encoder knows of the pictures that it is scored against."""
-    pipe, name, size = load_training(folder, config, accelerator)
-    channels = pipe.transformer.config.in_channels if pipe.vae is None else 3
-    dataset = ImageDataset(name, config.image_column, config.label_column, channels, size)
+    pipe, name = load_training(folder, config, accelerator)
+    dataset = labelled_pictures(pipe, name, config.image_column, config.label_column)
     return on_main_process(lambda: probe(pipe, dataset, sigmas, 10_000), accelerator)
 
 
@@ -299,11 +297,11 @@ def score_training(
     folder: Path, config: TrainingConfig, accelerator: Accelerator, metric: str, sampling: dict
 ) -> float | None:
     """The score of a training's samples, made in another way."""
-    pipe, name, size = load_training(folder, config, accelerator)
+    pipe, name = load_training(folder, config, accelerator)
     arguments = {name: value for name, value in sampling.items() if name != "scheduler"}
     pipe.scheduler = EDMHeunScheduler.from_config(pipe.scheduler.config, **sampling.get("scheduler", {}))
     judge = Judge(
-        name, config.evaluation_extractor, (size, size), config.evaluation_samples,
+        name, config.evaluation_extractor, (image_size(pipe),) * 2, config.evaluation_samples,
         config.image_column, config.label_column, accelerator,
     )  # fmt: skip
     return judge(pipe, config.train_batch_size, **arguments).get(metric)
@@ -311,11 +309,11 @@ def score_training(
 
 def load_training(
     folder: Path, config: TrainingConfig, accelerator: Accelerator
-) -> tuple[SDDiTPipeline, str, int]:
-    """A training's pipeline, the name of what it is scored against, and the side of its images."""
+) -> tuple[SDDiTPipeline, str]:
+    """A training's pipeline, and the name of what it is scored against."""
     pipe = load_pipeline(str(folder)).to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
-    return pipe, config.evaluation_reference or config.dataset_name, image_size(pipe)
+    return pipe, config.evaluation_reference or config.dataset_name
 
 
 def is_number(value) -> bool:

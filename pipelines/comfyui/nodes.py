@@ -18,6 +18,7 @@ from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 
 from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline
 from sddit_diffusers.pipelines.loading import SHORT_DTYPES, load_pipeline
+from sddit_diffusers.pipelines.sampling import generators
 
 Pipeline = io.Custom("SDDIT_PIPELINE")
 FROM_HUB = "(from the Hub)"
@@ -242,8 +243,7 @@ class Sample(io.ComfyNode):
         scheduler = SAMPLERS[sampler].from_config(pipeline.scheduler.config)
         pipe = SDDiTPipeline(pipeline.transformer, scheduler, pipeline.vae, pipeline.id2label)
         labels = parse_classes(classes)
-        seeds = [(seed + i) % 2**64 for i in range(len(labels) * images_per_class)]
-        generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+        generator = generators((seed + i) % 2**64 for i in range(len(labels) * images_per_class))
         churn = dict(s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise) if s_churn else {}
         progress = comfy.utils.ProgressBar(1)
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..data.pictures import ImageDataset
 from ..pipelines.pipeline_sddit import SDDiTPipeline
-from ..pipelines.sampling import MULTIPLE
+from ..pipelines.sampling import MULTIPLE, image_size
 from ..seeds import generator_for
 
 
@@ -47,6 +47,18 @@ def encoder_features(pipe: SDDiTPipeline, noised: Tensor, sigma: float) -> dict[
     if hasattr(pipe.transformer, "cls_token"):
         features["[CLS]"], tokens = tokens[:, 0], tokens[:, 1:]
     return features | {"patches": tokens.mean(1)}
+
+
+def labelled_pictures(
+    pipe: SDDiTPipeline, name: str, image_column: str, label_column: str, split: str = "train"
+) -> ImageDataset:
+    """The pictures of a dataset, of the channels and the size that a pipeline was trained on.
+
+    Raises:
+        ValueError: there is no such labelled dataset.
+    """
+    channels = pipe.transformer.config.in_channels if pipe.vae is None else 3
+    return ImageDataset(name, image_column, label_column, channels, image_size(pipe), split=split)
 
 
 def read_samples(

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from ..cli import shortened
 from ..files import read_json
+from ..pipelines.sampling import check_interval
 from ..schedulers.scheduling_edm_heun import EDMHeunScheduler
 
 KINDS = ("steps", "speed", "setting", "metrics", "probe", "sampling")
@@ -161,11 +162,8 @@ def _check_sampling(sampling: dict) -> None:
     for name, value in sampling.items():
         if name.startswith("s_") and value < 0:
             raise ValueError(f"{name} is {value}; it must be at least 0.")
-    low, high = (*sampling.get("guidance_interval", (0, 0)), 0, 0)[:2]
-    if "guidance_interval" in sampling and (len(sampling["guidance_interval"]) != 2 or not low <= high):
-        raise ValueError(
-            f"guidance_interval is {sampling['guidance_interval']}; it must be two rising sigmas."
-        )
+    if "guidance_interval" in sampling:
+        check_interval(sampling["guidance_interval"])
     defaults = {name: each.default for name, each in inspect.signature(EDMHeunScheduler).parameters.items()}
     for name, value in sampling.get("scheduler", {}).items():
         if name not in defaults:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from .pipeline_sddit import SDDiTPipeline
-from .sampling import class_name, keep_denoised
+from .sampling import class_name, generators, keep_denoised
 
 MAX_SEED, MAX_GUIDANCE_SCALE = 2**32 - 1, 20
 
@@ -128,8 +128,7 @@ def make(
         return {}
 
     start = time.perf_counter()
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    images = pipe(**arguments, generator=generators, callback_on_step_end=keep,
+    images = pipe(**arguments, generator=generators(seeds), callback_on_step_end=keep,
                   callback_on_step_end_tensor_inputs=["pred_original_sample"]).images  # fmt: skip
     about = f"Made in {time.perf_counter() - start:.1f} s"
     stopped = keep.done < pipe.num_timesteps

@@ -6,7 +6,7 @@ import math
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel, SchedulerMixin
+from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel, ConfigMixin, SchedulerMixin
 
 from ..cli import one_line, shortened
 from .pipeline_sddit import SDDiTPipeline, default_steps
@@ -95,9 +95,9 @@ def scheduler_of(
     return made
 
 
-def settings_of(scheduler: SchedulerMixin) -> dict:
-    """A scheduler's settings, without those that diffusers adds."""
-    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+def settings_of(part: ConfigMixin) -> dict:
+    """The settings of a scheduler or a model, without those that diffusers adds."""
+    return {name: value for name, value in part.config.items() if not name.startswith("_")}
 
 
 def _setting_problem(usual, value) -> str:

@@ -1,7 +1,7 @@
 """Images of seeds, and pictures of them: grids of samples, denoising paths."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,12 @@ MULTIPLE = 16
 def image_size(pipe: SDDiTPipeline) -> int:
     """The side of the images of a call that names none, in pixels."""
     return pipe.transformer.config.sample_size * pipe.vae_scale_factor
+
+
+def check_interval(guidance_interval: Sequence[float]) -> None:
+    """Raises a ValueError for what is no range of sigma."""
+    if len(guidance_interval) != 2 or not guidance_interval[0] <= guidance_interval[1]:
+        raise ValueError(f"guidance_interval is {guidance_interval}; it must be two rising sigmas.")
 
 
 def class_of(pipe: SDDiTPipeline, labels: Sequence[str], seed: int, index: int) -> int:
@@ -38,6 +44,11 @@ def class_of(pipe: SDDiTPipeline, labels: Sequence[str], seed: int, index: int) 
     return pipe.get_label_ids([int(label) if is_number else label])[0]
 
 
+def generators(seeds: Iterable[int]) -> list[torch.Generator]:
+    """What the images of seeds are drawn with, one each."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
 def sample(pipe: SDDiTPipeline, seeds: Sequence[int], labels: Sequence[int], **arguments) -> np.ndarray:
     """Images of seeds and classes, as bytes `[n, h, w, channels]`; `arguments` go to the pipeline.
 
@@ -47,8 +58,8 @@ def sample(pipe: SDDiTPipeline, seeds: Sequence[int], labels: Sequence[int], **a
     null = pipe.transformer.config.num_classes
     extra = -len(seeds) % MULTIPLE if pipe.device.type == "cpu" else 0
     seeds, labels = list(seeds), [None if label == null else label for label in labels]
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds + seeds[-1:] * extra]
-    images = pipe(labels + labels[-1:] * extra, generator=generators, output_type="pt", **arguments).images
+    generator = generators(seeds + seeds[-1:] * extra)
+    images = pipe(labels + labels[-1:] * extra, generator=generator, output_type="pt", **arguments).images
     # In 0..1 the rule is 255 x + 0.5.
     pixels = (images[: len(seeds)] * 255 + 0.5).clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
@@ -65,14 +76,12 @@ def sample_grid(
         arguments: go to the pipeline's call.
     """
     labels = labels or _spread_classes(pipe, classes)
-    seeds, images = list(range(len(labels) * columns)), []
+    seeds, images = range(len(labels) * columns), []
     together = len(labels) if image_size(pipe) <= 64 else 1  # rows made at once
     for i in range(0, len(labels), together):
-        generators = [
-            torch.Generator().manual_seed(seed) for seed in seeds[i * columns :][: together * columns]
-        ]
+        generator = generators(seeds[i * columns :][: together * columns])
         images += pipe(
-            labels[i : i + together], num_images_per_label=columns, generator=generators, **arguments
+            labels[i : i + together], num_images_per_label=columns, generator=generator, **arguments
         ).images
     return draw_grid(images, _names(pipe, labels), columns)
 
@@ -133,8 +142,7 @@ def path_grid(pipe: SDDiTPipeline, columns: int = 10, labels: list | None = None
         keep_denoised(denoised, pipe, i, tensors)
         return {}
 
-    generators = [torch.Generator().manual_seed(i) for i in range(len(labels))]
-    pipe(labels, generator=generators, output_type="latent", callback_on_step_end=keep,
+    pipe(labels, generator=generators(range(len(labels))), output_type="latent", callback_on_step_end=keep,
          callback_on_step_end_tensor_inputs=["pred_original_sample"], **arguments)  # fmt: skip
     levels = list(denoised)
     shown = [
