@@ -11,11 +11,10 @@ import dataclasses
 import torch
 from accelerate import Accelerator
 
-from sddit_diffusers import EDMHeunScheduler
 from sddit_diffusers.cli import one_line_errors
-from sddit_diffusers.training.denoising import DenoisingObjective
+from sddit_diffusers.training.building import build_objective, build_process
 from sddit_diffusers.training.memory import memory_lines
-from sddit_diffusers.training.methods import build_objective
+from sddit_diffusers.training.objective import Objective
 from sddit_diffusers.training.options import CHECKPOINTING, TrainingConfig, parse
 from sddit_diffusers.training.trainer import training
 
@@ -24,11 +23,11 @@ def dry_run(config: TrainingConfig) -> None:
     """Prints the memory that a step takes."""
     accelerator = Accelerator(mixed_precision=config.mixed_precision or None)
     device, dtype = accelerator.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}
-    network, scheduler = config.network(), EDMHeunScheduler()
+    network, process = config.network(), build_process(config)
 
-    def build(checkpointing: str) -> DenoisingObjective:
+    def build(checkpointing: str) -> Objective:
         changed = dataclasses.replace(config, gradient_checkpointing=checkpointing)
-        return build_objective(changed, network, scheduler, device)
+        return build_objective(changed, network, process, device)
 
     accelerator.print(
         f"{config.preset}, {network['sample_size']} x {network['sample_size']}, "
@@ -43,7 +42,7 @@ def dry_run(config: TrainingConfig) -> None:
 def main(arguments: list[str] | None = None) -> None:
     with one_line_errors("train_sddit.py"):
         config = parse(arguments)
-        config.check_method()
+        config.check_choices()
         if config.dry_run:
             return dry_run(config)
         with training(config) as trainer:

@@ -27,12 +27,14 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.training_utils import EMAModel
-from train_step import build, in_turn, peak_memory, printed_apart
+from train_step import build, in_turn, optimizer_of, peak_memory, printed_apart
 
 from sddit_diffusers import PRESETS, EDMHeunScheduler, SDDiTObjective, SDDiTTransformer2DModel
+from sddit_diffusers.data.order import Batch
 from sddit_diffusers.launching import check_machine, keep_freed_memory
 from sddit_diffusers.models.attention_cpu import use_cpu_attention
-from sddit_diffusers.training.engines import check_engine
+from sddit_diffusers.training.engines import check_engine, prepare
+from sddit_diffusers.training.step import train_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -146,19 +148,11 @@ def worker_step(accelerator: Accelerator, preset: str, batch_size: int) -> Calla
     objective = SDDiTObjective(SDDiTTransformer2DModel(**network), EDMHeunScheduler())
     if device.type == "cpu":
         use_cpu_attention(objective)
-    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
-    prepared, optimizer = accelerator.prepare(objective, optimizer)
+    engine = prepare(accelerator, objective, optimizer_of(objective), batch_size, 1, 0.0)
     ema = EMAModel(objective.transformer.parameters(), decay=0.9999, foreach=True)
 
     def step() -> None:
-        with accelerator.autocast():
-            loss = prepared(x0, labels)["loss"]
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.step(objective.transformer.parameters())
-        objective.update_teacher(0.996, lambda tensor: accelerator.reduce(tensor, "mean"))
+        train_step(engine, ema, [(Batch(x0, labels), None)])
         if device.type == "cuda":
             torch.cuda.synchronize()
 

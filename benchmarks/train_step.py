@@ -31,11 +31,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from sddit_diffusers import PRESETS, EDMHeunScheduler, SDDiTObjective, SDDiTTransformer2DModel
+from sddit_diffusers.data.order import Batch
 from sddit_diffusers.launching import keep_freed_memory
 from sddit_diffusers.models.attention_cpu import use_cpu_attention
-from sddit_diffusers.training import objective as objective_module
-from sddit_diffusers.training.discrimination import Agreement, cross_entropy
+from sddit_diffusers.training import discrimination
+from sddit_diffusers.training.engines import Alone
 from sddit_diffusers.training.memory import keep_products
+from sddit_diffusers.training.prototypes import Agreement, cross_entropy
+from sddit_diffusers.training.step import train_step
 
 CONTESTANTS = ("DiT fp32", "DiT", "without L_D", "plain", "selective", "SD-DiT")
 
@@ -61,6 +64,12 @@ def dit_loss(network: dict, device: torch.device) -> tuple[torch.nn.Module, Call
     return model, loss
 
 
+def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """As the trainer's."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
+
+
 def build(
     name: str,
     preset: str,
@@ -73,43 +82,40 @@ def build(
     network = PRESETS[preset]
     shape = (batch_size, network["in_channels"], network["sample_size"], network["sample_size"])
     x0, labels = torch.randn(shape, device=device), torch.randint(1000, (batch_size,), device=device)
-    objective = None
+    half = dtype if dtype != torch.float32 and name not in ("DiT fp32", "plain") else None
     if name.startswith("DiT"):
         model, loss = dit_loss(network, device)
-        averaged = trained = model
         if compiled and name == "DiT":
             model.compile_repeated_blocks(dynamic=False)
+        optimizer, ema = optimizer_of(model), EMAModel(model.parameters(), decay=0.9999, foreach=True)
+
+        def move() -> None:
+            with torch.autocast(device.type, half, enabled=half is not None):
+                value = loss(x0, labels)
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.step(model.parameters())
+
     else:
-        averaged = SDDiTTransformer2DModel(**network)
+        transformer = SDDiTTransformer2DModel(**network)
         weight = 0.0 if name == "without L_D" else 1.0
-        trained = objective = SDDiTObjective(
-            averaged, EDMHeunScheduler(), discriminative_weight=weight
-        ).to(device)  # fmt: skip
+        objective = SDDiTObjective(transformer, EDMHeunScheduler(), discriminative_weight=weight).to(device)
         if name == "selective":
-            averaged.enable_gradient_checkpointing(keep_products)
+            transformer.enable_gradient_checkpointing(keep_products)
         if device.type == "cpu" and name != "plain":
             use_cpu_attention(objective)
         if compiled and name != "plain":
             objective.compile_blocks()
+        engine = Alone(objective, optimizer_of(objective), device.type, half)
+        ema = EMAModel(transformer.parameters(), decay=0.9999, foreach=True)
 
-        def loss(x0, labels):
-            return objective(x0, labels)["loss"]
-
-    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
-    ema = EMAModel(averaged.parameters(), decay=0.9999, foreach=True)
-    half = dtype != torch.float32 and name not in ("DiT fp32", "plain")
+        def move() -> None:
+            discrimination.cross_entropy = whole_cross_entropy if name == "plain" else cross_entropy
+            train_step(engine, ema, [(Batch(x0, labels), None)])
 
     def step() -> None:
-        objective_module.cross_entropy = whole_cross_entropy if name == "plain" else cross_entropy
-        with torch.autocast(device.type, dtype, enabled=half):
-            value = loss(x0, labels)
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.step(averaged.parameters())
-        if objective is not None:
-            objective.update_teacher(0.996)
+        move()
         if device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -19,15 +19,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import parse_qs
 
-import torch
 from accelerate import Accelerator
-from PIL import Image
-from torch import Tensor
 
 from sddit_diffusers.cli import Parser, check_options, one_line, one_line_errors, option
-from sddit_diffusers.pipelines.loading import dtype_named, load_pipeline
-from sddit_diffusers.pipelines.pipeline_sddit import SDDiTPipeline
-from sddit_diffusers.pipelines.sampling import keep_denoised
+from sddit_diffusers.pipelines.calls import MAX_GUIDANCE_SCALE, Made, call_of, code_of, make
+from sddit_diffusers.pipelines.loading import DTYPES, load_pipeline
+from sddit_diffusers.pipelines.pipeline_sddit import SDDiTPipeline, default_steps
+from sddit_diffusers.pipelines.sampling import class_name, image_size
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 try:
@@ -37,7 +35,6 @@ try:
 except ModuleNotFoundError:
     sys.exit("app: error: the page needs gradio: pip install 'sddit-diffusers[app]'.")
 
-MAX_SEED, MAX_GUIDANCE_SCALE = 2**32 - 1, 20
 _PROGRESS = gr.Progress()  # the default of an argument: gradio's way to ask for it
 _WAITING = 16  # calls in the queue
 _CALLS = 4  # of one client, waiting or under way
@@ -63,9 +60,7 @@ class AppConfig:
     max_images: int = option(16, "images that are made at once, at most", low=1)
     max_steps: int = option(100, "steps, at most", low=1)
     dtype: str = option(
-        "float32",
-        "of the transformer: 'float32', 'bfloat16' or 'float16'",
-        choices=("float32", "bfloat16", "float16"),
+        "float32", "of the transformer: 'float32', 'bfloat16' or 'float16'", choices=tuple(DTYPES)
     )
     server_name: str = option("", "the address to listen at; 127.0.0.1, this machine alone, if not given")
     server_port: int = option(
@@ -74,138 +69,6 @@ class AppConfig:
 
     def __post_init__(self):
         check_options(self)
-
-
-def call_of(
-    pipe: SDDiTPipeline, config: AppConfig, classes, images, steps, guidance, low, high, seed
-) -> tuple[dict, range]:
-    """The pipeline's arguments, but for the generators, and the seeds of the images.
-
-    The values come from a browser, or from whoever speaks like one, so they may be of any type: classes are
-    to be a list of numbers and names, empty for unconditional images; `low` and `high` are the guidance
-    interval in sigma, which is left out where it is all of 0..sigma_max.
-
-    Raises:
-        ValueError: a value that the page does not offer; the message has the value and what is allowed.
-    """
-    null, sigma_max = pipe.transformer.config.num_classes, pipe.scheduler.config.sigma_max
-    ids = pipe.get_label_ids(None if classes == [] else classes)
-    images = int(_within("Images per class", images, 1, config.max_images, whole=True))
-    if len(ids) * images > config.max_images:
-        raise ValueError(
-            f"{len(ids)} classes x {images} images are {len(ids) * images} images; "
-            f"at most {config.max_images} are made at once."
-        )
-    arguments = {
-        "class_labels": [None if i == null else i for i in ids],
-        "num_images_per_label": images,
-        "num_inference_steps": int(_within("Steps", steps, 1, config.max_steps, whole=True)),
-        "guidance_scale": _within("Guidance scale", guidance, 0, MAX_GUIDANCE_SCALE),
-    }
-    low = _within("Lowest sigma", low, 0, sigma_max)
-    high = _within("Highest sigma", high, low, sigma_max)
-    if (low, high) != (0, sigma_max):
-        arguments["guidance_interval"] = (low, high)
-    seed = int(_within("Seed", seed, 0, MAX_SEED, whole=True))
-    return arguments, range(seed, seed + len(ids) * images)
-
-
-def _within(name: str, value, low: float, high: float, whole: bool = False) -> float:
-    if type(value) not in (int, float) or not low <= value <= high or (whole and value != int(value)):
-        kind = "a whole number" if whole else "a number"
-        raise ValueError(f"{name}: {value!r:.50} is not {kind} from {low:g} to {high:.10g}.")
-    return value
-
-
-def code_of(model: str, pipe: SDDiTPipeline, arguments: dict, seeds: range) -> str:
-    """Python that makes the images of [`call_of`] again, as `images`."""
-    dtype, device = pipe.transformer.dtype, pipe.device.type
-    options = f", dtype={{'transformer': {dtype}, 'default': torch.float32}}"
-    options = "" if dtype == torch.float32 else options
-    moved = "" if device == "cpu" else f".to({device!r})"
-    values = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-    return (
-        "import torch\nfrom sddit_diffusers import SDDiTPipeline\n\n"
-        f"pipe = SDDiTPipeline.from_pretrained({model!r}{options}){moved}\n"
-        f"generators = [torch.Generator().manual_seed(seed) for seed in range({seeds.start}, {seeds.stop})]\n"
-        f"images = pipe({values}, generator=generators).images"
-    )
-
-
-@dataclass
-class Generation:
-    """The images of a call, and how they came about.
-
-    Attributes:
-        images: the finished ones, or the last denoised ones of a call that was stopped.
-        captions: one an image.
-        about: a sentence on them.
-        stopped: whether the call was.
-        denoised: D(x; sigma), `[images, c, h, w]` on the CPU, by falling sigma; empty where the scheduler
-            does not tell it.
-    """
-
-    images: list[Image.Image]
-    captions: list[str]
-    about: str
-    stopped: bool
-    denoised: dict[float, Tensor]
-
-    @property
-    def positions(self) -> int:
-        """Places on the path, from 1; at the last are the images themselves."""
-        return max(1, len(self.denoised))
-
-    def at(self, pipe: SDDiTPipeline, position) -> tuple[list[tuple[Image.Image, str]], str]:
-        """The images at a place on the path with their captions, and a sentence on them.
-
-        Raises:
-            ValueError: there is no such place.
-        """
-        position = int(_within("Step", position, 1, self.positions, whole=True))
-        images, about = self.images, self.about
-        if position < self.positions:
-            sigma = list(self.denoised)[position - 1]
-            images = pipe.decode(self.denoised[sigma].to(pipe.device))
-            about = f"The denoised D(x; σ) at σ = {sigma:.3g}, step {position} of {self.positions}"
-        return list(zip(images, self.captions, strict=True)), about
-
-
-def make(
-    pipe: SDDiTPipeline, arguments: dict, seeds: range, on_evaluation: Callable[[int, int], bool]
-) -> Generation:
-    """Makes the images of [`call_of`].
-
-    Args:
-        on_evaluation: gets the evaluations of the network that are done and how many there are; True stops.
-    """
-    denoised = {}
-
-    def keep(pipe: SDDiTPipeline, i: int, t: Tensor, tensors: dict) -> dict:
-        if tensors["pred_original_sample"] is not None:
-            keep_denoised(denoised, pipe, i, tensors)
-        keep.done = i + 1
-        pipe._interrupt = on_evaluation(keep.done, pipe.num_timesteps)
-        return {}
-
-    start = time.perf_counter()
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    images = pipe(**arguments, generator=generators, callback_on_step_end=keep,
-                  callback_on_step_end_tensor_inputs=["pred_original_sample"]).images  # fmt: skip
-    about = f"Made in {time.perf_counter() - start:.1f} s"
-    stopped = keep.done < pipe.num_timesteps
-    if stopped:
-        about = f"Stopped after {keep.done} of {pipe.num_timesteps} evaluations"
-        if denoised:
-            images = pipe.decode(list(denoised.values())[-1])
-    labels = [label for label in arguments["class_labels"] for _ in range(arguments["num_images_per_label"])]
-    names = ["" if label is None else f"{_name(pipe, label)}, " for label in labels]
-    captions = [f"{name}seed {seed}" for name, seed in zip(names, seeds, strict=True)]
-    return Generation(images, captions, about, stopped, {sigma: d.cpu() for sigma, d in denoised.items()})
-
-
-def _name(pipe: SDDiTPipeline, label: int) -> str:
-    return pipe.id2label.get(label, str(label))
 
 
 class Clients:
@@ -284,11 +147,12 @@ class Page:
 
     def __init__(self, pipe: SDDiTPipeline, model: str, config: AppConfig):
         self.pipe, self.model, self.config = pipe, model, config
+        self.steps = min(default_steps(pipe.scheduler), config.max_steps)  # unless others are chosen
         self.stopping = deque(maxlen=_WAITING)  # sessions that want their call to end
 
     def choices(self) -> list[tuple[str, int]]:
         """What the list of classes shows, and their numbers, which stand beside names that several have."""
-        names = [_name(self.pipe, i) for i in range(self.pipe.transformer.config.num_classes)]
+        names = [class_name(self.pipe, i) for i in range(self.pipe.transformer.config.num_classes)]
         times = Counter(names)
         return [(name if times[name] == 1 else f"{name} ({i})", i) for i, name in enumerate(names)]
 
@@ -310,7 +174,7 @@ class Page:
     def generate(
         self, classes, images, steps, guidance, low, high, seed, request: gr.Request, progress=_PROGRESS
     ) -> list:
-        """A call: gallery, sentence, slider, code, and the [`Generation`] that `show` needs."""
+        """A call: gallery, sentence, slider, code, and the [`Made`] that `show` needs."""
         arguments, seeds = self._call_of((classes, images, steps, guidance, low, high, seed))
 
         def on_evaluation(done: int, total: int) -> bool:
@@ -330,7 +194,7 @@ class Page:
             made,
         ]
 
-    def show(self, made: Generation | None, position, **options) -> list:
+    def show(self, made: Made | None, position, **options) -> list:
         """The gallery at a place on the path, and the sentence on it."""
         with _refusals():
             if made is None:
@@ -350,36 +214,39 @@ def _refusals():
         raise gr.Error(html.escape(text), print_exception=False) from None
 
 
+def _inputs(page: Page) -> tuple[list, list]:
+    """The controls of a call's values, in the order of `call_of`, and the buttons."""
+    choices, config = page.choices(), page.config
+    classes = gr.Dropdown(
+        choices, value=[], multiselect=True, visible=bool(choices), label="Classes",
+        info="Type to search. None: unconditional images.",
+    )  # fmt: skip
+    most = config.max_images
+    images = gr.Slider(1, max(_ENDS, most), min(4, most), step=1, visible=most > 1, label="Images per class")
+    steps = gr.Slider(1, max(_ENDS, config.max_steps), page.steps, step=1, label="Steps")
+    guidance = gr.Slider(0, MAX_GUIDANCE_SCALE, 1, step=0.1, label="Guidance scale (1 is off)")
+    with gr.Accordion("Guidance interval", open=False), gr.Row():
+        low = gr.Number(0, label="Lowest sigma", min_width=100)
+        high = gr.Number(page.pipe.scheduler.config.sigma_max, label="Highest sigma", min_width=100)
+    with gr.Group():
+        seed = gr.Number(0, label="Seed of the first image")
+        another = gr.Button("Random seed", size="sm")
+    with gr.Row():
+        generate = gr.Button("Generate", variant="primary", min_width=100)
+        stop = gr.Button("Stop", min_width=100)
+    return [classes, images, steps, guidance, low, high, seed], [another, generate, stop]
+
+
 def build(page: Page) -> gr.Blocks:
     """The page's controls, and what they call.
 
     Nothing is preprocessed: gradio's own checks of values end in tracebacks, and `call_of` does them all.
     """
-    choices, config, sigma_max = page.choices(), page.config, page.pipe.scheduler.config.sigma_max
     with gr.Blocks(title="SD-DiT", delete_cache=(3600, 3600)) as blocks:
         gr.Markdown(f"## {html.escape(page.model)}")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                classes = gr.Dropdown(
-                    choices, value=[], multiselect=True, visible=bool(choices), label="Classes",
-                    info="Type to search. None: unconditional images.",
-                )  # fmt: skip
-                most = config.max_images
-                images = gr.Slider(
-                    1, max(_ENDS, most), min(4, most), step=1, visible=most > 1, label="Images per class"
-                )
-                default = min(40, config.max_steps)
-                steps = gr.Slider(1, max(_ENDS, config.max_steps), default, step=1, label="Steps")
-                guidance = gr.Slider(0, MAX_GUIDANCE_SCALE, 1, step=0.1, label="Guidance scale (1 is off)")
-                with gr.Accordion("Guidance interval", open=False), gr.Row():
-                    low = gr.Number(0, label="Lowest sigma", min_width=100)
-                    high = gr.Number(sigma_max, label="Highest sigma", min_width=100)
-                with gr.Group():
-                    seed = gr.Number(0, label="Seed of the first image")
-                    another = gr.Button("Random seed", size="sm")
-                with gr.Row():
-                    generate = gr.Button("Generate", variant="primary", min_width=100)
-                    stop = gr.Button("Stop", min_width=100)
+                values, (another, generate, stop) = _inputs(page)
             with gr.Column(scale=5):
                 gallery = gr.Gallery(
                     label="Images", show_label=False, elem_classes="images", format="png",
@@ -387,11 +254,7 @@ def build(page: Page) -> gr.Blocks:
                 )  # fmt: skip
                 about = gr.Markdown("Choose classes and generate.")
                 position = gr.Slider(
-                    1,
-                    max(_ENDS, default),
-                    default,
-                    step=1,
-                    interactive=False,
+                    1, max(_ENDS, page.steps), page.steps, step=1, interactive=False,
                     label="How the images come about (step)",
                 )  # fmt: skip
                 code = gr.Code(
@@ -402,9 +265,8 @@ def build(page: Page) -> gr.Blocks:
 
         quick = dict(preprocess=False, queue=False, show_progress="hidden", api_visibility="private")
         pipeline = dict(preprocess=False, concurrency_limit=1, concurrency_id="pipeline")
-        values = [classes, images, steps, guidance, low, high, seed]
         outputs = [gallery, about, position, code, made]
-        another.click(lambda: random.randrange(1_000_000), None, seed, **quick)
+        another.click(lambda: random.randrange(1_000_000), None, values[-1], **quick)
         begun = generate.click(page.begin, values, None, **quick | {"queue": True, "concurrency_limit": None})
         begun.success(page.generate, values, outputs, show_progress_on=gallery, **pipeline)
         stop.click(page.stop, None, None, **quick)
@@ -422,9 +284,9 @@ def serve(model: str, config: AppConfig) -> None:
         ValueError: there is no such pipeline.
         OSError: the port is taken.
     """
-    pipe = load_pipeline(model, dtype_named(config.dtype)).to(Accelerator().device)
+    pipe = load_pipeline(model, DTYPES[config.dtype]).to(Accelerator().device)
     pipe.set_progress_bar_config(disable=True)
-    small = pipe.transformer.config.sample_size * pipe.vae_scale_factor <= _SMALL
+    small = image_size(pipe) <= _SMALL
     page = Page(pipe, model, config)
     blocks = build(page)
     _, url, _ = blocks.launch(

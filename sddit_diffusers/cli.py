@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import field
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from typing import NamedTuple
 from transformers import HfArgumentParser
 
 _MOST = 2**31 - 1  # of whole numbers that have no limit of their own
+MOST_WIDTH = 2**16  # of a layer, of a picture
 
 
 class Limits(NamedTuple):
@@ -21,7 +22,7 @@ class Limits(NamedTuple):
 
     low: float | None = None
     high: float | None = None
-    choices: Sequence[str] = ()
+    choices: Collection[str] = ()  # such as the keys of a table, to which rows may be added
     infinite: bool = False  # whether infinity is a value
 
     def problem(self, value) -> str:
@@ -102,6 +103,13 @@ class Parser(HfArgumentParser):
     def add_argument(self, *names, limits: Limits | None = None, **arguments):
         """As in argparse; the limits of an [`option`] are held by `check_options`, from files too."""
         return super().add_argument(*names, **arguments)
+
+    def add_argument_group(self, *names, **arguments):
+        """As in argparse; the same holds for a group's options."""
+        group = super().add_argument_group(*names, **arguments)
+        add = group.add_argument
+        group.add_argument = lambda *names, limits=None, **arguments: add(*names, **arguments)
+        return group
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")

@@ -32,15 +32,15 @@ from torch import Tensor
 from .cli import Parser, check_options, one_line_errors, option, shortened
 from .files import parse_json, remove, save_tensors
 from .models.originals import translate
+from .models.presets import read_changes
 from .models.transformer_sddit import PatchTransformer2DModel, read_single_file
 from .pipelines.loading import load_pipeline, load_vae
 from .pipelines.pipeline_sddit import SDDiTPipeline
 from .schedulers.scheduling_edm_heun import EDMHeunScheduler
-from .training.methods import TRANSFORMERS
-from .training.options import read_changes
+from .training.methods import METHODS
 
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin")
-_METHODS = {transformer.__name__: method for method, transformer in TRANSFORMERS.items()}
+_METHODS = {method.transformer.__name__: name for name, method in METHODS.items()}
 
 
 @dataclass
@@ -126,7 +126,7 @@ def _read_transformer(kind: str, name: str | Path, subfolder: str | None) -> Sou
         raise ValueError(
             f"it is a {kind}; allowed are {', '.join(_METHODS)}, {DiTTransformer2DModel.__name__}."
         )
-    transformer = TRANSFORMERS[_METHODS[kind]].from_pretrained(name, subfolder=subfolder)
+    transformer = METHODS[_METHODS[kind]].transformer.from_pretrained(name, subfolder=subfolder)
     return _ours(transformer.state_dict(), config_of(transformer))
 
 
@@ -203,7 +203,7 @@ def build(source: Source, config: ConvertConfig) -> tuple[PatchTransformer2DMode
         ValueError: settings that are not the source's, or that are missing.
     """
     method = config.method or source.method or "sddit"
-    transformer = TRANSFORMERS[method]
+    transformer = METHODS[method].transformer
     arguments = inspect.signature(transformer).parameters
     changes = read_changes(
         config.transformer, {name: each.default for name, each in arguments.items() if name != "out_channels"}

@@ -23,27 +23,18 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from .cli import Parser, check_options, one_line_errors, option, options
 from .data.pictures import ImageDataset
+from .evaluation.catalogue import EXTRACTORS, SCORES
 from .evaluation.extractors import DinoExtractor, Extractor, InceptionExtractor
 from .evaluation.features import Features, default_cache, features_of_set
-from .evaluation.image_sets import KEYS, open_images, save_statistics
+from .evaluation.image_sets import open_images
 from .evaluation.judge import Reference, build_extractor, open_reference, score
 from .evaluation.probe import probe
 from .evaluation.scores import inception_score
+from .evaluation.statistics import save_statistics
 from .files import read_json, sha256_of, written_aside
 from .launching import check_machine
 from .pipelines.loading import load_pipeline
-from .training.options import EXTRACTORS
-
-# Names of the scores, and whether less or more is better.
-SCORES = {
-    "fid": "FID ↓",
-    "sfid": "sFID ↓",
-    "is": "Inception Score ↑",
-    "precision": "Precision ↑",
-    "recall": "Recall ↑",
-    "kid": "KID ↓",
-    "fd_dinov2": "FD-DINOv2 ↓",
-}
+from .pipelines.sampling import image_size
 
 
 @dataclass
@@ -55,7 +46,7 @@ class EvaluateConfig:
     )
     fd_dinov2: bool = option(False, "FD-DINOv2 too")
     extractor: str = option(
-        "inception", "'inception', or without downloads 'classifier' or 'pixels'", choices=EXTRACTORS
+        "inception", "'inception', or without downloads 'classifier' or 'pixels'", choices=tuple(EXTRACTORS)
     )
     inception_weights: str = option(
         "", "file of Inception's weights; from torch's hub cache or downloaded if ''"
@@ -160,14 +151,15 @@ class Evaluation:
 
     def _obstacle(self, name: str) -> str:
         """Why a score cannot be had; empty where it can."""
-        extractor = self.config.extractor
-        if name == "is":
-            return "needs the logits of a classifier, and pixels have none" if extractor == "pixels" else ""
-        if name == "sfid" and extractor != "inception":
-            return f"is a score of Inception's features, not of {extractor}"
-        if self.reference_images is not None or name in self.statistics:
+        score, extractor = SCORES[name], self.config.extractor
+        if score.part not in EXTRACTORS[extractor]:
+            return {
+                "logits": f"needs the logits of a classifier, and {extractor} have none",
+                "spatial": f"is a score of Inception's features, not of {extractor}",
+            }[score.part]
+        if not score.is_relative or self.reference_images is not None or name in self.statistics:
             return ""
-        needed = f"images or {' and '.join(KEYS[name])}" if name in KEYS else "images"
+        needed = "images" + f" or {' and '.join(score.statistics)}" * bool(score.statistics)
         has = "there is none" if self.reference_name is None else f"{self.reference_name} has none"
         return f"needs a REFERENCE with {needed}, and {has}"
 
@@ -197,7 +189,7 @@ class Evaluation:
         config, features = self.config, None
         arguments = (extractor, self.accelerator, config.batch_size, config.cache)
         samples = features_of_set(self.samples, *arguments)
-        if any(name != "is" and name not in self.statistics for name in wanted):
+        if any(SCORES[name].is_relative and name not in self.statistics for name in wanted):
             features = features_of_set(self.reference_images, *arguments)
         return samples, Reference(features, self.statistics, config.half, self.accelerator.device)
 
@@ -229,8 +221,10 @@ class Evaluation:
         print(f"\n{self.samples.name} against {self.reference_name or 'nothing'}{by}\n")
         print(f"{'':<20}{'score':>10}{'samples':>10}{'reference':>12}")
         for name, value in scores.items():
-            count = "" if name == "is" else "statistics" if name in self.statistics else f"{len(against):,}"
-            print(f"{SCORES[name]:<20}{value:>10.5g}{len(self.samples):>10,}{count:>12}")
+            count = ""
+            if SCORES[name].is_relative:
+                count = "statistics" if name in self.statistics else f"{len(against):,}"
+            print(f"{SCORES[name].heading:<20}{value:>10.5g}{len(self.samples):>10,}{count:>12}")
         for warning in warnings:
             print(f"\nWarning: {warning}")
         if config.save_stats:
@@ -271,10 +265,9 @@ def run_probe(config: EvaluateConfig, dataset_name: str) -> None:
     """
     pipe = load_pipeline(config.probe)
     channels = pipe.transformer.config.in_channels if pipe.vae is None else 3
-    size = pipe.transformer.config.sample_size * pipe.vae_scale_factor
     label_column = config.label_column or "label"
     dataset = ImageDataset(
-        dataset_name, config.image_column, label_column, channels, size, split=config.split
+        dataset_name, config.image_column, label_column, channels, image_size(pipe), split=config.split
     )
     pipe.to(Accelerator().device)
     rows = probe(pipe, dataset, config.probe_sigmas, config.probe_samples, config.batch_size)

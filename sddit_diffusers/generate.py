@@ -25,12 +25,10 @@ from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from diffusers import SchedulerMixin
 from PIL import Image
 
 from .cli import (
@@ -42,15 +40,15 @@ from .cli import (
     one_line_errors,
     option,
     options,
-    shortened,
 )
 from .files import LOCK, locked, read_json, remove, sha256_of, written_aside
 from .launching import check_machine, on_main_process, progress_bar
-from .pipelines.loading import _DTYPES, dtype_named, load_pipeline, sha256_of_weights
-from .pipelines.pipeline_sddit import SDDiTPipeline
-from .pipelines.sampling import class_of, sample
+from .pipelines.loading import DTYPES, load_pipeline, scheduler_of, settings_of, sha256_of_weights
+from .pipelines.pipeline_sddit import SDDiTPipeline, default_steps
+from .pipelines.sampling import class_of, image_size, sample
 
 _MOST_SEED = 2**63 - 1
+_STEPS = "num_inference_steps"
 _UINT8_RULE = "127.5 x + 128, clamped and truncated, of x in -1..1"
 
 
@@ -67,8 +65,11 @@ class GenerateConfig:
         "or numbers or names of classes, which are taken in turn",
     )
     seed: int = option(0, "of the first image; the next ones have the next seeds", low=0, high=_MOST_SEED)
-    num_inference_steps: int = option(
-        40, "steps N; Heun's sampler evaluates the network 2 N - 1 times", low=1, high=10_000
+    num_inference_steps: int | None = option(
+        None,
+        "steps N, the pipeline's own if not given; Heun's sampler evaluates the network 2 N - 1 times",
+        low=1,
+        high=10_000,
     )
     guidance_scale: float = option(1.0, "1 is off")
     guidance_interval: list[float] = options(
@@ -80,7 +81,9 @@ class GenerateConfig:
     s_noise: float = option(1.0, "what the added noise is multiplied by", low=0)
     scheduler: str = option("", "one of diffusers' EDM schedulers; the pipeline's own if not given")
     scheduler_options: str = option("{}", "JSON of the scheduler's settings that differ from the pipeline's")
-    dtype: str = option("float32", "of the transformer: 'float32', 'bfloat16' or 'float16'", choices=_DTYPES)
+    dtype: str = option(
+        "float32", "of the transformer: 'float32', 'bfloat16' or 'float16'", choices=tuple(DTYPES)
+    )
     format: list[str] = options(
         ["npz"], "'npz' (samples.npz, as ADM's), 'png' (images/), or both", choices=("npz", "png")
     )
@@ -114,45 +117,88 @@ class GenerateConfig:
         return settings | {"format": sorted(self.format)}
 
 
-def scheduler_of(pipe: SDDiTPipeline, config: GenerateConfig) -> SchedulerMixin:
-    """The scheduler that the settings ask for: the pipeline's own, or made of its settings and others.
+class Batches:
+    """The images that are made so far, in files of consecutive ones, each complete or absent.
 
-    Raises:
-        ValueError: there is none, or its settings make no schedule.
+    Args:
+        folder: of the files.
+        count: images of the generation.
+        shape: of an image, (h, w, channels).
     """
-    known = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
-    changes = json_object("scheduler_options", config.scheduler_options)
-    for name, value in changes.items():
-        if name not in known:
-            raise ValueError(f"The scheduler has no setting {shortened(name)}; it has {', '.join(known)}.")
-        if problem := _setting_problem(known[name], value):
-            raise ValueError(f"{name} of scheduler_options is {shortened(value)}; {problem}.")
-    kind = type(pipe.scheduler)
-    if config.scheduler:
-        kind = getattr(diffusers, config.scheduler, None)
-        if not config.scheduler.startswith("EDM") or kind is None:
-            names = ", ".join(name for name in dir(diffusers) if name.startswith("EDM"))
-            raise ValueError(
-                f"There is no EDM scheduler {shortened(config.scheduler)}; diffusers has {names}."
-            )
-    try:
-        scheduler = kind.from_config(pipe.scheduler.config, **changes)
-        scheduler.set_timesteps(config.num_inference_steps)
-    except Exception as error:  # whatever the schedulers' arithmetic raises
-        raise ValueError(f"The scheduler's settings cannot be used: {one_line(error)}") from None
-    if not scheduler.sigmas.isfinite().all() or not (scheduler.sigmas.diff() <= 0).all():
-        raise ValueError("The scheduler's settings cannot be used: its noise levels do not fall.")
-    return scheduler
 
+    def __init__(self, folder: Path, count: int, shape: tuple[int, int, int]):
+        self.folder, self.count, self.shape = folder, count, shape
 
-def _setting_problem(usual, value) -> str:
-    """What a setting of a scheduler must be and is not, going by its usual value."""
-    if isinstance(usual, (bool, str)) or usual is None:
-        return "" if isinstance(value, type(usual)) else f"it must be such as {json.dumps(usual)}"
-    allowed = int if isinstance(usual, int) else (int, float)
-    if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < math.inf:
-        return f"it must be a {'whole ' * (allowed is int)}number above 0"
-    return ""
+    def files(self) -> list[tuple[range, Path]]:
+        """What is there, in the order of its images: their numbers, and the file."""
+        return [(self._numbers(path), path) for path in sorted(self.folder.glob("*.npy"))]
+
+    @staticmethod
+    def _numbers(path: Path) -> range:
+        """The images of a file, by its name; none where it is no such name."""
+        match = re.fullmatch("([0-9]{9,10})-([0-9]{9,10})", path.stem)
+        return range(*map(int, match.groups())) if match else range(0)
+
+    def save(self, numbers: range, images: np.ndarray) -> None:
+        """Keeps some images, `[n, h, w, channels]`."""
+        with written_aside(self.folder / f"{numbers.start:09d}-{numbers.stop:09d}.npy") as file:
+            np.save(file, images)
+
+    def missing(self, most: int) -> Iterator[range]:
+        """The images that are missing, `most` in a range at most."""
+        missing = np.ones(self.count, bool)
+        for images, _ in self.files():
+            missing[images.start : images.stop] = False
+        numbers = np.flatnonzero(missing)
+        for run in np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1):
+            for i in range(0, len(run), most):
+                part = run[i : i + most]
+                yield range(int(part[0]), int(part[-1]) + 1)
+
+    def remove_damaged(self) -> None:
+        """Removes files that are not whole, with a warning: their images are made again."""
+        files = [(numbers, path, self._problem(numbers, path)) for numbers, path in self.files()]
+        owners = np.zeros(self.count, int)  # files that have an image
+        for numbers, _, problem in files:
+            if not problem:
+                owners[numbers] += 1
+        for numbers, path, problem in files:
+            if not problem and (owners[numbers] > 1).any():
+                problem = "another file has its images too"
+            if problem:
+                print(f"{path} is damaged ({problem}); it is made again.", file=sys.stderr)
+                remove(path)
+
+    def _problem(self, numbers: range, path: Path) -> str:
+        """What is wrong with a file; empty where it can be used."""
+        if not numbers or numbers.stop > self.count:
+            return "its name has no images of this generation"
+        shape = (len(numbers), *self.shape)
+        try:
+            images = np.load(path, mmap_mode="r", allow_pickle=False)
+            found = images.dtype, images.shape
+        except (OSError, EOFError, ValueError, AttributeError) as error:  # AttributeError: an archive
+            return one_line(error)
+        right = found == (np.uint8, shape)
+        return "" if right else f"it is {found[0]} of shape {found[1]}, not uint8 of {shape}"
+
+    def write_npz(self, path: Path, labels: list[int]) -> None:
+        """`arr_0`, uint8 `[images, h, w, 3]`, and `arr_1`, their labels, a file in memory at a time."""
+        files = self.files()
+        height, width = np.load(files[0][1], mmap_mode="r").shape[1:3]
+        header = {
+            "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
+            "fortran_order": False,
+            "shape": (self.count, height, width, 3),
+        }
+        with written_aside(path) as file, zipfile.ZipFile(file, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for _, batch in files:
+                    images = np.load(batch)
+                    member.write(np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:3], 3))))
+            with archive.open("arr_1.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.array(labels, np.int64))
 
 
 class Generation:
@@ -164,25 +210,32 @@ class Generation:
         self.batches_dir = self.output_dir / ".generating"
         self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
         check_machine(self.accelerator)
-        self.pipe = self._load()
+        self.pipe = pipe = self._load()
+        self.num_inference_steps = config.num_inference_steps or default_steps(pipe.scheduler)
         labels = config.class_labels
-        self.labels = [class_of(self.pipe, labels, config.seed, i) for i in range(config.num_samples)]
+        self.labels = [class_of(pipe, labels, config.seed, i) for i in range(config.num_samples)]
+        side, vae = image_size(pipe), pipe.vae
+        channels = pipe.transformer.config.in_channels if vae is None else vae.config.out_channels
+        self.batches = Batches(self.batches_dir, config.num_samples, (side, side, channels))
         self.settings = json.loads(json.dumps(self._settings()))  # as they come back from a file
 
     def _load(self) -> SDDiTPipeline:
-        config, pipe = self.config, load_pipeline(self.config.model, dtype_named(self.config.dtype))
-        pipe.scheduler = scheduler_of(pipe, config)
+        config, pipe = self.config, load_pipeline(self.config.model, DTYPES[self.config.dtype])
+        changes = json_object("scheduler_options", config.scheduler_options)
+        pipe.scheduler = scheduler_of(pipe.scheduler, config.scheduler, changes, config.num_inference_steps)
         pipe.to(self.accelerator.device)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     def _settings(self) -> dict:
+        """What decides the images; the number of steps once, as it is used."""
         pipe = self.pipe
+        scheduler = {name: value for name, value in settings_of(pipe.scheduler).items() if name != _STEPS}
         return self.config.decisive() | {
+            _STEPS: self.num_inference_steps,
             "transformer_sha256": sha256_of_weights(pipe.transformer),
             "vae_sha256": None if pipe.vae is None else sha256_of_weights(pipe.vae),
-            "scheduler_config": {"class": type(pipe.scheduler).__name__}
-            | {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")},
+            "scheduler_config": {"class": type(pipe.scheduler).__name__} | scheduler,
         }
 
     def _begin(self, held: ExitStack) -> bool:
@@ -201,7 +254,7 @@ class Generation:
                 if file.exists():
                     self._compare(file)
                     if file == path:
-                        self._remove_damaged()
+                        self.batches.remove_damaged()
                     return file == record
             if any(entry.name not in (LOCK, ".generating") for entry in self.output_dir.iterdir()):
                 raise ValueError(
@@ -222,39 +275,6 @@ class Generation:
             raise ValueError(
                 f"{self.output_dir} holds other images ({'; '.join(changed)}); choose another --output_dir."
             )
-
-    def _remove_damaged(self) -> None:
-        """Removes batches that are not whole, with a warning: they are made again."""
-        problems = {path: self._problem(path) for path in sorted(self.batches_dir.glob("*.npy"))}
-        files = np.zeros(self.config.num_samples, int)  # that have an image
-        for path, problem in problems.items():
-            if not problem:
-                files[_numbers_of(path)] += 1
-        for path, problem in problems.items():
-            if not problem and (files[_numbers_of(path)] > 1).any():
-                problem = "another file has its images too"
-            if problem:
-                print(f"{path} is damaged ({problem}); it is made again.", file=sys.stderr)
-                remove(path)
-
-    def _problem(self, path: Path) -> str:
-        """What is wrong with a batch's file; empty where it can be used."""
-        numbers, transformer = _numbers_of(path), self.pipe.transformer.config
-        if not numbers or numbers.stop > self.config.num_samples:
-            return "its name has no images of this generation"
-        side = transformer.sample_size * self.pipe.vae_scale_factor
-        channels = transformer.in_channels if self.pipe.vae is None else self.pipe.vae.config.out_channels
-        shape = (len(numbers), side, side, channels)
-        try:
-            images = np.load(path, mmap_mode="r", allow_pickle=False)
-            found = images.dtype, images.shape
-        except (OSError, EOFError, ValueError, AttributeError) as error:  # AttributeError: an archive
-            return one_line(error)
-        return (
-            ""
-            if found == (np.uint8, shape)
-            else f"it is {found[0]} of shape {found[1]}, not uint8 of {shape}"
-        )
 
     def run(self) -> None:
         """Does what is missing.
@@ -283,7 +303,7 @@ class Generation:
     def make(self) -> None:
         """Makes this process's part of the images that are missing."""
         config, rank, processes = self.config, self.accelerator.process_index, self.accelerator.num_processes
-        missing = list(self._missing())
+        missing = list(self.batches.missing(config.batch_size))
         self.accelerator.wait_for_everyone()  # all have looked before one writes
         mine = missing[rank::processes]
         total = -(-config.num_samples // processes)
@@ -296,35 +316,19 @@ class Generation:
                     self.pipe,
                     [config.seed + i for i in batch],
                     [self.labels[i] for i in batch],
-                    num_inference_steps=config.num_inference_steps,
+                    num_inference_steps=self.num_inference_steps,
                     guidance_scale=config.guidance_scale,
                     guidance_interval=tuple(config.guidance_interval),
                     **config.churn,
                 )
-                with written_aside(self.batches_dir / f"{batch.start:09d}-{batch.stop:09d}.npy") as file:
-                    np.save(file, images)
+                self.batches.save(batch, images)
                 progress.update(len(batch))
         self.accelerator.wait_for_everyone()
-
-    def _batches(self) -> list[tuple[range, Path]]:
-        """The batches that are there, in the order of their images."""
-        return [(_numbers_of(path), path) for path in sorted(self.batches_dir.glob("*.npy"))]
-
-    def _missing(self) -> Iterator[range]:
-        """The images that are missing, in ranges of the batch size at most."""
-        missing = np.ones(self.config.num_samples, bool)
-        for images, _ in self._batches():
-            missing[images.start : images.stop] = False
-        numbers = np.flatnonzero(missing)
-        for run in np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1):
-            for i in range(0, len(run), self.config.batch_size):
-                part = run[i : i + self.config.batch_size]
-                yield range(int(part[0]), int(part[-1]) + 1)
 
     def _write_pictures(self) -> None:
         """This process's part of the PNG files, a folder each thousand, under a name for unfinished ones."""
         aside = self.output_dir / ".generating" / "images"
-        mine = self._batches()[self.accelerator.process_index :: self.accelerator.num_processes]
+        mine = self.batches.files()[self.accelerator.process_index :: self.accelerator.num_processes]
         with (
             ThreadPoolExecutor() as threads,
             progress_bar(self.accelerator, "writing images/", unit="batch", total=len(mine)) as progress,
@@ -342,7 +346,7 @@ class Generation:
         files = {}
         if "npz" in self.config.format:
             path = self.output_dir / "samples.npz"
-            self._write_npz(path)
+            self.batches.write_npz(path, self.labels)
             with path.open("rb") as file:
                 files[path.name] = sha256_of(file)
         if "png" in self.config.format:
@@ -373,30 +377,6 @@ class Generation:
     def _device_name(self) -> str:
         device = self.accelerator.device
         return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-    def _write_npz(self, path: Path) -> None:
-        """`arr_0`, uint8 `[images, h, w, 3]`, and `arr_1`, their labels, a batch in memory at a time."""
-        batches = self._batches()
-        height, width = np.load(batches[0][1], mmap_mode="r").shape[1:3]
-        header = {
-            "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
-            "fortran_order": False,
-            "shape": (self.config.num_samples, height, width, 3),
-        }
-        with written_aside(path) as file, zipfile.ZipFile(file, "w") as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array_header_1_0(member, header)
-                for _, batch in batches:
-                    images = np.load(batch)
-                    member.write(np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:3], 3))))
-            with archive.open("arr_1.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.array(self.labels, np.int64))
-
-
-def _numbers_of(path: Path) -> range:
-    """The images of a batch, by its file's name; none where it is no such name."""
-    match = re.fullmatch("([0-9]{9,10})-([0-9]{9,10})", path.stem)
-    return range(*map(int, match.groups())) if match else range(0)
 
 
 def _save_picture(image: np.ndarray, path: Path) -> None:

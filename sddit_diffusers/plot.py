@@ -28,7 +28,9 @@ class PlotConfig:
     metric: str = option("fid", "what `scores` draws: a name in metrics.jsonl, as fid_classifier")
     class_labels: list[str] = options([], "numbers or names of classes; ten of all if not given")
     columns: int = option(10, "pictures in a row", low=1, high=1000)
-    num_inference_steps: int = option(40, "steps of the sampler", low=1)
+    num_inference_steps: int | None = option(
+        None, "steps of the sampler; the pipeline's own if not given", low=1
+    )
     guidance_scale: float = option(1.0, "1 is off")
     guidance_interval: list[float] = options(
         [0.0, math.inf], "the lowest and highest sigma that are guided", low=0, infinite=True

@@ -12,8 +12,6 @@ and 4 channels.
 """
 
 import dataclasses
-import hashlib
-import io
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -25,28 +23,21 @@ from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
 from .cli import Parser, check_options, differences, one_line_errors, option
-from .data.order import generator_for, prefetch, read_out
-from .data.pictures import MOST_CLASSES, UnreadableImageError, decode_image, load_rows, pictures_of
-from .data.shards import Manifest, shard_schema, verify, write_shard
+from .data.blocks import Blocks, counts_of_blocks, remove_damaged_blocks, write_block
+from .data.order import prefetch
+from .data.pictures import UnreadableImageError, decode_image
+from .data.shards import Manifest, card, holds, verify, write_shard
+from .data.sources import Source
 from .files import LOCK, locked, read_json, remove, sha256_of, written_aside
 from .launching import check_machine, on_main_process, progress_bar
-from .pipelines.loading import load_vae, sha256_of_weights
-
-# A row of a block: a latent, or an image that cannot be read, with the problem.
-_BLOCK_ROW = pa.schema(
-    {"row": pa.int64(), "flipped": pa.bool_(), "moments": pa.binary(), "label": pa.string()}
-    | {"name": pa.string(), "problem": pa.string()}
-)
+from .pipelines.loading import DTYPES, load_vae, sha256_of_weights
 
 
 @dataclass
@@ -63,7 +54,7 @@ class PrepareConfig:
     vae: str = option("", "AutoencoderKL or AutoencoderTiny: a folder or a name on the Hub")
     dtype: str = option(
         "float32", "precision of the VAE: 'float32', 'bfloat16' or 'float16'",
-        choices=("float32", "bfloat16", "float16"),
+        choices=tuple(DTYPES),
     )  # fmt: skip
     resolution: int = option(
         256, "side of the square that is cut from each image, in pixels", low=1, high=8192
@@ -88,81 +79,6 @@ class PrepareConfig:
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
 
 
-class Source:
-    """Labelled images in units: contiguous parts of a dataset, read independently of one another.
-
-    Attributes:
-        count: number of images; None for a stream, which tells at its end.
-        units: number of units.
-
-    Raises:
-        ValueError: a dataset or a column that is not there, or an empty dataset.
-    """
-
-    def __init__(self, config: PrepareConfig):
-        self.name, self.image_column, self.label_column = (
-            config.dataset_name, config.image_column, config.label_column,
-        )  # fmt: skip
-        columns = [self.image_column, *({self.label_column} - {self.image_column, ""})]
-        rows = load_rows(self.name, config.split, config.dataset_config_name, config.streaming)
-        try:
-            first = next(iter(rows.take(1).with_format("arrow")), None)
-        except Exception as error:  # whatever the Hub, the network and the readers raise
-            raise ValueError(f"The dataset {self.name!r} cannot be read: {error}") from error
-        if first is None or not len(first):
-            raise ValueError(f"{self.name} is empty.")
-        for column in columns:
-            if column not in first.column_names:
-                raise ValueError(
-                    f"{self.name} has no column {column!r}; its columns are {', '.join(first.column_names)}."
-                )
-        self.class_names = getattr((rows.features or {}).get(self.label_column), "names", None)
-        self.has_named_labels = bool(self.label_column) and isinstance(
-            first[self.label_column][0].as_py(), str
-        )
-        rows = pictures_of(rows.select_columns(columns), self.image_column, self.name)
-        if config.streaming:
-            self.count, self.units = None, rows.num_shards
-        else:
-            self.count, self.units = len(rows), -(-len(rows) // (4 * config.block_size))
-            rows = rows.to_iterable_dataset(num_shards=self.units)
-        self._rows = rows
-
-    def blocks(self, unit: int, skipped: int, size: int) -> Iterator[list[tuple]]:
-        """A unit's pairs of file and label after the first ones, `size` at a time.
-
-        The last block, and no other, is shorter than `size`; it may be empty.
-        """
-        block = []
-        with closing(read_out(self._rows.shard(self.units, unit).skip(skipped))) as rows:
-            for row in rows:
-                place = self.place(unit, skipped + len(block))
-                block.append((row[self.image_column], self._label(row, place)))
-                if len(block) == size:
-                    yield block
-                    block, skipped = [], skipped + size
-            yield block
-
-    def place(self, unit: int, row: int) -> str:
-        """How a row is called in messages."""
-        if self.count is None:
-            return f"Row {row} of part {unit} (of 0 to {self.units - 1}) of {self.name}"
-        size, larger = divmod(self.count, self.units)  # the first units have a row more
-        return f"Row {unit * size + min(unit, larger) + row} of {self.name}"
-
-    def _label(self, row: dict, place: str) -> str | None:
-        """A label as text, be it a number or a name."""
-        if not self.label_column:
-            return None
-        label, allowed = row[self.label_column], len(self.class_names or ()) or MOST_CLASSES
-        if self.has_named_labels and isinstance(label, str):
-            return label
-        if not self.has_named_labels and isinstance(label, int) and 0 <= label < allowed:
-            return str(label)
-        kind = "names" if self.has_named_labels else f"integers from 0 to {allowed - 1}"
-        raise ValueError(f"{place} has the label {label!r}; allowed are {kind}.")
-
-
 class Decoded(NamedTuple):
     """An image of a block, or why there is none."""
 
@@ -183,7 +99,12 @@ class Preparation:
         # Processes wait for one another at the end of each phase only, and there for as long as it takes.
         self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
         check_machine(self.accelerator)
-        self.source = Source(config)
+        self.source = Source(
+            config.dataset_name, config.image_column, config.label_column, config.split,
+            config.dataset_config_name, config.streaming, 4 * config.block_size,
+        )  # fmt: skip
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.units = range(rank, self.source.units, processes)  # this process's
         self.vae = load_vae(config.vae)
         self.settings = config.decisive() | {
             "vae_sha256": sha256_of_weights(self.vae),
@@ -192,7 +113,7 @@ class Preparation:
         }
         self.vae.to(self.accelerator.device)
         if config.dtype != "float32":
-            self.vae.to(getattr(torch, config.dtype))
+            self.vae.to(DTYPES[config.dtype])
         self.shape = self._shape()
 
     def _shape(self) -> list[int]:
@@ -212,7 +133,7 @@ class Preparation:
         with ExitStack() as stack:
             if not on_main_process(lambda: self._begin(stack), self.accelerator):
                 self.encode()
-                while self._remove_damaged_blocks():
+                while remove_damaged_blocks(self.blocks_dir, self.units):
                     self.encode()
                 self.accelerator.wait_for_everyone()
                 self.write_shards()
@@ -272,8 +193,7 @@ class Preparation:
 
     def encode(self) -> None:
         """Encodes this process's units, except for the blocks that are there."""
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        done = {unit: self._blocks_of(unit) for unit in range(rank, self.source.units, processes)}
+        done = {unit: counts_of_blocks(self.blocks_dir, unit) for unit in self.units}
         share = None if self.source.count is None else self.source.count * len(done) // self.source.units
         rows = sum(sum(counts) for counts in done.values())
         with progress_bar(self.accelerator, "encoding", unit="image", initial=rows, total=share) as progress:
@@ -285,34 +205,11 @@ class Preparation:
         """Encodes the blocks of a unit from a row on."""
         with closing(prefetch(self._decoded_blocks(unit, offset), depth=2)) as blocks:
             for block in blocks:
-                table, buffer = pa.Table.from_pylist(self._encode(unit, block), _BLOCK_ROW), io.BytesIO()
-                with pa.ipc.new_stream(buffer, table.schema) as writer:
-                    writer.write_table(table)
-                content = buffer.getbuffer()
-                name = f"{unit:06d}-{offset:09d}-{len(block)}-{hashlib.sha256(content).hexdigest()}.arrow"
-                with written_aside(self.blocks_dir / name) as file:
-                    file.write(content)
+                write_block(self.blocks_dir, unit, offset, len(block), self._encode(unit, block))
                 offset += len(block)
                 progress.update(len(block))
 
-    def _blocks_of(self, unit: int) -> list[int]:
-        """The numbers of source rows in a unit's blocks that are there."""
-        return [int(path.stem.split("-")[2]) for path in self.blocks_dir.glob(f"{unit:06d}-*.arrow")]
-
-    def _remove_damaged_blocks(self) -> bool:
-        """Removes this process's blocks that are not as they were written, and those after them in a unit."""
-        removed = False
-        for unit in range(self.accelerator.process_index, self.source.units, self.accelerator.num_processes):
-            whole = True
-            for path in sorted(self.blocks_dir.glob(f"{unit:06d}-*.arrow")):
-                with path.open("rb") as file:
-                    whole = whole and sha256_of(file) == path.stem.split("-")[-1]
-                if not whole:
-                    path.unlink()
-                    removed = True
-        return removed
-
-    def _decoded_blocks(self, unit: int, offset: int) -> Iterator[list["Decoded"]]:
+    def _decoded_blocks(self, unit: int, offset: int) -> Iterator[list[Decoded]]:
         """The unit's blocks from a row on, decoded by threads."""
         with ThreadPoolExecutor() as threads:
             for block in self.source.blocks(unit, offset, self.config.block_size):
@@ -320,7 +217,7 @@ class Preparation:
                 yield list(threads.map(self._decode, repeat(unit), rows, block))
                 offset += len(block)
 
-    def _decode(self, unit: int, row: int, item: tuple) -> "Decoded":
+    def _decode(self, unit: int, row: int, item: tuple) -> Decoded:
         file, label = item
         try:
             return Decoded(row, label, decode_image(file, "RGB", self.config.resolution))
@@ -329,8 +226,8 @@ class Preparation:
                 raise UnreadableImageError(f"{self.source.place(unit, row)} {error}") from error
             return Decoded(row, label, None, (file or {}).get("path"), str(error))
 
-    def _encode(self, unit: int, block: list["Decoded"]) -> list[dict]:
-        """The block's rows, of the columns of `_BLOCK_ROW`."""
+    def _encode(self, unit: int, block: list[Decoded]) -> list[dict]:
+        """What came of the block's rows, for `write_block`."""
         rows = [
             {"row": item.row, "name": item.name, "problem": item.problem} for item in block if item.problem
         ]
@@ -378,7 +275,7 @@ class Preparation:
         if self.accelerator.is_main_process:
             self._finish(blocks, files, [len(shard) for shard in shards])
 
-    def _finish(self, blocks: "Blocks", files: list[str], counts: list[int]) -> None:
+    def _finish(self, blocks: Blocks, files: list[str], counts: list[int]) -> None:
         """Writes card and manifest; with the latter, the folder is complete."""
         for path in (self.output_dir / "data").glob(".*.tmp"):  # of runs that were stopped
             remove(path)
@@ -412,113 +309,6 @@ class Preparation:
             file.write(card(manifest))
         manifest.save(self.output_dir)
         remove(self.blocks_dir)
-
-
-class Blocks:
-    """The rows of all blocks, as one table.
-
-    Attributes:
-        order: numbers of the rows that hold latents, shuffled.
-        source_rows: number of images in the source.
-        unreadable: row, name and problem of each image that could not be read.
-        num_classes, class_names: 0 and None without labels, or without names.
-    """
-
-    def __init__(self, folder: Path, source: Source, seed: int):
-        paths = sorted(folder.glob("*.arrow"))
-        units, _, counts = np.array([path.stem.split("-")[:3] for path in paths], np.int64).T
-        sizes = np.bincount(units, counts, source.units).astype(np.int64)
-        before = sizes.cumsum() - sizes  # rows of the source before each unit
-        self.source_rows = int(sizes.sum())
-        parts = [datasets.Dataset.from_file(str(path)) for path in paths]
-        self._rows = datasets.concatenate_datasets(parts).with_format("arrow")
-        about = self._rows.select_columns(["row", "label", "name", "problem"])[:]
-        units = np.repeat(units, [len(part) for part in parts])
-        self._index = about["row"].to_numpy() + before[units]
-        readable = about["problem"].is_null().to_numpy()
-        self.order = np.flatnonzero(readable)
-        self.order = self.order[torch.randperm(len(self.order), generator=generator_for(seed)).numpy()]
-        wrong = np.flatnonzero(~readable)
-        self.unreadable = [
-            {
-                "row": int(self._index[i]),
-                "name": about["name"][i].as_py(),
-                "problem": about["problem"][i].as_py(),
-            }
-            for i in wrong
-        ]
-        if not len(self.order):
-            raise ValueError(f"None of the {self.source_rows} images of {source.name} can be read.")
-        self._number_labels(about["label"].to_pylist(), readable, source)
-        self._schema = shard_schema(self.num_classes, self.class_names)
-
-    def _number_labels(self, labels: list, readable: np.ndarray, source: Source) -> None:
-        self.num_classes, self.class_names, self._labels = 0, source.class_names, None
-        if not source.label_column:
-            return
-        if source.has_named_labels:
-            self.class_names = sorted({label for label in labels if label is not None})
-            numbers = {name: number for number, name in enumerate(self.class_names)}
-            labels = [numbers.get(label, -1) for label in labels]
-        self._labels = np.array([-1 if label is None else int(label) for label in labels])
-        self.num_classes = len(self.class_names or ()) or int(self._labels.max()) + 1
-
-    def table(self, rows: np.ndarray) -> pa.Table:
-        """Some of the rows, as a shard holds them."""
-        found = self._rows[rows]
-        columns = {"moments": found["moments"], "index": self._index[rows], "flipped": found["flipped"]}
-        if self._labels is not None:
-            columns["label"] = self._labels[rows]
-        return (
-            pa.table({name: columns[name] for name in self._schema.names}).cast(self._schema).combine_chunks()
-        )
-
-
-def holds(path: Path, table: pa.Table) -> bool:
-    """Whether a shard that a run before has written is that of a table."""
-    try:
-        return pq.read_table(path, page_checksum_verification=True).equals(table)
-    except (OSError, ValueError):  # pyarrow's errors are among the latter
-        return False
-
-
-def card(manifest: Manifest) -> str:
-    """The dataset card: what the folder holds, and how it is read with and without this package."""
-    c, h, w = manifest.shape
-    classes = f", {manifest.num_classes} classes" if manifest.num_classes else ""
-    return f"""---
-configs:
-- config_name: default
-  data_files:
-  - split: train
-    path: data/*.parquet
-tags:
-- latents
-- sd-dit
----
-
-# Latents of {manifest.source["name"]}
-
-{manifest.count} latents of shape {c} x {h} x {w}{classes}, shuffled: the middle square of each image at
-{manifest.resolution} x {manifest.resolution} pixels, encoded by `{manifest.vae["name"]}`. `moments` holds the
-mean and the standard deviation of the posterior, unscaled; `index` is the row in the source, `flipped` tells
-mirror images. `manifest.json` lists what made them and each shard's SHA-256.
-
-```python
-import numpy as np
-from datasets import load_dataset
-
-for row in load_dataset("THIS_DATASET", split="train", streaming=True):
-    mean, std = np.frombuffer(row["moments"], np.float16).reshape(2, {c}, {h}, {w}).astype(np.float32)
-    latent = mean + std * np.random.randn(*mean.shape)
-```
-
-With SD-DiT for diffusers:
-
-```bash
-accelerate launch train_sddit.py --preset SD-DiT-S/2 --dataset_name THIS_DATASET
-```
-"""
 
 
 def main(arguments: Iterable[str] | None = None) -> None:

@@ -27,13 +27,15 @@ from tqdm.auto import tqdm
 
 from .cli import Parser, check_options, differences, json_object, one_line_errors, option, options, shortened
 from .data.pictures import ImageDataset
+from .evaluation.figures import draw
 from .evaluation.judge import Judge
 from .evaluation.probe import probe
-from .evaluation.studies import Results, as_json, draw, markdown, read_study, slug
+from .evaluation.studies import Results, as_json, markdown, read_study, slug
 from .files import locked, read_json, remove, written_aside
 from .launching import check_machine, on_main_process
 from .pipelines.loading import load_pipeline
 from .pipelines.pipeline_sddit import SDDiTPipeline
+from .pipelines.sampling import image_size
 from .schedulers.scheduling_edm_heun import EDMHeunScheduler
 from .training.checkpointing import find_checkpoints
 from .training.metrics import read_metrics
@@ -181,16 +183,16 @@ class Reproduction:
             if table.kind == "speed":
                 self.keep(self.folder / "speeds.json", table.runs, _SPEEDS, self.measure_speeds)
             for run, seed in [(run, seed) for run in table.runs for seed in self.seeds]:
-                folder, config = self.folder_of(run, seed), self.configs[run, seed]
                 if not self.is_done(run, seed):
                     continue
+                folder = self.folder_of(run, seed)
+                given = folder, self.configs[run, seed], self.accelerator
                 if table.kind == "probe":
-                    self.keep(
-                        folder / "probe.json", table.sigmas, _PROBED, partial(self.probe, folder, config)
-                    )
+                    self.keep(folder / "probe.json", table.sigmas, _PROBED, partial(probe_training, *given))
                 for name, sampling in table.samplings.items():
                     path = folder / f"sampling-{slug(name)}.json"
-                    self.keep(path, sampling, _SAMPLED, partial(self.sample, folder, config))
+                    measure = partial(score_training, *given, self.study.metric)
+                    self.keep(path, sampling, _SAMPLED, measure)
 
     def keep(self, path: Path, of: list | dict, structure: Any, measure: Callable) -> None:
         """Writes what `measure` finds of something, unless that was done before."""
@@ -229,31 +231,6 @@ class Reproduction:
         if self.accelerator.is_main_process:
             remove(speed)
         return {run: 1 / statistics.median(values[2:]) for run, values in seconds.items()}
-
-    def probe(self, folder: Path, config: TrainingConfig, sigmas: list[float]) -> list[dict]:
-        """What a training's encoder knows of the pictures that it is scored against."""
-        pipe, name, size = self.load(folder, config)
-        channels = pipe.transformer.config.in_channels if pipe.vae is None else 3
-        dataset = ImageDataset(name, config.image_column, config.label_column, channels, size)
-        return on_main_process(lambda: probe(pipe, dataset, sigmas, 10_000), self.accelerator)
-
-    def sample(self, folder: Path, config: TrainingConfig, sampling: dict) -> float | None:
-        """The score of a training's samples, made in another way."""
-        pipe, name, size = self.load(folder, config)
-        arguments = {name: value for name, value in sampling.items() if name != "scheduler"}
-        pipe.scheduler = EDMHeunScheduler.from_config(pipe.scheduler.config, **sampling.get("scheduler", {}))
-        judge = Judge(
-            name, config.evaluation_extractor, (size, size), config.evaluation_samples,
-            config.image_column, config.label_column, self.accelerator,
-        )  # fmt: skip
-        return judge(pipe, config.train_batch_size, **arguments).get(self.study.metric)
-
-    def load(self, folder: Path, config: TrainingConfig) -> tuple[SDDiTPipeline, str, int]:
-        """A training's pipeline, the name of what it is scored against, and the side of its images."""
-        pipe = load_pipeline(str(folder)).to(self.accelerator.device)
-        pipe.set_progress_bar_config(disable=True)
-        size = pipe.transformer.config.sample_size * pipe.vae_scale_factor
-        return pipe, config.evaluation_reference or config.dataset_name, size
 
     def collect(self) -> None:
         """Reads what there is."""
@@ -306,6 +283,39 @@ class Reproduction:
         for table in self.study.tables:
             draw(table, self.study, self.results, self.folder)
         print(f"{len(self.study.tables)} tables and figures: {self.folder}/results.md")
+
+
+def probe_training(
+    folder: Path, config: TrainingConfig, accelerator: Accelerator, sigmas: list[float]
+) -> list[dict]:
+    """What a training's encoder knows of the pictures that it is scored against."""
+    pipe, name, size = load_training(folder, config, accelerator)
+    channels = pipe.transformer.config.in_channels if pipe.vae is None else 3
+    dataset = ImageDataset(name, config.image_column, config.label_column, channels, size)
+    return on_main_process(lambda: probe(pipe, dataset, sigmas, 10_000), accelerator)
+
+
+def score_training(
+    folder: Path, config: TrainingConfig, accelerator: Accelerator, metric: str, sampling: dict
+) -> float | None:
+    """The score of a training's samples, made in another way."""
+    pipe, name, size = load_training(folder, config, accelerator)
+    arguments = {name: value for name, value in sampling.items() if name != "scheduler"}
+    pipe.scheduler = EDMHeunScheduler.from_config(pipe.scheduler.config, **sampling.get("scheduler", {}))
+    judge = Judge(
+        name, config.evaluation_extractor, (size, size), config.evaluation_samples,
+        config.image_column, config.label_column, accelerator,
+    )  # fmt: skip
+    return judge(pipe, config.train_batch_size, **arguments).get(metric)
+
+
+def load_training(
+    folder: Path, config: TrainingConfig, accelerator: Accelerator
+) -> tuple[SDDiTPipeline, str, int]:
+    """A training's pipeline, the name of what it is scored against, and the side of its images."""
+    pipe = load_pipeline(str(folder)).to(accelerator.device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, config.evaluation_reference or config.dataset_name, image_size(pipe)
 
 
 def is_number(value) -> bool:

@@ -25,10 +25,12 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = {path.name: path.read_text() for path in (ROOT / "docs").glob("*.md")}
 TEXT = "".join([README, *PAGES.values()])
+CARRIED_OUT = PAGES["extending.md"]  # by a test of its own, since it adds to the package's tables
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+    text = TEXT.replace(CARRIED_OUT, "") if language == "python" else TEXT
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def test_python_snippets_run(tmp_path, monkeypatch):

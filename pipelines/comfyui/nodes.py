@@ -17,11 +17,10 @@ from comfy_api.latest import io
 from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 
 from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline
-from sddit_diffusers.pipelines.loading import load_pipeline
+from sddit_diffusers.pipelines.loading import SHORT_DTYPES, load_pipeline
 
 Pipeline = io.Custom("SDDIT_PIPELINE")
 FROM_HUB = "(from the Hub)"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLERS = {
     "heun": EDMHeunScheduler,
     "euler": EDMEulerScheduler,
@@ -101,6 +100,27 @@ def decode(
     return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().cpu()
 
 
+def number(
+    name: str, default: float, most: float, tooltip: str, step: float = 0.1, round: float = 0.001, **options
+):
+    """An input from 0 to `most`."""
+    return io.Float.Input(
+        name, default=float(default), min=0.0, max=float(most), step=step, round=round, tooltip=tooltip,
+        **options,
+    )  # fmt: skip
+
+
+def churn_inputs() -> list:
+    """EDM's stochastic sampler."""
+    inputs = (
+        ("s_churn", 0, 1000, "EDM's S_churn: noise that each step adds, for heun and euler. 0 is off.", 1.0),
+        ("s_tmin", 0, 1000, "The lowest noise level at which noise is added.", 0.01),
+        ("s_tmax", 1000, 1000, "The highest noise level at which noise is added.", 1.0),
+        ("s_noise", 1, 10, "Standard deviation of the noise that is added.", 0.001),
+    )
+    return [number(*each, optional=True) for each in inputs]
+
+
 class LoadPipeline(io.ComfyNode):
     """A pipeline by folder or name on the Hub."""
 
@@ -125,7 +145,7 @@ class LoadPipeline(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "dtype",
-                    options=["auto", *DTYPES],
+                    options=["auto", *SHORT_DTYPES],
                     default="auto",
                     tooltip="Of the transformer. auto: bf16 where ComfyUI finds it fit, else fp32.",
                 ),
@@ -151,7 +171,7 @@ class LoadPipeline(io.ComfyNode):
         # ComfyUI runs nodes in inference mode. Weights made in it take other kernels: a VAE's images then
         # differ in their last bits from those made outside.
         with torch.inference_mode(False):
-            pipe = load_pipeline(name, DTYPES[dtype]).to(device)
+            pipe = load_pipeline(name, SHORT_DTYPES[dtype]).to(device)
         channels = pipe.transformer.config.in_channels
         if pipe.vae is None and channels not in (1, 3):
             raise ValueError(f"The pipeline {name!r} has no VAE for its latents of {channels} channels.")
@@ -182,78 +202,21 @@ class Sample(io.ComfyNode):
                 io.Combo.Input("sampler", options=list(SAMPLERS), default="heun"),
                 io.Int.Input(
                     "steps",
-                    default=40,
-                    min=1,
+                    default=0,
+                    min=0,
                     max=1000,
-                    tooltip="heun evaluates the network 2 steps - 1 times, the others once a step.",
+                    tooltip="heun evaluates the network 2 steps - 1 times, the others once a step. "
+                    "0: the pipeline's own steps, mostly 40.",
                 ),
-                io.Float.Input(
-                    "guidance_scale",
-                    default=1.5,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="1 is off.",
-                ),
-                io.Float.Input(
-                    "guidance_sigma_min",
-                    default=0.0,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.1,
-                    round=0.001,
-                    tooltip="The lowest noise level that is guided.",
-                ),
-                io.Float.Input(
+                number("guidance_scale", 1.5, 100, "1 is off.", round=0.01),
+                number("guidance_sigma_min", 0, 1000, "The lowest noise level that is guided."),
+                number(
                     "guidance_sigma_max",
-                    default=1000.0,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.1,
-                    round=0.001,
-                    tooltip="The highest noise level that is guided; sampling begins at 80.",
-                ),
-                io.Float.Input(
-                    "s_churn",
-                    default=0.0,
-                    min=0.0,
-                    max=1000.0,
-                    step=1.0,
-                    round=0.001,
-                    optional=True,
-                    tooltip="EDM's S_churn: noise that each step adds, for heun and euler. 0 is off.",
-                ),
-                io.Float.Input(
-                    "s_tmin",
-                    default=0.0,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.01,
-                    round=0.001,
-                    optional=True,
-                    tooltip="The lowest noise level at which noise is added.",
-                ),
-                io.Float.Input(
-                    "s_tmax",
-                    default=1000.0,
-                    min=0.0,
-                    max=1000.0,
-                    step=1.0,
-                    round=0.001,
-                    optional=True,
-                    tooltip="The highest noise level at which noise is added.",
-                ),
-                io.Float.Input(
-                    "s_noise",
-                    default=1.0,
-                    min=0.0,
-                    max=10.0,
-                    step=0.001,
-                    round=0.001,
-                    optional=True,
-                    tooltip="Standard deviation of the noise that is added.",
-                ),
+                    1000,
+                    1000,
+                    "The highest noise level that is guided; sampling begins at 80.",
+                ),  # fmt: skip
+                *churn_inputs(),
             ],
             outputs=[io.Image.Output(display_name="image"), io.Latent.Output(display_name="latent")],
         )
@@ -294,7 +257,7 @@ class Sample(io.ComfyNode):
             guidance_scale=guidance_scale,
             guidance_interval=(guidance_sigma_min, guidance_sigma_max),
             num_images_per_label=images_per_class,
-            num_inference_steps=steps,
+            num_inference_steps=steps or None,
             generator=generator,
             output_type="latent",
             callback_on_step_end=after_evaluation,

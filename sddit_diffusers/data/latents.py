@@ -18,7 +18,8 @@ import pyarrow.dataset
 import torch
 from torch import Tensor
 
-from .order import BatchSampler, generator_for, prefetch, read_out
+from ..pipelines.pipeline_sddit import scale_latents
+from .order import Batch, BatchSampler, generator_for, prefetch, read_out
 from .shards import Manifest, UnreadableShardError
 
 LANES = 8
@@ -35,14 +36,19 @@ class LatentDataset:
         num_classes: 0 without labels.
         id2label: names of the classes by number, None where there are none.
         shape: of a latent, (c, h, w).
+        source: what the pictures that they were made of are called.
+        vae: what made them: "name", "sha256" of the weights, "config".
 
     Raises:
         ValueError: there are no latents.
         UnreadableShardError: a shard is missing; and, when read, one is cut short or altered.
     """
 
+    kind = "latents"
+
     def __init__(self, root: str):
         self.name, self.manifest = root, Manifest.read(root)
+        self.source, self.vae = self.manifest.source["name"], self.manifest.vae
         self.shape = tuple(self.manifest.shape)
         self.num_classes = self.manifest.num_classes
         names = self.manifest.class_names
@@ -75,8 +81,17 @@ class LatentDataset:
         hashes = "".join(shard["sha256"] for shard in self.manifest.shards)
         return {"rows": len(self), "sha256": hashlib.sha256(hashes.encode()).hexdigest()}
 
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator, device) -> Tensor:
+        """What is random in a global batch `[b, c, h, w]`: noise, to draw latents from posteriors."""
+        return torch.randn(shape, generator=generator, device=device)
+
+    def batch(self, read: tuple[Tensor, Tensor | None], noise: Tensor, device: torch.device) -> Batch:
+        """A micro-batch that was read, on a device, drawn with its rows of the noise `[b, c, h, w]`."""
+        moments, labels = (None if part is None else part.to(device, non_blocking=True) for part in read)
+        return Batch(scale_latents(self.sample(moments, noise), self.vae["config"]), labels)
+
     def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Latents drawn from their posteriors, scaled as the transformer sees them.
+        """The VAE's own latents, drawn from their posteriors; the transformer sees them scaled.
 
         Args:
             moments: `[b, 2, c, h, w]`, mean and standard deviation.
@@ -85,10 +100,8 @@ class LatentDataset:
         Returns:
             `[b, c, h, w]` in float32.
         """
-        config = self.manifest.vae["config"]
         mean, std = moments.unbind(1)
-        latents = torch.addcmul(mean.float(), std.float(), noise)
-        return latents.sub_(config.get("shift_factor") or 0.0).mul_(config["scaling_factor"])
+        return torch.addcmul(mean.float(), std.float(), noise)
 
     def batches(self, sampler: BatchSampler) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Moments `[b, 2, c, h, w]` and class numbers `[b]` of the sampler's micro-batches, read ahead."""

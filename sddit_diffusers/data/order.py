@@ -3,10 +3,20 @@
 import queue
 import threading
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
+
+
+class Batch(NamedTuple):
+    """What a dataset gives for a step."""
+
+    x0: Tensor  # clean samples, [b, c, h, w], as the network is to make them
+    labels: Tensor | None  # class numbers [b]; None without classes
+    features: Tensor | None = None  # of a frozen encoder, if there is one
 
 
 def generator_for(seed: int, *counters: int, device: str | torch.device = "cpu") -> torch.Generator:

@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .order import BatchSampler, prefetch
+from .order import Batch, BatchSampler, prefetch
 
 MOST_CLASSES = 1_000_000  # each has a row in a table of the network
 _MODES = {1: "L", 3: "RGB"}
@@ -47,11 +47,16 @@ class ImageDataset(Dataset):
     Attributes:
         num_classes: 0 without labels.
         id2label: names of the classes by number, None where there are none.
+        source: what the pictures are called.
+        vae: what made latents of them: nothing did.
 
     Raises:
         ValueError: a dataset, a column or a label that is not there.
         UnreadableImageError: when read, a picture that cannot be decoded.
     """
+
+    kind = "pictures"
+    vae = None
 
     def __init__(
         self, name: str, image_column: str, label_column: str, channels: int, size: int, num_workers: int = 0,
@@ -63,7 +68,8 @@ class ImageDataset(Dataset):
                 "(sddit_diffusers.prepare_latents makes them); pictures have 1 or 3."
             )
         self.num_workers = num_workers
-        self.name, self.mode, self.size = name, _MODES[channels], size
+        self.name = self.source = name
+        self.mode, self.size = _MODES[channels], size
         rows = _load(name, split)
         if len(rows) == 0:
             raise ValueError(f"{name} is empty.")
@@ -126,6 +132,13 @@ class ImageDataset(Dataset):
             generator=torch.Generator(), pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
         return prefetch(batch for batch in loader)
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator, device) -> None:
+        """What is random in a global batch: nothing."""
+
+    def batch(self, read: tuple[Tensor, Tensor | None], noise: None, device: torch.device) -> Batch:
+        """A micro-batch that was read, on a device."""
+        return Batch(*(None if part is None else part.to(device, non_blocking=True) for part in read))
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor | None]:
         """Pictures `[b, channels, size, size]` and class numbers `[b]`."""

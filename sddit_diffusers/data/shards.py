@@ -192,6 +192,14 @@ def write_shard(path: Path, table: pa.Table) -> None:
         )  # fmt: skip
 
 
+def holds(path: Path, table: pa.Table) -> bool:
+    """Whether a shard that a run before has written is that of a table."""
+    try:
+        return pq.read_table(path, page_checksum_verification=True).equals(table)
+    except (OSError, ValueError):  # pyarrow's errors are among the latter
+        return False
+
+
 def verify(name: str) -> list[str]:
     """Reads a folder of latents as a whole, and says what is wrong with it."""
     root = find_latents(name)
@@ -214,3 +222,42 @@ def verify(name: str) -> list[str]:
         except Exception as error:  # pyarrow, fsspec and the Hub raise many kinds
             problems.append(f"{shard['file']}: {one_line(error)}")
     return problems
+
+
+def card(manifest: Manifest) -> str:
+    """The dataset card: what the folder holds, and how it is read with and without this package."""
+    c, h, w = manifest.shape
+    classes = f", {manifest.num_classes} classes" if manifest.num_classes else ""
+    return f"""---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/*.parquet
+tags:
+- latents
+- sd-dit
+---
+
+# Latents of {manifest.source["name"]}
+
+{manifest.count} latents of shape {c} x {h} x {w}{classes}, shuffled: the middle square of each image at
+{manifest.resolution} x {manifest.resolution} pixels, encoded by `{manifest.vae["name"]}`. `moments` holds the
+mean and the standard deviation of the posterior, unscaled; `index` is the row in the source, `flipped` tells
+mirror images. `manifest.json` lists what made them and each shard's SHA-256.
+
+```python
+import numpy as np
+from datasets import load_dataset
+
+for row in load_dataset("THIS_DATASET", split="train", streaming=True):
+    mean, std = np.frombuffer(row["moments"], np.float16).reshape(2, {c}, {h}, {w}).astype(np.float32)
+    latent = mean + std * np.random.randn(*mean.shape)
+```
+
+With SD-DiT for diffusers:
+
+```bash
+accelerate launch train_sddit.py --preset SD-DiT-S/2 --dataset_name THIS_DATASET
+```
+"""

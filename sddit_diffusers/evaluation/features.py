@@ -39,6 +39,10 @@ class Features:
         """Of `features`."""
         return Gaussian.of(self.features)
 
+    def gaussian_of(self, part: str) -> Gaussian | None:
+        """Of "features" or of "spatial"."""
+        return self.spatial if part == "spatial" else self.gaussian
+
     def save(self, path: Path) -> None:
         """Writes them as a safetensors file, complete or absent.
 

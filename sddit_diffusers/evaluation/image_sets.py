@@ -1,22 +1,17 @@
-"""Images to be scored, as bytes, in any part: folders of pictures, `.npz` files, datasets; and statistics.
+"""Images to be scored, as bytes, in any part: folders of pictures, `.npz` files, datasets.
 
 Every kind has a name, a `size` (height, width), `labels` or None, a length, `read`, which gives a range of
 its images as uint8 `[n, 3, h, w]`, and `sha256`, a hash of its content in its order.
 """
 
 import hashlib
-import io
-import math
-import pickle
-import pickletools
-import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,17 +20,10 @@ from torch import Tensor
 from ..cli import shortened
 from ..data.order import prefetch
 from ..data.pictures import ImageDataset, content_of, decode_image
-from ..files import sha256_of, written_aside
-from .scores import Gaussian
+from ..files import sha256_of
+from .arrays import read_array, read_header
 
 _PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-# The names of mean and covariance in .npz files: ADM's and EDM's, and ours for DINOv2.
-KEYS = {
-    "fid": ("mu", "sigma"),
-    "sfid": ("mu_s", "sigma_s"),
-    "fd_dinov2": ("mu_dinov2", "sigma_dinov2"),
-}
-_FEATURES = 16_384  # that statistics may be of
 
 
 class ImageSet(Protocol):
@@ -174,7 +162,7 @@ class ImageArray:
 
     def _read_labels(self) -> np.ndarray:
         try:
-            labels = _read_array(self._archive, "arr_1", longest=len(self))
+            labels = read_array(self._archive, "arr_1", longest=len(self))
             if labels.shape != self.shape[:1] or labels.dtype.kind not in "iu":
                 raise ValueError(f"they are {labels.dtype} of shape {labels.shape}")
         except ValueError as error:
@@ -191,7 +179,7 @@ class ImageArray:
     def _open(self) -> None:
         """Stands before the first image."""
         self._file = self._archive.open("arr_0.npy")
-        self.shape, self._fortran, self.dtype = _read_header(self._file)
+        self.shape, self._fortran, self.dtype = read_header(self._file)
         self._start, self._next = self._file.tell(), 0
 
     def __len__(self) -> int:
@@ -255,233 +243,3 @@ class DatasetImages:
         for row in self.dataset.images:
             digest.update(hashlib.sha256(content_of(row[self.dataset.image_column])).digest())
         return digest.hexdigest()
-
-
-def read_statistics(path: Path) -> dict[str, Gaussian]:
-    """The Gaussians of a file of statistics, by the score that they serve: "fid", "sfid", "fd_dinov2".
-
-    Reads ADM's and EDM's `.npz`, EDM2's `.pkl` (numbers alone, so that nothing in it can run) and what
-    [`save_statistics`] writes; those that the file does not have are left out.
-
-    Raises:
-        ValueError: it cannot be read, or holds something else.
-    """
-    try:
-        found = _read_pickle(path) if path.suffix == ".pkl" else _read_archive(path)
-    except Exception as error:  # whatever a damaged or foreign file makes of numpy and pickle
-        raise ValueError(f"{path} cannot be read as statistics: {error}") from None
-    statistics = {}
-    for score, (mean, covariance) in KEYS.items():
-        if mean in found and covariance in found:
-            statistics[score] = _gaussian(path, mean, found[mean], found[covariance])
-    if path.suffix == ".pkl" and not statistics:
-        raise ValueError(f"{path} holds no statistics that EDM2's have: fid or fd_dinov2.")
-    return statistics
-
-
-def _read_pickle(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of EDM2's `.pkl`, by their names in an `.npz`."""
-    found = _NumbersUnpickler(path.read_bytes()).load()
-    return {
-        name: _checked(found[score][part], f"{part} of {score}")
-        for score, names in KEYS.items()
-        if score in found
-        for name, part in zip(names, ("mu", "sigma"), strict=True)
-    }
-
-
-def _checked(array: Any, name: str) -> np.ndarray:
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{name} is {shortened(array)}; it must be an array")
-    return array
-
-
-def _read_archive(path: Path) -> dict[str, np.ndarray]:
-    with zipfile.ZipFile(path) as archive:
-        there = {name.removesuffix(".npy") for name in archive.namelist()}
-        return {
-            name: _read_array(archive, name) for names in KEYS.values() for name in names if name in there
-        }
-
-
-def _gaussian(path: Path, name: str, mean: np.ndarray, covariance: np.ndarray) -> Gaussian:
-    if np.ndim(mean) != 1 or np.shape(covariance) != 2 * np.shape(mean):
-        raise ValueError(
-            f"{name} and its covariance in {path} have shapes {np.shape(mean)} and {np.shape(covariance)}."
-        )
-    gaussian = Gaussian(*(torch.from_numpy(x.astype(np.float64)) for x in (mean, covariance)))
-    if not gaussian.mean.isfinite().all() or not gaussian.covariance.isfinite().all():
-        raise ValueError(f"{name} or its covariance in {path} is not finite.")
-    return gaussian
-
-
-def save_statistics(path: Path, statistics: dict[str, Gaussian]) -> None:
-    """Writes what [`read_statistics`] reads, under ADM's names."""
-    arrays = {}
-    for score, gaussian in statistics.items():
-        mean, covariance = KEYS[score]
-        arrays |= {mean: gaussian.mean.numpy(), covariance: gaussian.covariance.numpy()}
-    with written_aside(path) as file:
-        np.savez(file, **arrays)
-
-
-class _NumbersUnpickler(pickle.Unpickler):
-    """Reads arrays, numbers and containers of them, and refuses all else.
-
-    Nothing of numpy is within the pickle's reach: what it asks for has a stand-in here, which checks what it
-    is given.
-
-    Args:
-        content: of the file.
-    """
-
-    _MOST = 10_000  # operations; statistics take about a hundred
-
-    def __init__(self, content: bytes):
-        super().__init__(io.BytesIO(content))
-        for count, (operation, argument, _) in enumerate(pickletools.genops(content)):
-            # Else a few bytes could ask for any amount of memory, or for tuples in tuples without end.
-            if count > self._MOST or ("PUT" in operation.name and argument > self._MOST):
-                raise pickle.UnpicklingError("it is too large for statistics")
-
-    def load(self) -> Any:
-        return _numbers(super().load())
-
-    def find_class(self, module: str, name: str) -> "_Call":
-        module = module.replace("numpy.core.", "numpy._core.")  # as numpy 1 calls it
-        if (module, name) not in _STAND_INS:
-            raise pickle.UnpicklingError(
-                f"it asks for {shortened(f'{module}.{name}')[1:-1]}, and only arrays are read from a pickle"
-            )
-        return _Call(_STAND_INS[module, name])
-
-
-class _Call:
-    """What a pickle may call."""
-
-    __slots__ = ("_function",)
-
-    def __init__(self, function: Callable):
-        self._function = function
-
-    def __call__(self, *arguments):
-        return self._function(*arguments)
-
-    def __setstate__(self, state) -> None:
-        raise pickle.UnpicklingError("it alters a function")
-
-
-class _DType:
-    """A dtype of numbers."""
-
-    __slots__ = ("_text", "value")
-
-    def __init__(self, text: str, *_):
-        if not isinstance(text, str) or not re.fullmatch("[<>|=]?([iu][1248]|f[248]|b1)", text):
-            raise pickle.UnpicklingError(f"it has values of the type {shortened(text)}, which are no numbers")
-        self._text, self.value = text, np.dtype(text)
-
-    def __setstate__(self, state: tuple) -> None:
-        _, order, *others = state
-        if order not in ("<", ">", "|", "=") or others != [None, None, None, -1, -1, 0]:
-            raise pickle.UnpicklingError(
-                f"it has values of the type {shortened(state)}, which are no numbers"
-            )
-        self.value = np.dtype(order + self._text.lstrip("<>|="))
-
-
-class _Array:
-    """An array, which its state fills."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, *_):
-        self.value = None
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, fortran, content = state
-        self.value = _view(content, dtype, shape, "F" if fortran else "C")
-
-
-def _view(content: bytes | bytearray, dtype: _DType, shape: tuple, order: str) -> np.ndarray:
-    """An array of bytes that are exactly its own."""
-    if not isinstance(dtype, _DType) or not isinstance(content, (bytes, bytearray)):
-        raise pickle.UnpicklingError("it has an array of no numbers")
-    _check_shape(shape)
-    if math.prod(shape) * dtype.value.itemsize != len(content):
-        raise pickle.UnpicklingError(f"it has an array of shape {shortened(shape)} in {len(content)} bytes")
-    return np.frombuffer(content, dtype.value).reshape(shape, order=order)
-
-
-def _filled(content: bytes, dtype: _DType, shape: tuple, order: str) -> _Array:
-    array = _Array()
-    array.value = _view(content, dtype, shape, order)
-    return array
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    """Bytes, which older protocols write as text."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it has text in the encoding {shortened(encoding)}")
-    return text.encode(encoding)
-
-
-def _numbers(value: Any) -> Any:
-    """What was read, with arrays in the place of their stand-ins."""
-    if isinstance(value, dict):
-        return {key: _numbers(inner) for key, inner in value.items() if isinstance(key, str)}
-    return value.value if isinstance(value, _Array) else value
-
-
-_STAND_INS = {
-    ("numpy._core.multiarray", "_reconstruct"): _Array,
-    ("numpy._core.multiarray", "scalar"): lambda dtype, content: _filled(content, dtype, (), "C"),
-    ("numpy._core.numeric", "_frombuffer"): _filled,
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _DType,
-    ("_codecs", "encode"): _latin1,
-}
-
-
-def _check_shape(shape: Any) -> None:
-    """Raises a ValueError where these are no sides of an array."""
-    sides = shape if isinstance(shape, tuple) else (None,)
-    if not all(type(side) is int and 0 <= side < 2**48 for side in sides):
-        raise ValueError(f"an array has the shape {shortened(shape)}")
-
-
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether it is in Fortran's order, and dtype of an `.npy` file that stands at its beginning.
-
-    Raises:
-        ValueError: it is none, or of an impossible shape.
-    """
-    version = np.lib.format.read_magic(file)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in readers:
-        raise ValueError(f"it is of the version {version}; 1.0 and 2.0 are read")
-    shape, fortran, dtype = readers[version](file)
-    _check_shape(shape)
-    return shape, fortran, dtype
-
-
-def _read_array(archive: zipfile.ZipFile, name: str, longest: int = _FEATURES) -> np.ndarray:
-    """An array of numbers, once its header and its size in the archive agree.
-
-    Args:
-        longest: side that it may have, lest a little file unpack to more than the memory.
-
-    Raises:
-        ValueError: it is damaged, of no numbers or too large.
-    """
-    try:
-        with archive.open(f"{name}.npy") as file:
-            shape, fortran, dtype = _read_header(file)
-            if dtype.kind not in "biuf" or len(shape) > 2 or max(shape, default=0) > longest:
-                raise ValueError(f"it is {shortened(str(dtype))[1:-1]} of shape {shortened(shape)}")
-            size, there = math.prod(shape) * dtype.itemsize, archive.getinfo(f"{name}.npy").file_size
-            if size != there - file.tell():
-                raise ValueError(f"its shape is {shape}, and it has {there} bytes")
-            return np.frombuffer(file.read(), dtype).reshape(shape, order="F" if fortran else "C")
-    except Exception as error:  # zipfile, zlib, numpy and Python's own parser raise many kinds
-        raise ValueError(f"{name} cannot be read: {error}") from None

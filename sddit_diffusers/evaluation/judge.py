@@ -12,6 +12,7 @@ from torch import Tensor
 from ..launching import on_main_process, together
 from ..pipelines.pipeline_sddit import SDDiTPipeline
 from ..pipelines.sampling import class_of, sample
+from .catalogue import EXTRACTORS, SCORES, metric_name
 from .extractors import (
     ClassifierExtractor,
     Extractor,
@@ -21,10 +22,9 @@ from .extractors import (
     train_classifier,
 )
 from .features import Features, default_cache, extract, features_of_set
-from .image_sets import KEYS, DatasetImages, ImageSet, has_images, open_images, read_statistics
+from .image_sets import DatasetImages, ImageSet, has_images, open_images
 from .scores import Gaussian, Manifold, frechet_distance, inception_score, kernel_distance, precision_recall
-
-_DIMENSIONS = {"fid": 2048, "sfid": 2023}  # of Inception's features
+from .statistics import read_statistics
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Reference:
         """For a Fréchet distance."""
         if name in self.statistics:
             return self.statistics[name]
-        return self.features.spatial if name == "sfid" else self.features.gaussian
+        return self.features.gaussian_of(SCORES[name].part)
 
     @cached_property
     def manifold(self) -> Manifold:
@@ -56,11 +56,10 @@ def build_extractor(
     Raises:
         ValueError: there are no weights, or no labelled pictures to train on.
     """
+    parts = list(EXTRACTORS[kind])
     if kind == "inception":
         on_main_process(lambda: find_inception(weights), accelerator)  # the others find what it downloads
-        extractor = InceptionExtractor(
-            "sddit-inception", ["features", "logits", "spatial"], feature_extractor_weights_path=weights
-        )
+        extractor = InceptionExtractor("sddit-inception", parts, feature_extractor_weights_path=weights)
     elif kind == "classifier":
         if not isinstance(images, DatasetImages) or images.labels is None:
             raise ValueError(
@@ -68,11 +67,9 @@ def build_extractor(
             )
         arguments = images, cache or default_cache(), accelerator.device
         path = on_main_process(lambda: train_classifier(*arguments), accelerator)
-        extractor = ClassifierExtractor(
-            "sddit-classifier", ["features", "logits"], feature_extractor_weights_path=str(path)
-        )
+        extractor = ClassifierExtractor("sddit-classifier", parts, feature_extractor_weights_path=str(path))
     else:
-        extractor = PixelExtractor("sddit-pixels", ["features"])
+        extractor = PixelExtractor("sddit-pixels", parts)
     return extractor.to(accelerator.device)
 
 
@@ -94,9 +91,9 @@ def open_reference(
         statistics = read_statistics(path)
         if extractor != "inception" and statistics:
             raise ValueError(f"{name} has statistics of Inception's features, not of {extractor}.")
-        for score_name, dim in _DIMENSIONS.items():
-            if score_name in statistics and len(statistics[score_name].mean) != dim:
-                found = len(statistics[score_name].mean)
+        for score_name, gaussian in statistics.items():
+            found, dim = len(gaussian.mean), SCORES[score_name].inception_dim
+            if found != (dim or found):
                 raise ValueError(f"{name} has statistics of {found} features for {score_name}, not of {dim}.")
         if path.suffix == ".pkl" or (statistics and not has_images(path)):
             return None, statistics
@@ -120,8 +117,8 @@ def score(samples: Features, reference: Reference, wanted: Sequence[str]) -> dic
             scores[name] = inception_score(samples.logits)
         elif name == "kid":
             scores[name] = kernel_distance(samples.features, reference.features.features)
-        elif name in ("fid", "sfid", "fd_dinov2"):
-            of_samples = samples.spatial if name == "sfid" else samples.gaussian
+        elif SCORES[name].statistics:
+            of_samples = samples.gaussian_of(SCORES[name].part)
             scores[name] = frechet_distance(of_samples, reference.gaussian(name))
         elif name not in scores:
             manifold = Manifold(samples.features.to(reference.device), half=reference.half)
@@ -152,11 +149,11 @@ class Judge:
         label_column = label_column if extractor == "classifier" else ""  # others need none
         images, statistics = open_reference(reference, size, extractor, size[0], image_column, label_column)
         self.num_samples, self.accelerator = num_samples, accelerator
-        self.suffix = "" if extractor == "inception" else f"_{extractor}"
+        self.extractor_name = extractor
         self.extractor = build_extractor(extractor, None, images, default_cache(), accelerator)
         features, self.wanted = None, ["fid"]
         if "fid" not in statistics and images is None:
-            raise ValueError(f"{reference} has neither images nor {' and '.join(KEYS['fid'])}.")
+            raise ValueError(f"{reference} has neither images nor {' and '.join(SCORES['fid'].statistics)}.")
         if images is not None:
             features = features_of_set(images, self.extractor, accelerator, 64, default_cache())
             # Precision and recall compare all images with one another.
@@ -166,7 +163,7 @@ class Judge:
         on_main_process(lambda: bool(self.reference.gaussian("fid")), accelerator)  # fails now, if ever
 
     def __call__(self, pipe: SDDiTPipeline, batch_size: int, **arguments) -> dict[str, float]:
-        """The scores, on the main process; their names end in the extractor's unless it is Inception.
+        """The scores, on the main process, by their names in metrics.jsonl.
 
         `arguments` go to the pipeline's call.
 
@@ -198,4 +195,4 @@ class Judge:
         if not self.accelerator.is_main_process:
             return {}
         scores = score(samples, self.reference, self.wanted)
-        return {f"{name}{self.suffix}": value for name, value in scores.items()}
+        return {metric_name(name, self.extractor_name): value for name, value in scores.items()}

@@ -1,4 +1,4 @@
-"""What a study is, and how its results are told: tables in Markdown and JSON, figures.
+"""What a study is, and its results as tables in Markdown and JSON.
 
 A study is a JSON file of runs by name and of tables and figures made of them:
 - `title`, `about`: what readers are told;
@@ -21,14 +21,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
-
 from ..cli import shortened
-from ..files import read_json, written_aside
+from ..files import read_json
 from ..schedulers.scheduling_edm_heun import EDMHeunScheduler
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 KINDS = ("steps", "speed", "setting", "metrics", "probe", "sampling")
 FIGURES = ("png", "svg")
@@ -312,117 +307,3 @@ def as_json(study: Study, results: Results) -> dict:
         head, rows = rows_of(table, study, results)
         tables.append({"title": table.title, "kind": table.kind, "columns": head, "rows": rows})
     return {"title": study.title, "seeds": study.seeds, "metric": study.metric, "tables": tables}
-
-
-def draw(table: Table, study: Study, results: Results, folder: Path) -> None:
-    """The table's figure, as PNG and SVG; seeds' means, and their spread from the lowest to the highest."""
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axis.set_ylabel(_text(study.metric))
-    DRAWINGS[table.kind](axis, table, study, results)
-    axis.set_title(_text(table.title), wrap=True)
-    axis.grid(alpha=0.3)
-    if axis.get_legend_handles_labels()[1]:
-        axis.legend(fontsize=8)
-    for ending in FIGURES:
-        about = {"Date": None} if ending == "svg" else None
-        with written_aside(folder / f"{table.name}.{ending}") as file:
-            figure.savefig(file, format=ending, dpi=120, metadata=about)
-    plt.close(figure)
-
-
-def _text(name: str) -> str:
-    """A name as it is, where matplotlib would read formulas between dollars."""
-    return name.replace("$", r"\$")
-
-
-def _draw_steps(axis, table: Table, study: Study, results: Results) -> None:
-    for run in table.runs:
-        steps = results.steps([run])
-        _draw_line(axis, steps, [results.of(run, ("score", step)) for step in steps], _text(run))
-    axis.set_xlabel("step")
-    axis.set_yscale("log")
-    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-        ticks("{x:g}")
-
-
-def _draw_speed(axis, table: Table, study: Study, results: Results) -> None:
-    for run in table.runs:
-        speed, scores = results.of(run, ("speed",)), results.of(run, ("last",))
-        if speed and scores:
-            low, mean, high = _spread(scores)
-            axis.errorbar(speed, [mean], [[mean - low], [high - mean]], fmt="o", capsize=3)
-            axis.annotate(_text(run), (speed[0], mean), (6, 6), textcoords="offset points")
-    axis.set_xlabel("training steps a second")
-    axis.margins(0.2)
-
-
-def _draw_setting(axis, table: Table, study: Study, results: Results) -> None:
-    points = {}
-    for run in table.runs:
-        value = (study.settings | study.runs[run])[table.setting]
-        scores = results.of(run, ("last",))
-        if scores and value == "student":  # a distribution, which has no place on the axis
-            axis.axhline(statistics.fmean(scores), linestyle="--", color="tab:orange", label=_text(run))
-        elif scores:
-            points[float(value)] = scores
-    xs = sorted(points)
-    _draw_line(axis, xs, [points[x] for x in xs], _text(study.metric))
-    if xs and 0 < min(xs) < max(xs) / 50:
-        axis.set_xscale("log")
-    axis.set_xlabel(_text(table.setting))
-
-
-def _draw_metrics(axis, table: Table, study: Study, results: Results) -> None:
-    width = 0.8 / len(table.columns)
-    for i, run in enumerate(table.runs):
-        for j, name in enumerate(table.columns):
-            if values := results.of(run, ("metric", name)):
-                low, mean, high = _spread(values)
-                place, reach = i + (j + 0.5) * width - 0.4, [[mean - low], [high - mean]]
-                axis.bar(
-                    place, mean, width, yerr=reach, capsize=2, color=f"C{j}", label=None if i else _text(name)
-                )
-    axis.set_xticks(range(len(table.runs)), [*map(_text, table.runs)], rotation=20)
-    axis.set_ylabel("")
-
-
-def _draw_probe(axis, table: Table, study: Study, results: Results) -> None:
-    for i, run in enumerate(table.runs):
-        for features, style in (("[CLS]", "--"), ("patches", "-")):
-            values = [results.of(run, ("k-NN", features, sigma)) for sigma in table.sigmas]
-            if all(values):
-                _draw_line(
-                    axis, table.sigmas, values, f"{_text(run)}, {features}", color=f"C{i}", linestyle=style
-                )
-    axis.set_xscale("log")
-    axis.set_xlabel("σ")
-    axis.set_ylabel("k-NN accuracy")
-
-
-def _draw_sampling(axis, table: Table, study: Study, results: Results) -> None:
-    found = {name: results.of(table.run, ("sampling", name)) for name in table.samplings}
-    found = {name: values for name, values in found.items() if values}
-    _draw_line(axis, range(len(found)), list(found.values()), _text(table.run))
-    axis.set_xticks(range(len(found)), [*map(_text, found)], rotation=20)
-
-
-def _draw_line(axis, xs, values: list[list[float]], label: str, **style) -> None:
-    if not values:
-        return
-    low, mean, high = zip(*map(_spread, values), strict=True)
-    (line,) = axis.plot(xs, mean, marker="o", markersize=4, label=label, **style)
-    axis.fill_between(xs, low, high, color=line.get_color(), alpha=0.15)
-
-
-def _spread(values: list[float]) -> tuple[float, float, float]:
-    return min(values), statistics.fmean(values), max(values)
-
-
-DRAWINGS = {
-    "steps": _draw_steps,
-    "speed": _draw_speed,
-    "setting": _draw_setting,
-    "metrics": _draw_metrics,
-    "probe": _draw_probe,
-    "sampling": _draw_sampling,
-}

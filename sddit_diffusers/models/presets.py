@@ -1,5 +1,7 @@
 """The networks by name: SD-DiT's sizes, and those for a laptop."""
 
+from ..cli import MOST_WIDTH, Limits, json_object, shortened
+
 
 def _network(size, patch, channels, layers, heads, head_dim, decoder, classes):
     """One row of PRESETS; `decoder` is (layers, heads, head dim)."""
@@ -23,3 +25,37 @@ PRESETS = {
     "cifar10":     _network(  32,   2,   3,     8,    4,  64, (4,  6, 32),     10),
     "cifar10-latent": _network(8,   2,   4,     8,    4,  64, (2,  6, 32),     10),
 }
+# fmt: on
+
+
+def read_changes(text: str, network: dict) -> dict:
+    """The settings of `--transformer`.
+
+    Args:
+        text: JSON.
+        network: what it changes; `num_classes` is the dataset's.
+
+    Raises:
+        ValueError: another setting, or a value that is no number of its type and range.
+    """
+    changes = json_object("transformer", text)
+    known = [name for name in network if name != "num_classes"] + ["mlp_ratio"]
+    for name in changes:
+        if name not in known:
+            raise ValueError(f"transformer has no setting {shortened(name)}; there are {', '.join(known)}.")
+    for name in filter(changes.__contains__, known):
+        value, ratio = changes[name], name == "mlp_ratio"
+        if type(value) is not int and not (ratio and type(value) is float):
+            problem = "it must be a number" if ratio else "it must be a whole number"
+        elif not (problem := Limits(low=0 if ratio else 1, high=64 if ratio else MOST_WIDTH).problem(value)):
+            empty = ratio and int(_narrowest(network | changes) * value) == 0
+            problem = "it must leave the MLPs a width" * empty
+        if problem:
+            raise ValueError(f"transformer: {name} is {shortened(value)}; {problem}.")
+    return changes
+
+
+def _narrowest(network: dict) -> int:
+    """The width of the encoder or of the decoder."""
+    both = [(f"{of}num_attention_heads", f"{of}attention_head_dim") for of in ("", "decoder_")]
+    return min(network[heads] * network[dim] for heads, dim in both if heads in network)

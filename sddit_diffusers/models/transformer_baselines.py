@@ -15,7 +15,9 @@ from sddit_diffusers.models.transformer_sddit import (
     SDDiTBlock,
     SDDiTDecoder,
     SDDiTTransformer2DOutput,
+    gather_tokens,
     run_block,
+    scatter_tokens,
     unpatchify,
 )
 
@@ -201,16 +203,10 @@ class MDTTransformer2DModel(PatchTransformer2DModel):
             fill_with(self.mask_token, tokens, visible_ids, positions.shape[0]) + positions
         )  # [b, n, D]
         filled = run_block(self, self.side_interpolater, complete, temb)
-        index = visible_ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
-        return filled.scatter(1, index, complete.gather(1, index).to(filled.dtype))
-
-
-def gather_tokens(tokens: Tensor, visible_ids: Tensor) -> Tensor:
-    """The visible ones, `[b, n, D]` to `[b, k, D]`."""
-    return tokens.gather(1, visible_ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+        return scatter_tokens(filled, gather_tokens(complete, visible_ids), visible_ids)
 
 
 def fill_with(mask_token: Tensor, tokens: Tensor, visible_ids: Tensor, n: int) -> Tensor:
     """Visible tokens `[b, k, D]` at their places among n, and the mask token `[1, 1, D]` at all others."""
-    index = visible_ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
-    return mask_token.to(tokens.dtype).expand(tokens.shape[0], n, -1).scatter(1, index, tokens)
+    filled = mask_token.to(tokens.dtype).expand(tokens.shape[0], n, -1)
+    return scatter_tokens(filled, tokens, visible_ids)

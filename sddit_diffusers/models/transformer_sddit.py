@@ -428,10 +428,7 @@ class SDDiTTransformer2DModel(PatchTransformer2DModel):
         temb = self._condition(timestep, class_labels, hidden_states)  # [b, D]
 
         # The encoder sees [CLS] and the visible patches only.
-        visible = patches
-        if visible_ids is not None:
-            index = visible_ids.unsqueeze(-1).expand(-1, -1, patches.shape[-1])  # [b, k, D]
-            visible = patches.gather(1, index)
+        visible = patches if visible_ids is None else gather_tokens(patches, visible_ids)  # [b, k, D]
         tokens = torch.cat(
             [self.cls_token.to(visible.dtype).expand(visible.shape[0], -1, -1), visible], dim=1
         )
@@ -444,7 +441,7 @@ class SDDiTTransformer2DModel(PatchTransformer2DModel):
             # 3.3).
             cls, complete = tokens[:, 0], tokens[:, 1:]
             if visible_ids is not None:
-                complete = patches.scatter(1, index, complete.to(patches.dtype))  # [b, n, D]
+                complete = scatter_tokens(patches, complete, visible_ids)  # [b, n, D]
             sample = self.decoder(complete, cls, temb, height, width)  # [b, c, h, w]
 
         if not return_dict:
@@ -544,6 +541,17 @@ def align(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
             parameter.data = parameter.data.clone()
+
+
+def gather_tokens(tokens: Tensor, visible_ids: Tensor) -> Tensor:
+    """The visible ones, `[b, n, D]` and their places `[b, k]` to `[b, k, D]`."""
+    return tokens.gather(1, visible_ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def scatter_tokens(tokens: Tensor, visible: Tensor, visible_ids: Tensor) -> Tensor:
+    """Tokens `[b, n, D]` with the visible ones `[b, k, D]` at their places `[b, k]`."""
+    index = visible_ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
+    return tokens.scatter(1, index, visible.to(tokens.dtype))
 
 
 def unpatchify(patches: Tensor, patch_size: int, height: int, width: int) -> Tensor:

@@ -1,11 +1,18 @@
-"""Pipelines and VAEs by name, their dtypes, and the hash of their weights."""
+"""Pipelines, VAEs, schedulers and dtypes by name, and the hash of weights."""
 
 import hashlib
+import json
+import math
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel
+from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel, SchedulerMixin
 
-from .pipeline_sddit import SDDiTPipeline
+from ..cli import one_line, shortened
+from .pipeline_sddit import SDDiTPipeline, default_steps
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT_DTYPES = dict(zip(("fp32", "bf16", "fp16"), DTYPES.values(), strict=True))  # accelerate's, ComfyUI's
 
 
 def load_vae(name: str, **arguments) -> AutoencoderKL | AutoencoderTiny:
@@ -39,20 +46,6 @@ def sha256_of_weights(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-_DTYPES = ("float32", "bfloat16", "float16")
-
-
-def dtype_named(name: str) -> torch.dtype:
-    """The dtype that the option `dtype` names.
-
-    Raises:
-        ValueError: another name.
-    """
-    if name not in _DTYPES:
-        raise ValueError(f"dtype is {name!r}; it must be 'float32', 'bfloat16' or 'float16'.")
-    return getattr(torch, name)
-
-
 def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> SDDiTPipeline:
     """A pipeline by folder or name on the Hub, its transformer of a dtype, all else in float32.
 
@@ -65,3 +58,53 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> SDDiTPipelin
     except Exception as error:  # whatever the Hub, the network and the readers raise
         problem = str(error).strip().split("\n")[0]
         raise ValueError(f"The pipeline {name!r} cannot be loaded: {problem}") from None
+
+
+def scheduler_of(
+    scheduler: SchedulerMixin, name: str, changes: dict, num_inference_steps: int | None = None
+) -> SchedulerMixin:
+    """A scheduler with another one's settings.
+
+    Args:
+        name: of one of diffusers' EDM schedulers; of the same kind if it is empty.
+        changes: settings that differ.
+        num_inference_steps: for which it is tried; those of a call that names none if None.
+
+    Raises:
+        ValueError: there is no such scheduler or setting, or its settings make no schedule.
+    """
+    known = settings_of(scheduler)
+    for setting, value in changes.items():
+        if setting not in known:
+            raise ValueError(f"The scheduler has no setting {shortened(setting)}; it has {', '.join(known)}.")
+        if problem := _setting_problem(known[setting], value):
+            raise ValueError(f"{setting} of scheduler_options is {shortened(value)}; {problem}.")
+    kind = type(scheduler)
+    if name:
+        kind = getattr(diffusers, name, None)
+        if not name.startswith("EDM") or kind is None:
+            names = ", ".join(name for name in dir(diffusers) if name.startswith("EDM"))
+            raise ValueError(f"There is no EDM scheduler {shortened(name)}; diffusers has {names}.")
+    try:
+        made = kind.from_config(scheduler.config, **changes)
+        made.set_timesteps(num_inference_steps or default_steps(made))
+    except Exception as error:  # whatever the schedulers' arithmetic raises
+        raise ValueError(f"The scheduler's settings cannot be used: {one_line(error)}") from None
+    if not made.sigmas.isfinite().all() or not (made.sigmas.diff() <= 0).all():
+        raise ValueError("The scheduler's settings cannot be used: its noise levels do not fall.")
+    return made
+
+
+def settings_of(scheduler: SchedulerMixin) -> dict:
+    """A scheduler's settings, without those that diffusers adds."""
+    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+
+
+def _setting_problem(usual, value) -> str:
+    """What a setting of a scheduler must be and is not, going by its usual value."""
+    if isinstance(usual, (bool, str)) or usual is None:
+        return "" if isinstance(value, type(usual)) else f"it must be such as {json.dumps(usual)}"
+    allowed = int if isinstance(usual, int) else (int, float)
+    if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < math.inf:
+        return f"it must be a {'whole ' * (allowed is int)}number above 0"
+    return ""

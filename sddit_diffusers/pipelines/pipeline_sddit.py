@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -136,7 +136,7 @@ class SDDiTPipeline(DiffusionPipeline):
         num_images_per_label: int = 1,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 40,
+        num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
         generator: Generators = None,
         latents: Tensor | None = None,
@@ -159,7 +159,8 @@ class SDDiTPipeline(DiffusionPipeline):
                 2024).
             num_images_per_label: images of each label, side by side in the result.
             height, width: size of the images in pixels; by default that of the training samples.
-            num_inference_steps: N. The Heun scheduler evaluates the network 2N - 1 times.
+            num_inference_steps: N, by default that of the scheduler's config, else the paper's 40. The Heun
+                scheduler evaluates the network 2N - 1 times.
             sigmas: the noise levels themselves, decreasing, in place of `num_inference_steps`.
             generator: one for all images, or a list with one for each image, which then depends on its own
                 alone.
@@ -181,6 +182,8 @@ class SDDiTPipeline(DiffusionPipeline):
                 call, from 0, and the seeds of their generators.
         """
         check_number("num_images_per_label", num_images_per_label, 1, _MOST, Integral)
+        if num_inference_steps is None:
+            num_inference_steps = default_steps(self.scheduler)
         check_number("num_inference_steps", num_inference_steps, 1, _MOST, Integral)
         check_number("guidance_scale", guidance_scale)
         check_range("guidance_interval", guidance_interval)
@@ -277,20 +280,11 @@ class SDDiTPipeline(DiffusionPipeline):
             return images.float()
         encoded = self.vae.encode(images.to(self._execution_device, self.vae.dtype))
         latents = encoded.latents if isinstance(self.vae, AutoencoderTiny) else encoded.latent_dist.mean
-        shift, factor = self._vae_scaling
-        return (latents.float() - shift) * factor
+        return scale_latents(latents.float(), self.vae.config)
 
     def unscale_latents(self, latents: Tensor) -> Tensor:
         """The VAE's own latents, of samples as the transformer makes them; without a VAE the samples."""
-        if self.vae is None:
-            return latents
-        shift, factor = self._vae_scaling
-        return latents / factor + shift
-
-    @property
-    def _vae_scaling(self) -> tuple[float, float]:
-        """(shift, factor): the transformer's latents are those of the VAE, minus shift, times factor."""
-        return self.vae.config.get("shift_factor") or 0.0, self.vae.config.scaling_factor
+        return latents if self.vae is None else unscale_latents(latents, self.vae.config)
 
     @torch.no_grad()
     def decode(
@@ -386,6 +380,21 @@ class SDDiTPipeline(DiffusionPipeline):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs is {names!r:.80}; it must be a list of some of {known}."
             )
+
+
+def default_steps(scheduler: SchedulerMixin) -> int:
+    """Steps of a call that names none: those of the scheduler's config, else the paper's 40."""
+    return scheduler.config.get("num_inference_steps", 40)
+
+
+def scale_latents(latents: Tensor, vae_config: Mapping) -> Tensor:
+    """A VAE's own latents, `[b, c, h, w]`, as the transformer sees them."""
+    return (latents - (vae_config.get("shift_factor") or 0.0)) * vae_config["scaling_factor"]
+
+
+def unscale_latents(latents: Tensor, vae_config: Mapping) -> Tensor:
+    """The inverse of [`scale_latents`]."""
+    return latents / vae_config["scaling_factor"] + (vae_config.get("shift_factor") or 0.0)
 
 
 def check_number(

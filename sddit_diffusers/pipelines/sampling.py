@@ -14,6 +14,11 @@ from .pipeline_sddit import SDDiTPipeline
 MULTIPLE = 16
 
 
+def image_size(pipe: SDDiTPipeline) -> int:
+    """The side of the images of a call that names none, in pixels."""
+    return pipe.transformer.config.sample_size * pipe.vae_scale_factor
+
+
 def class_of(pipe: SDDiTPipeline, labels: Sequence[str], seed: int, index: int) -> int:
     """The class of the image with a number and a seed, by the setting `class_labels`.
 
@@ -61,8 +66,7 @@ def sample_grid(
     """
     labels = labels or _spread_classes(pipe, classes)
     seeds, images = list(range(len(labels) * columns)), []
-    size = pipe.transformer.config.sample_size * pipe.vae_scale_factor
-    together = len(labels) if size <= 64 else 1  # rows made at once
+    together = len(labels) if image_size(pipe) <= 64 else 1  # rows made at once
     for i in range(0, len(labels), together):
         generators = [
             torch.Generator().manual_seed(seed) for seed in seeds[i * columns :][: together * columns]
@@ -81,7 +85,12 @@ def _spread_classes(pipe: SDDiTPipeline, count: int) -> list[int | None]:
 
 
 def _names(pipe: SDDiTPipeline, labels: list[int | None]) -> list[str]:
-    return ["" if label is None else pipe.id2label.get(label, str(label)) for label in labels]
+    return ["" if label is None else class_name(pipe, label) for label in labels]
+
+
+def class_name(pipe: SDDiTPipeline, label: int) -> str:
+    """A class's name, or its number where it has none."""
+    return pipe.id2label.get(label, str(label))
 
 
 def draw_grid(

@@ -33,62 +33,35 @@ class EDMHeunSchedulerOutput(BaseOutput):
     pred_original_sample: Tensor
 
 
-class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
-    """Heun's method on the probability-flow ODE: an Euler step to sigma_{i+1}, then the trapezoid's
-    correction.
+class EDMProcess:
+    """EDM's diffusion process, of a scheduler with a config: how samples are noised, what the network gives.
 
-    `timesteps` and `sigmas` list the 2N - 1 evaluations in their order: sigma_0, then sigma_1 .. sigma_{N-1}
-    twice each, and a last sigma of the end point that is not evaluated. `step` takes them one at a time.
-
-    Args:
-        sigma_min, sigma_max: the ends of the schedule, 0.002 and 80; in 1e-6..1e6.
-        sigma_data: standard deviation of the data, 0.5; in 1e-6..1e6.
-        sigma_schedule: "karras" (supplementary, Eq. 3) or "exponential".
-        num_train_timesteps: unused; kept so that diffusers' EDM schedulers can be made from this config.
-        prediction_type: "epsilon", the sign of c_out in EDM, or "v_prediction", its negative.
-        rho: curvature of the "karras" schedule, 7; in 0.1..1000.
-        final_sigmas_type: the end point, "zero" or "sigma_min".
-
-    Raises:
-        ValueError: an unknown `sigma_schedule`, `prediction_type` or `final_sigmas_type`, a number out of its
-            range, or a sigma_min that is not below sigma_max.
+    A time t is the noise level sigma itself, which is the noise-to-signal ratio.
     """
 
-    order = 2
+    def training_times(self, normal: Tensor) -> Tensor:
+        """Noise levels of standard normal draws, of the same shape (supplementary, Eq. 2)."""
+        return (self.config.p_mean + self.config.p_std * normal).exp()
 
-    @register_to_config
-    def __init__(
-        self,
-        sigma_min: float = 0.002,
-        sigma_max: float = 80.0,
-        sigma_data: float = 0.5,
-        sigma_schedule: str = "karras",
-        num_train_timesteps: int = 1000,
-        prediction_type: str = "epsilon",
-        rho: float = 7.0,
-        final_sigmas_type: str = "zero",
-    ):
-        for name, value, allowed in (
-            ("sigma_schedule", sigma_schedule, ("karras", "exponential")),
-            ("prediction_type", prediction_type, ("epsilon", "v_prediction")),
-            ("final_sigmas_type", final_sigmas_type, ("zero", "sigma_min")),
-        ):
-            if value not in allowed:
-                raise ValueError(
-                    f"{name} is {value!r:.80}; it must be one of {', '.join(map(repr, allowed))}."
-                )
-        for name, value, low, high in (
-            ("sigma_min", sigma_min, 1e-6, 1e6),
-            ("sigma_max", sigma_max, 1e-6, 1e6),
-            ("sigma_data", sigma_data, 1e-6, 1e6),
-            ("rho", rho, 0.1, 1000),
-        ):
-            if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
-                raise ValueError(f"{name} is {value!r:.80}; it must be a number in {low}..{high}.")
-        if not sigma_min < sigma_max:
-            raise ValueError(f"sigma_min is {sigma_min}; it must be below sigma_max, {sigma_max}.")
-        check_steps("num_train_timesteps", num_train_timesteps)
-        self.set_timesteps(40)
+    def time_of(self, ratio: float) -> float:
+        """The time at which the noise is `ratio` times as large as the signal."""
+        return ratio
+
+    def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t = x0 + sigma n, `[b, c, h, w]`, of noise of unit variance and t `[b, 1, 1, 1]`."""
+        return x0 + t * noise
+
+    def error(self, model_output: Tensor, sample: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """lambda(sigma) (D - x0)^2, `[b, c, h, w]`, of the network's output F for a noised sample (Eq. 9).
+
+        # Paper silent: the weight is EDM's, (sigma^2 + sigma_data^2) / (sigma sigma_data)^2. In float32: at
+        small sigma it is large, and D - x0 the small difference of large numbers.
+        """
+        denoised, sigma_data = (
+            self.precondition_outputs(sample, model_output.float(), t),
+            self.config.sigma_data,
+        )
+        return (t**2 + sigma_data**2) / (t * sigma_data) ** 2 * (denoised - x0) ** 2
 
     # Preconditioning (EDM, Table 1, last column; supplementary, Eq. 1)
 
@@ -108,6 +81,71 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         if self.config.prediction_type == "v_prediction":
             c_out = -c_out
         return c_skip * sample + c_out * model_output
+
+
+class EDMHeunScheduler(EDMProcess, SchedulerMixin, ConfigMixin):
+    """Heun's method on the probability-flow ODE: an Euler step to sigma_{i+1}, then the trapezoid's
+    correction.
+
+    `timesteps` and `sigmas` list the 2N - 1 evaluations in their order: sigma_0, then sigma_1 .. sigma_{N-1}
+    twice each, and a last sigma of the end point that is not evaluated. `step` takes them one at a time.
+
+    Args:
+        sigma_min, sigma_max: the ends of the schedule, 0.002 and 80; in 1e-6..1e6.
+        sigma_data: standard deviation of the data, 0.5; in 1e-6..1e6.
+        sigma_schedule: "karras" (supplementary, Eq. 3) or "exponential".
+        num_train_timesteps: unused; kept so that diffusers' EDM schedulers can be made from this config.
+        prediction_type: "epsilon", the sign of c_out in EDM, or "v_prediction", its negative.
+        rho: curvature of the "karras" schedule, 7; in 0.1..1000.
+        final_sigmas_type: the end point, "zero" or "sigma_min".
+        p_mean, p_std: of training's noise levels, ln(sigma) ~ N(p_mean, p_std^2) (supplementary, Eq. 2).
+        num_inference_steps: Heun steps of a pipeline that is not told how many.
+
+    Raises:
+        ValueError: an unknown `sigma_schedule`, `prediction_type` or `final_sigmas_type`, a number out of its
+            range, or a sigma_min that is not below sigma_max.
+    """
+
+    order = 2
+
+    @register_to_config
+    def __init__(
+        self,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        sigma_schedule: str = "karras",
+        num_train_timesteps: int = 1000,
+        prediction_type: str = "epsilon",
+        rho: float = 7.0,
+        final_sigmas_type: str = "zero",
+        p_mean: float = -1.2,
+        p_std: float = 1.2,
+        num_inference_steps: int = 40,
+    ):
+        for name, value, allowed in (
+            ("sigma_schedule", sigma_schedule, ("karras", "exponential")),
+            ("prediction_type", prediction_type, ("epsilon", "v_prediction")),
+            ("final_sigmas_type", final_sigmas_type, ("zero", "sigma_min")),
+        ):
+            if value not in allowed:
+                raise ValueError(
+                    f"{name} is {value!r:.80}; it must be one of {', '.join(map(repr, allowed))}."
+                )
+        for name, value, low, high in (
+            ("sigma_min", sigma_min, 1e-6, 1e6),
+            ("sigma_max", sigma_max, 1e-6, 1e6),
+            ("sigma_data", sigma_data, 1e-6, 1e6),
+            ("rho", rho, 0.1, 1000),
+            ("p_mean", p_mean, -20, 20),
+            ("p_std", p_std, 0, 20),
+        ):
+            if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+                raise ValueError(f"{name} is {value!r:.80}; it must be a number in {low}..{high}.")
+        if not sigma_min < sigma_max:
+            raise ValueError(f"sigma_min is {sigma_min}; it must be below sigma_max, {sigma_max}.")
+        check_steps("num_train_timesteps", num_train_timesteps)
+        self.set_timesteps(num_inference_steps)
 
     # The schedule
 

@@ -19,6 +19,7 @@ from ..files import read_json, remove, sha256_of, sync_folder, written_aside
 
 _STATE, _ABOUT = "state.pt", "checkpoint.json"
 _NAME, _ABANDONED = "checkpoint-[0-9]{1,18}", "abandoned-"
+_OF_DISCRIMINATION = "head.", "teacher.", "center_cls.", "center_patch."
 _STRUCTURE = {
     "step": range(2**63),
     _STATE: {"bytes": range(2**63), "sha256": str},
@@ -171,3 +172,20 @@ def load_state(folder: Path, *parts: str) -> dict:
         lack = f"it has no {missing[0]!r}" if isinstance(state, dict) else f"it is a {type(state).__name__}"
         raise DamagedCheckpointError(f"{path} is no state of a training: {lack}.")
     return state
+
+
+def by_names_of_today(state: dict) -> dict:
+    """A state of version 0.1.0, whose L_D was no module of its own, by the names that weights have now."""
+
+    def renamed(name: str) -> str:
+        return f"auxiliaries.discrimination.{name}" if name.startswith(_OF_DISCRIMINATION) else name
+
+    moments = state["optimizer"]
+    groups = [group | {"params": [*map(renamed, group["params"])]} for group in moments["param_groups"]]
+    return state | {
+        "objective": {renamed(name): weight for name, weight in state["objective"].items()},
+        "optimizer": {
+            "state": {renamed(name): moment for name, moment in moments["state"].items()},
+            "param_groups": groups,
+        },
+    }

@@ -1,215 +1,262 @@
-"""Self-supervised discrimination (Sec. 3.4): projection head, teacher, centers, and the loss L_D.
+"""Self-supervised discrimination (Sec. 3.4): the loss L_D, its draws, schedules and options.
 
 The student's tokens, as distributions over K prototypes, are to agree with those of a teacher that sees the
 same image almost without noise. The teacher is an exponential moving average (EMA) of the student's encoder
-and head.
+and head. [`Discrimination`] is the second half of Algorithm A1.
 
 Shapes: b batch, k visible patches, D encoder width, K prototypes. Token 0 is [CLS].
 """
 
-import copy
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from ..models.transformer_sddit import SDDiTTransformer2DModel
-
-# Logits that are there at once: on a CPU as many as its cache holds, elsewhere enough for all cores.
-_CHUNK = {"cpu": 2**21}
-
-
-class ProjectionHead(nn.Module):
-    """The three-layer head j and the prototypes: tokens `[..., D]` to K logits, cosines in -1..1.
-
-    One head serves [CLS] and patches, as in iBOT. # Paper silent: widths and normalisation are DINO's, and
-    nearly the initialisation. DINO's fixed deviation of 0.02 would leave the features of a small head so
-    short that normalising them makes the first gradients tens of times larger.
-    """
-
-    def __init__(self, dim: int, num_prototypes: int, hidden_dim: int = 2048, bottleneck_dim: int = 256):
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, hidden_dim),
-            nn.GELU(),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.GELU(),
-            nn.Linear(hidden_dim, bottleneck_dim),
-        )
-        self.prototypes = nn.Parameter(torch.empty(num_prototypes, bottleneck_dim))
-        for module in self.mlp:
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.normal_(self.prototypes)  # only their directions count
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        features, prototypes = self.project(tokens)
-        with torch.autocast(features.device.type, enabled=False):
-            return F.linear(features, prototypes)
-
-    def project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit vectors whose products are the logits: of the tokens `[..., d]`, of the prototypes `[K, d]`.
-
-        They are float32 also under autocast: what bf16 rounds off a cosine is up to a tenth of a nat once
-        divided by a temperature of 0.04, and the squares in a norm can overflow fp16.
-        """
-        features = self.mlp(tokens).float()
-        with torch.autocast(features.device.type, enabled=False):
-            return F.normalize(features, dim=-1), F.normalize(self.prototypes.float(), dim=-1)
+from ..cli import MOST_WIDTH, option, shortened
+from ..models.transformer_sddit import SDDiTTransformer2DModel, check_number, gather_tokens
+from .auxiliary import AuxiliaryLoss, Process, View, network_inputs
+from .prototypes import Center, ProjectionHead, cross_entropy
+from .teacher import Teacher
 
 
-class Teacher(nn.Module):
-    """T and its head j': the EMA of the student's encoder and head, moved by a diffusers `EMAModel`.
+@dataclass
+class DiscriminationOptions:
+    """The options of L_D; the defaults are the paper's (Table A1)."""
 
-    Its weights are the `EMAModel`'s shadow parameters themselves, so there is one copy of them; none takes a
-    gradient. It has the student's adapters, such as LoRA's, and averages them as it does all else.
+    _argument_group_name = "discrimination"
 
-    Raises:
-        ValueError: the student got adapters after the teacher was made.
-    """
+    discriminative_weight: float = option(1.0, "factor of L_D; 0 trains without teacher", low=0)
+    num_prototypes: int = option(8192, "K", low=2, high=2**20)
+    head_hidden_dim: int = option(2048, "hidden width of the projection head", low=1, high=MOST_WIDTH)
+    head_bottleneck_dim: int = option(
+        256, "width of the projection head before the prototypes", low=1, high=MOST_WIDTH
+    )
+    student_temperature: float = option(0.1, "tau_S", low=1e-3)
+    teacher_temperature_start: float = option(0.09, "tau_T at the start", low=1e-3)
+    teacher_temperature_end: float = option(0.099, "tau_T after its warm-up", low=1e-3)
+    teacher_temperature_warmup_epochs: float = option(5, "epochs from the first to the second", low=0)
+    teacher_momentum_start: float = option(0.996, "beta at the start", low=0, high=1)
+    teacher_momentum_end: float = option(0.999, "beta at the end", low=0, high=1)
+    teacher_sigma: str = option(
+        "0.002", "noise over signal of the teacher's view, or 'student' for the student's distribution"
+    )
+    center_momentum: float = option(0.9, "of the teacher's centers", low=0, high=1)
 
-    def __init__(self, transformer: SDDiTTransformer2DModel, head: ProjectionHead):
-        super().__init__()
-        self.encoder = SDDiTTransformer2DModel.from_config(transformer.config, num_decoder_layers=0)
-        if adapters := getattr(transformer, "peft_config", {}):
-            for name, adapter in adapters.items():
-                self.encoder.add_adapter(adapter, name)
-            self.encoder.set_adapter(transformer.active_adapters())
-        self.head = copy.deepcopy(head)
-        self.requires_grad_(False)
-        # An update_after_step of -1 leaves out EMAModel's warm-up, whose first step would copy the student.
-        self.ema = EMAModel([], update_after_step=-1, foreach=True)
-        for shadow, parameter in zip(*self._pair_with(transformer, head), strict=True):
-            shadow.copy_(parameter.detach())  # theta' = theta, the first line of Algorithm A1
+    def check(self) -> None:
+        """Raises a ValueError for a `teacher_sigma` that is neither a number above 0 nor 'student'."""
+        self.teacher_noise()
 
-    def update(self, transformer: SDDiTTransformer2DModel, head: ProjectionHead, momentum: float) -> None:
-        """theta' = beta theta' + (1 - beta) theta (Algorithm A1); beta 1 freezes, 0 copies to rounding."""
-        self.ema.shadow_params, parameters = self._pair_with(transformer, head)
-        self.ema.decay = self.ema.min_decay = momentum
-        self.ema.step(parameters)
-
-    def _pair_with(self, transformer: nn.Module, head: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        """The teacher's parameters, and the student's of the same names."""
-        student = dict(transformer.named_parameters("encoder")) | dict(head.named_parameters("head"))
-        shadows = dict(self.named_parameters())
-        if missing := [name for name in shadows if name not in student]:
+    def teacher_noise(self) -> float | str:
+        """`teacher_sigma` as [`Discrimination`] takes it."""
+        try:
+            sigma = self.teacher_sigma if self.teacher_sigma == "student" else float(self.teacher_sigma)
+        except ValueError:
+            sigma = 0.0
+        if sigma != "student" and not 0 < sigma < math.inf:
             raise ValueError(
-                f"The student has no {missing[0]}, unlike its teacher; add adapters before it is made."
+                f"teacher_sigma is {shortened(self.teacher_sigma)}; it must be a number above 0 or 'student'."
             )
-        return list(shadows.values()), [student[name] for name in shadows]
+        return sigma
 
 
-class Center(nn.Module):
-    """Running mean of the teacher's logits, `[K]`, which keeps one prototype from winning everywhere (DINO).
+class DiscriminationDraws(NamedTuple):
+    """What is random in the teacher's view."""
 
-    The batches of one optimizer step are collected with `add`; `move` averages them over the processes and
-    moves the center once.
-    """
-
-    def __init__(self, num_prototypes: int):
-        super().__init__()
-        self.register_buffer("value", torch.zeros(num_prototypes))
-        self.register_buffer("total", torch.zeros(num_prototypes), persistent=False)
-        self.batches = 0
-
-    @torch.no_grad()
-    def add(self, mean_logits: Tensor) -> None:
-        """Collects the mean of a batch's logits, `[K]`."""
-        self.total += mean_logits
-        self.batches += 1
-
-    @torch.no_grad()
-    def move(self, momentum: float, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
-        """C = m C + (1 - m) mean(logits) (Algorithm A1); `reduce` averages a tensor over the processes."""
-        if self.batches == 0:
-            return
-        mean = self.total / self.batches
-        if reduce is not None:
-            mean = reduce(mean)
-        self.value.mul_(momentum).add_(mean, alpha=1 - momentum)
-        self.total.zero_()
-        self.batches = 0
+    noise: Tensor  # [b, c, h, w], of unit variance
+    t: Tensor  # [b, 1, 1, 1]
 
 
-class Agreement(NamedTuple):
-    """What [`cross_entropy`] tells, means over batch and tokens, in nats."""
-
-    loss: Tensor
-    entropy: Tensor  # of the teacher, the smallest loss that there could be
-    used: Tensor  # 1 for prototypes that are the teacher's first choice for some token, 0 for others, [K]
-    mean_logits: Tensor  # of the teacher, [K]
-
-
-def cross_entropy(
-    teacher: tuple[Tensor, Tensor],
-    student: tuple[Tensor, Tensor],
-    center: Tensor,
-    teacher_temperature: float,
-    student_temperature: float,
-) -> "Agreement":
-    """H of Algorithm A1 with Eqs. 10 and 11, a chunk of tokens at a time.
-
-    The logits of all tokens would be the largest tensors of a step, 1.7 GB each at batch 256. They are never
-    there as a whole: a chunk's gradient is taken while its logits are there; the backward pass needs none.
+class Discrimination(AuxiliaryLoss):
+    """L_D: what the student's tokens say of the image is what its teacher's say (Sec. 3.4, Algorithm A1).
 
     Args:
-        teacher, student: what [`ProjectionHead.project`] gives, `[b, tokens, d]` and `[K, d]`; no gradient
-            goes to the teacher's.
-        center: `[K]`.
+        transformer: the student, which is trained.
+        weight: factor of L_D, above 0.
+        teacher_sigma: noise-to-signal ratio of the teacher's view, or "student" to draw its time as the
+            student's is (Fig. 6).
+        num_prototypes: K.
+        head_hidden_dim, head_bottleneck_dim: widths of the projection head.
+        student_temperature: tau_S.
+        center_momentum: m_c and m_p of Algorithm A1. # Paper silent: DINO's 0.9.
+        teacher_temperature_start, teacher_temperature_end, teacher_temperature_warmup_epochs: of tau_T.
+        teacher_momentum_start, teacher_momentum_end: of beta.
+
+    Attributes:
+        teacher_temperature, teacher_momentum: tau_T and beta of this step, which `follow` moves.
+
+    Raises:
+        ValueError: a number out of its range, a teacher noise that is neither above 0 nor "student", or a
+            network that is not SD-DiT's.
     """
-    (teacher_features, teacher_prototypes), (student_features, student_prototypes) = teacher, student
-    with torch.autocast(center.device.type, enabled=False):
-        loss, entropy, used = _CrossEntropy.apply(
-            student_features.flatten(0, 1),
-            student_prototypes,
-            teacher_features.flatten(0, 1).detach(),
-            teacher_prototypes.detach(),
-            center,
-            teacher_temperature,
-            student_temperature,
+
+    name = "discriminative"
+
+    def __init__(
+        self,
+        transformer: SDDiTTransformer2DModel,
+        *,
+        weight: float = 1.0,
+        teacher_sigma: float | Literal["student"] = 0.002,
+        num_prototypes: int = 8192,
+        head_hidden_dim: int = 2048,
+        head_bottleneck_dim: int = 256,
+        student_temperature: float = 0.1,
+        center_momentum: float = 0.9,
+        teacher_temperature_start: float = 0.09,
+        teacher_temperature_end: float = 0.099,
+        teacher_temperature_warmup_epochs: float = 5,
+        teacher_momentum_start: float = 0.996,
+        teacher_momentum_end: float = 0.999,
+    ):
+        for name, temperature in (
+            ("student_temperature", student_temperature),
+            ("teacher_temperature_start", teacher_temperature_start),
+            ("teacher_temperature_end", teacher_temperature_end),
+        ):
+            check_number(name, temperature, above=0)
+        for name, momentum in (
+            ("center_momentum", center_momentum),
+            ("teacher_momentum_start", teacher_momentum_start),
+            ("teacher_momentum_end", teacher_momentum_end),
+        ):
+            check_number(name, momentum, low=0, high=1)
+        check_number("teacher_temperature_warmup_epochs", teacher_temperature_warmup_epochs, low=0)
+        check_number("num_prototypes", num_prototypes, low=2, kind=Integral)
+        check_number("head_hidden_dim", head_hidden_dim, low=1, kind=Integral)
+        check_number("head_bottleneck_dim", head_bottleneck_dim, low=1, kind=Integral)
+        if teacher_sigma != "student" and (
+            isinstance(teacher_sigma, str) or not 0 < teacher_sigma < math.inf
+        ):
+            raise ValueError(
+                f"teacher_sigma is {teacher_sigma!r}; it must be a number above 0, or 'student'."
+            )
+        if not isinstance(transformer, SDDiTTransformer2DModel):
+            raise ValueError(
+                f"Discrimination compares [CLS] and patches of SD-DiT's encoder; the network is a "
+                f"{type(transformer).__name__}."
+            )
+        super().__init__(weight)
+        self.teacher_sigma = teacher_sigma
+        self.student_temperature = student_temperature
+        self.center_momentum = center_momentum
+        self.temperatures = teacher_temperature_start, teacher_temperature_end
+        self.warmup_epochs = teacher_temperature_warmup_epochs
+        self.momenta = teacher_momentum_start, teacher_momentum_end
+        self.teacher_temperature, self.teacher_momentum = teacher_temperature_start, teacher_momentum_start
+        dim = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        self.head = ProjectionHead(dim, num_prototypes, head_hidden_dim, head_bottleneck_dim)
+        self.teacher = Teacher(transformer, self.head)
+        self.center_cls, self.center_patch = Center(num_prototypes), Center(num_prototypes)
+
+    @classmethod
+    def from_options(
+        cls, transformer: SDDiTTransformer2DModel, options: DiscriminationOptions
+    ) -> "Discrimination | None":
+        """What the options ask for; None where its weight is 0."""
+        if not options.discriminative_weight:
+            return None
+        names = [
+            name for name in DiscriminationOptions.__dataclass_fields__ if name != "discriminative_weight"
+        ]
+        arguments = {name: getattr(options, name) for name in names}
+        return cls(
+            transformer,
+            weight=options.discriminative_weight,
+            **arguments | {"teacher_sigma": options.teacher_noise()},
         )
-        mean_logits = F.linear(teacher_features.detach().mean((0, 1)), teacher_prototypes.detach())
-    return Agreement(loss, entropy, used, mean_logits)
+
+    def draw(
+        self, shape: tuple[int, ...], process: Process, generator: torch.Generator | None, device
+    ) -> DiscriminationDraws:
+        """The noise and the time of the teacher's view."""
+        noise = torch.randn(shape, generator=generator, device=device)
+        t = process.training_times(torch.randn(shape[0], 1, 1, 1, generator=generator, device=device))
+        if self.teacher_sigma != "student":
+            t = torch.full_like(t, process.time_of(self.teacher_sigma))
+        return DiscriminationDraws(noise, t)
+
+    def forward(self, view: View, process: Process, draws: DiscriminationDraws) -> dict[str, Tensor]:
+        """The discriminative lines of Algorithm A1.
+
+        Returns:
+            `loss_discriminative`, and the signs of a collapse: `teacher_entropy` as a share of ln K (0:
+            always one prototype, 1: all alike), `kl` of the student's distribution from the teacher's in
+            nats, `prototypes_used` as the share of the K that are some token's first choice, and the norms
+            of both centers.
+
+        Raises:
+            ValueError: a `teacher_temperature` that is not above 0.
+        """
+        check_number("teacher_temperature", self.teacher_temperature, above=0)
+        with torch.no_grad():
+            # The teacher's encoder sees all patches of its own view, its head those that the student saw.
+            x_t = process.noised(view.batch.x0, draws.noise, draws.t)
+            inputs = *network_inputs(process, x_t, draws.t), view.class_labels
+            e_t = self.teacher.encoder(*inputs).encoder_hidden_states
+            # Unit features [b, 1 + k, d] and prototypes [K, d], whose products are the logits.
+            j_t, prototypes_t = self.teacher.head.project(keep_visible(e_t, view.visible_ids))
+        j_s, prototypes_s = self.head.project(view.tokens)
+
+        # L_D (Eq. 12): of the [CLS] token, and the mean over the visible patches.
+        cls, patch = (
+            cross_entropy(
+                (j_t[:, tokens], prototypes_t),
+                (j_s[:, tokens], prototypes_s),
+                center.value,
+                self.teacher_temperature,
+                self.student_temperature,
+            )
+            for tokens, center in ((slice(0, 1), self.center_cls), (slice(1, None), self.center_patch))
+        )
+        loss = patch.loss + cls.loss
+        if self.training:
+            self.center_cls.add(cls.mean_logits)
+            self.center_patch.add(patch.mean_logits)
+
+        entropy = (cls.entropy + patch.entropy) / 2
+        return {
+            "loss_discriminative": loss,
+            "teacher_entropy": entropy / math.log(len(prototypes_t)),
+            "kl": loss / 2 - entropy,
+            "prototypes_used": patch.used.mean(),
+            "center_norm_cls": self.center_cls.value.norm(),
+            "center_norm_patch": self.center_patch.value.norm(),
+        }
+
+    def follow(self, step: int, steps: int, steps_per_epoch: int) -> dict[str, float]:
+        """Sets beta and tau_T."""
+        self.teacher_momentum = teacher_momentum(step, steps, *self.momenta)
+        warmup_steps = self.warmup_epochs * steps_per_epoch
+        self.teacher_temperature = teacher_temperature(step, warmup_steps, *self.temperatures)
+        return {"teacher_momentum": self.teacher_momentum, "teacher_temperature": self.teacher_temperature}
+
+    def after_step(self, transformer: nn.Module, reduce: Callable[[Tensor], Tensor], moved: bool) -> None:
+        """The teacher and center updates of Algorithm A1.
+
+        Raises:
+            ValueError: a `teacher_momentum` out of 0..1.
+        """
+        check_number("teacher_momentum", self.teacher_momentum, low=0, high=1)
+        self.teacher.update(transformer, self.head, self.teacher_momentum if moved else 1.0)
+        self.center_cls.move(self.center_momentum, reduce)
+        self.center_patch.move(self.center_momentum, reduce)
+
+    def identity(self) -> dict[str, int]:
+        """Sizes of the head."""
+        bottleneck, hidden = self.head.mlp[-1].weight.shape
+        sizes = {"num_prototypes": len(self.center_cls.value), "head_hidden_dim": hidden}
+        return sizes | {"head_bottleneck_dim": bottleneck}
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """The loss of tokens `[n, d]`, and its gradients, which are computed with it."""
-
-    @staticmethod
-    def forward(ctx, features, prototypes, teacher_features, teacher_prototypes, center, tau_t, tau_s):
-        n, wanted = len(features), any(ctx.needs_input_grad[:2])
-        loss, entropy = features.new_zeros(()), features.new_zeros(())
-        used = torch.zeros_like(center)
-        grad_features = torch.empty_like(features) if wanted else None
-        grad_prototypes = torch.zeros_like(prototypes) if wanted else None
-        size = max(1, _CHUNK.get(features.device.type, 2**26) // len(prototypes))
-        for i in range(0, n, size):
-            part = slice(i, i + size)
-            logits = torch.addmm(center, teacher_features[part], teacher_prototypes.T, beta=-1)
-            used.index_fill_(0, logits.argmax(-1), 1)
-            log_t = logits.div_(tau_t).log_softmax(-1)
-            log_s = (features[part] @ prototypes.T).div_(tau_s).log_softmax(-1)
-            t = log_t.exp()
-            loss -= torch.linalg.vecdot(t, log_s).sum()
-            entropy -= torch.linalg.vecdot(t, log_t).sum()
-            if wanted:
-                grad_logits = log_s.exp_().sub_(t).div_(n * tau_s)  # softmax(s) - t, of the mean
-                torch.mm(grad_logits, prototypes, out=grad_features[part])
-                grad_prototypes.addmm_(grad_logits.T, features[part])
-        loss, entropy = loss / n, entropy / n
-        ctx.save_for_backward(grad_features, grad_prototypes)
-        ctx.mark_non_differentiable(entropy, used)
-        return loss, entropy, used
-
-    @staticmethod
-    def backward(ctx, grad_loss, grad_entropy, grad_used):
-        grad_features, grad_prototypes = ctx.saved_tensors
-        return grad_loss * grad_features, grad_loss * grad_prototypes, *[None] * 5
+def keep_visible(tokens: Tensor, visible_ids: Tensor | None) -> Tensor:
+    """[CLS] and the visible patches of all tokens, `[b, 1 + n, D]` to `[b, 1 + k, D]`."""
+    if visible_ids is None:
+        return tokens
+    return torch.cat([tokens[:, :1], gather_tokens(tokens[:, 1:], visible_ids)], dim=1)
 
 
 def teacher_momentum(step: int, max_steps: int, start: float = 0.996, end: float = 0.999) -> float:

@@ -6,6 +6,9 @@ another one.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
@@ -72,7 +75,58 @@ def check_engine(accelerator: Accelerator) -> None:
         raise ValueError(f"The engine is {state.distributed_type.value}; training runs on {_ENGINES}.")
 
 
-class Engine:
+class Alone:
+    """A model and its optimizer on one device, and what an optimizer step asks of them.
+
+    Args:
+        device: its type.
+        dtype: of autocast; None without.
+    """
+
+    scaler = None  # of fp16's losses
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: str,
+        dtype: torch.dtype | None = None,
+    ):
+        self.model, self.optimizer = model, optimizer
+        self._autocast = {"device_type": device, "dtype": dtype, "enabled": dtype is not None}
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Around forward and backward of a micro-batch."""
+        yield
+
+    def forward(self, *arguments) -> dict[str, Tensor]:
+        """What the model returns, under autocast."""
+        with torch.autocast(**self._autocast):
+            return self.model(*arguments)
+
+    def backward(self, loss: Tensor) -> None:
+        """The gradients of a loss."""
+        loss.backward()
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """The mean of a tensor over the processes."""
+        return tensor
+
+    def gradient_norm(self) -> Tensor:
+        """The norm of all gradients together, without the scale of fp16's losses."""
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return whole(torch.nn.utils.get_total_norm(gradients))
+
+    def step(self, norm: Tensor, max_norm: float) -> None:
+        """An optimizer step with gradients of `norm`, clipped to `max_norm` unless that is 0; they go."""
+        if max_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class Engine(Alone):
     """A model and its optimizer, whole on each process, or both in shards (FSDP2).
 
     Whole tensors are what it gives; all processes call its methods.
@@ -84,24 +138,33 @@ class Engine:
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer):
-        self.model = model
+        self.accelerator, self.model = accelerator, model
         self.prepared, self.optimizer = accelerator.prepare(model, optimizer)
+
+    @property
+    def scaler(self):
+        return self.accelerator.scaler
+
+    def accumulating(self):
+        return self.accelerator.accumulate(self.prepared)
+
+    def forward(self, *arguments) -> dict[str, Tensor]:
+        with self.accelerator.autocast():
+            return self.prepared(*arguments)
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, "mean")
+
+    def gradient_norm(self) -> Tensor:
+        self.accelerator.unscale_gradients()
+        return super().gradient_norm()
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
         """The gradient of a parameter, if it has one."""
         return None if parameter.grad is None else whole(parameter.grad)
-
-    def gradient_norm(self) -> Tensor:
-        """The norm of all gradients together."""
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        return whole(torch.nn.utils.get_total_norm(gradients))
-
-    def step(self, norm: Tensor, max_norm: float) -> None:
-        """An optimizer step with gradients of `norm`, clipped to `max_norm` unless that is 0; they go."""
-        if max_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
     def gather(self, ema: EMAModel) -> dict[str, dict]:
         """The whole state on the main process's CPU, in part on the others."""
@@ -165,11 +228,11 @@ class ZeroEngine(Engine):
         }  # fmt: skip
         super().__init__(accelerator, model, optimizer)
         config["bf16"] = {"enabled": rounded}  # where accelerate looks up the precision
-        accelerator.deepspeed_engine_wrapped = self
+        accelerator.deepspeed_engine_wrapped = SimpleNamespace(backward=self._backward)
         self.zero = self.prepared.optimizer
         self.optimizer = self.zero.optimizer  # torch's, of this process's part of all parameters, end to end
 
-    def backward(self, loss: Tensor, sync_gradients: bool = True) -> None:
+    def _backward(self, loss: Tensor, sync_gradients: bool = True) -> None:
         """What `accelerator.backward` calls."""
         self.prepared.set_gradient_accumulation_boundary(sync_gradients)
         self.prepared.backward(loss)

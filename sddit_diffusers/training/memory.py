@@ -3,7 +3,6 @@
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from ..data.order import Batch
 from ..models.attention_cpu import attention  # noqa: F401  (registers torch.ops.sddit.attention)
+from .engines import Alone
+from .step import train_step
 
 _aten = torch.ops.aten
 # What takes long to compute: matrix products and attention.
@@ -41,7 +43,7 @@ class StepMemory:
     """Bytes that a training step takes on one device."""
 
     weights: int  # of student and head
-    teacher: int
+    teacher: int  # and what else takes no gradient
     averages: int  # of the weights that sample
     gradients: int
     optimizer: int
@@ -103,7 +105,7 @@ def step_memory(
     Not counted are the libraries' own workspaces and what an allocator loses between blocks.
 
     Args:
-        build: makes the `SDDiTObjective`.
+        build: makes the objective.
         batch_size: images.
         device: its type, for its kernels keep other tensors than those of another.
         dtype: of autocast; None without.
@@ -118,22 +120,18 @@ def step_memory(
         trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         ema = EMAModel(objective.transformer.parameters(), foreach=True)
         optimizer = torch.optim.AdamW(trained, fused=True)
+        engine, gradients = Alone(objective, optimizer, device, dtype), []
         for _ in range(2):  # the first makes the optimizer's state
             alive.most = alive.now
-            with torch.autocast(device, dtype) if dtype else nullcontext():
-                loss = objective(x0, labels)["loss"]
-            loss.backward()
-            gradients = _bytes(parameter.grad for parameter in trained)
-            del loss
-            optimizer.step()
-            optimizer.zero_grad()
-            ema.step(objective.transformer.parameters())
-            objective.update_teacher(0.996)
+            train_step(
+                engine, ema, [(Batch(x0, labels), None)],
+                inspect=lambda _: gradients.append(_bytes(parameter.grad for parameter in trained)),
+            )  # fmt: skip
         memory = StepMemory(
             weights=_bytes(trained),
-            teacher=_bytes(objective.teacher.parameters()) if objective.teacher else 0,
+            teacher=_bytes(parameter for parameter in objective.parameters() if not parameter.requires_grad),
             averages=_bytes(ema.shadow_params),
-            gradients=gradients,
+            gradients=gradients[-1],
             optimizer=_bytes(value for state in optimizer.state.values() for value in state.values()),
             activations=0,
         )
@@ -156,7 +154,7 @@ def memory_lines(
     """A table, line by line: what a step of a batch takes with each kind of checkpointing, and what fits.
 
     Args:
-        build: makes the `SDDiTObjective` with a kind of checkpointing.
+        build: makes the objective with a kind of checkpointing.
         devices: their GiB, of which a tenth is left to allocator, workspaces and the driver.
     """
     for kind in checkpointing:

@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
+from ..evaluation.catalogue import METRICS
 from ..files import parse_json, written_aside
 
 matplotlib.use("Agg")
@@ -71,10 +72,10 @@ _SCORE_PANELS = (("Fréchet distance", ("fid",)), ("precision and recall", ("pre
 
 def draw_curves(metrics: list[dict], path: Path) -> None:
     """Draws the metrics over steps: the values pale, their mean over 2 % of the run around a step on top."""
-    scores = {name for row in metrics for name in row if name.split("_")[0] in ("fid", "precision", "recall")}
+    scores = {name for row in metrics for name in row if name in METRICS}
     panels = [*_PANELS]
     for title, kinds in _SCORE_PANELS if scores else ():
-        panels.append((title, tuple(sorted(name for name in scores if name.split("_")[0] in kinds))))
+        panels.append((title, tuple(sorted(name for name in scores if METRICS[name][0] in kinds))))
     figure, axes = plt.subplots(2, len(panels) // 2, figsize=(2.5 * len(panels), 7), layout="constrained")
     for axis, (title, names) in zip(axes.flat, panels, strict=True):
         for color, name in zip(("tab:blue", "tab:orange"), names, strict=False):

@@ -1,192 +1,331 @@
-"""Algorithm A1 of SD-DiT's supplementary: the two views, the two losses, and what follows an optimizer step.
+"""What trains a network: the noised view, the generative loss, and the auxiliary losses beside it.
 
-Shapes: b batch, c channels, h x w pixels of the sample, n patches, k visible patches, D encoder width, K
-prototypes.
+Shapes: b batch, c channels, h x w pixels of the sample, n patches, k visible patches.
 """
 
 import math
-from collections.abc import Callable
-from numbers import Integral
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from ..models.transformer_sddit import SDDiTTransformer2DModel, check_number
-from ..schedulers.scheduling_edm_heun import EDMHeunScheduler
-from .denoising import DenoisingObjective, Draws
-from .discrimination import Center, ProjectionHead, Teacher, cross_entropy
+from ..data.order import Batch
+from ..models.transformer_sddit import PatchTransformer2DModel, SDDiTBlock, check_number
+from .auxiliary import AuxiliaryLoss, Process, View, network_inputs
+from .discrimination import Discrimination
+
+MASK_SCHEDULES = ("constant", "cosine")
 
 
-class SDDiTObjective(DenoisingObjective):
-    """The student, its teacher, and the loss L_G + L_D that trains them.
+class Draws(NamedTuple):
+    """All that is random in one step, a row for each image."""
+
+    t: Tensor  # [b, 1, 1, 1], time of the noised view
+    noise: Tensor  # [b, c, h, w], of unit variance
+    visible_ids: Tensor | None  # [b, k], patches that the mask leaves visible; None: all
+    label_dropped: Tensor  # [b], bool
+    second_noise: Tensor | None  # as `noise`, of a method with a second view
+    auxiliaries: dict[str, tuple | None]  # by the losses' names
+
+    def rows(self, rows: slice) -> "Draws":
+        """The draws of some of the images."""
+        return _rows(self, rows)
+
+
+def _rows(draws, rows: slice):
+    if isinstance(draws, Tensor):
+        return draws[rows]
+    if isinstance(draws, dict):
+        return {name: _rows(part, rows) for name, part in draws.items()}
+    return None if draws is None else type(draws)(*(_rows(part, rows) for part in draws))
+
+
+class Objective(nn.Module):
+    """A network, and what trains it: the generative loss, here DiT's, and auxiliary losses.
 
     Args:
-        transformer: the student, trained in place.
-        scheduler: gives preconditioning and sigma_data.
-        mask_ratio: share of the patches hidden from the student's encoder, in [0, 1); 0.2 in the paper.
-        discriminative_weight: factor of L_D; 0 trains without L_D, head and teacher (Table 3).
-        teacher_sigma: noise level of the teacher's view, or "student" to draw it as the student's is (Fig.
-            6).
-        num_prototypes: K.
-        head_hidden_dim, head_bottleneck_dim: widths of the projection head.
-        student_temperature: tau_S.
-        center_momentum: m_c and m_p of Algorithm A1. # Paper silent: DINO's 0.9.
+        transformer: the network, trained in place.
+        scheduler: the process: how samples are noised, and what the network is to give.
+        auxiliaries: losses by name, in the order of their draws.
+        mask_ratio: share of the patches hidden from the encoder, in [0, 1).
+        mask_ratio_schedule: "constant", or "cosine", which lets the ratio fall to 0 ([`mask_ratio_at`]).
         label_dropout: probability that an image's label becomes the null class, for guidance.
-        p_mean, p_std: ln(sigma_S) ~ N(p_mean, p_std^2) (supplementary, Eq. 2).
-
-    Attributes:
-        teacher_temperature: tau_T, moved by the training loop from step to step.
 
     Raises:
-        ValueError: a number out of its range, a teacher noise that is neither above 0 nor "student", or a
+        ValueError: a mask ratio outside [0, 1), an unknown schedule of it, a label dropout outside 0..1, or a
             transformer without decoder or with other channels going out than in.
+    """
+
+    _no_split_modules = ["SDDiTBlock"]  # what FSDP shards and gathers as one
+    has_second_view = False
+
+    def __init__(
+        self,
+        transformer: PatchTransformer2DModel,
+        scheduler: Process,
+        auxiliaries: Mapping[str, AuxiliaryLoss] | None = None,
+        *,
+        mask_ratio: float = 0.0,
+        mask_ratio_schedule: str = "constant",
+        label_dropout: float = 0.1,
+    ):
+        super().__init__()
+        config = transformer.config
+        if not 0 <= mask_ratio < 1:
+            raise ValueError(f"mask_ratio is {mask_ratio}; it must be at least 0 and below 1.")
+        if mask_ratio_schedule not in MASK_SCHEDULES:
+            raise ValueError(
+                f"mask_ratio_schedule is {mask_ratio_schedule!r}; it must be 'constant' or 'cosine'."
+            )
+        if not 0 <= label_dropout <= 1:
+            raise ValueError(f"label_dropout is {label_dropout}; it must be in 0..1.")
+        if (config.out_channels or config.in_channels) != config.in_channels:
+            raise ValueError(
+                f"The transformer takes {config.in_channels} channels and returns {config.out_channels}; "
+                "both must be equal."
+            )
+        if config.get("num_decoder_layers") == 0:
+            raise ValueError(
+                "The transformer has no decoder (num_decoder_layers is 0); the objective needs one."
+            )
+        self.transformer = transformer
+        self.scheduler = scheduler
+        self.auxiliaries = nn.ModuleDict(auxiliaries)
+        self.mask_ratio = self.first_mask_ratio = mask_ratio
+        self.mask_ratio_schedule = mask_ratio_schedule
+        self.label_dropout = label_dropout
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator | None = None, device=None) -> Draws:
+        """Draws times, noises, masks and dropped labels for images of `shape` `[b, c, h, w]`.
+
+        The order of the draws does not depend on any setting, and auxiliary losses draw last: runs of one
+        seed differ by their settings alone.
+        """
+        b, _, h, w = shape
+        options = dict(generator=generator, device=device)
+        n = (h // self.transformer.config.patch_size) * (w // self.transformer.config.patch_size)
+        k = max(1, int(n * (1 - self.mask_ratio) + 1e-6))
+        t = self.scheduler.training_times(torch.randn(b, 1, 1, 1, **options))
+        noise = torch.randn(shape, **options)
+        patch_order = torch.rand(b, n, **options).argsort(dim=1)
+        label_dropped = torch.rand(b, **options) < self.label_dropout
+        second_noise = torch.randn(shape, **options) if self.has_second_view else None
+        auxiliaries = {
+            name: loss.draw(shape, self.scheduler, generator, device)
+            for name, loss in self.auxiliaries.items()
+        }
+        visible_ids = patch_order[:, :k] if k < n else None
+        return Draws(t, noise, visible_ids, label_dropped, second_noise, auxiliaries)
+
+    def forward(
+        self,
+        x0: Tensor,
+        class_labels: Tensor | None = None,
+        draws: Draws | None = None,
+        features: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The losses of a batch.
+
+        Args:
+            x0: clean samples, `[b, c, h, w]`, of the standard deviation that the process expects.
+            class_labels: integers `[b]`; None for a model without classes.
+            draws: what is random in this step; None draws it here.
+            features: of a frozen encoder, for an auxiliary loss that takes them.
+
+        Returns:
+            Scalars: `loss` = the generative loss + weight x each auxiliary loss, `loss_generative`, and what
+            the method and the auxiliary losses tell beside them.
+        """
+        if draws is None:
+            draws = self.draw(x0.shape, device=x0.device)
+        losses, view = self.denoise(Batch(x0, self.drop_labels(class_labels, draws), features), draws)
+        for name, auxiliary in self.auxiliaries.items():
+            found = auxiliary(view, self.scheduler, draws.auxiliaries[name])
+            losses["loss"] = losses["loss"] + auxiliary.weight * found[f"loss_{auxiliary.name}"]
+            losses |= found
+        return losses
+
+    def denoise(self, batch: Batch, draws: Draws) -> tuple[dict[str, Tensor], View]:
+        """The generative loss, and what the auxiliary losses see; other methods have theirs.
+
+        Args:
+            batch: its labels are those that dropping has left.
+        """
+        loss, tokens = self.generative_loss(batch, draws.t, draws.noise, draws.visible_ids)
+        return {"loss": loss, "loss_generative": loss}, self.view(batch, draws, tokens)
+
+    def generative_loss(
+        self, batch: Batch, t: Tensor, noise: Tensor, visible_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """L_G (Eq. 9), the mean over all patches, of a view with this noise and mask; and its tokens."""
+        sample = self.scheduler.noised(batch.x0, noise, t)
+        output = self.evaluate(sample, t, batch.labels, visible_ids)
+        error = self.scheduler.error(output.sample, sample, batch.x0, noise, t)
+        return error.mean(), output.encoder_hidden_states
+
+    def evaluate(self, sample: Tensor, t: Tensor, class_labels: Tensor | None, visible_ids: Tensor | None):
+        """The network's output for a noised sample `[b, c, h, w]`."""
+        seen = () if visible_ids is None else (visible_ids,)
+        return self.transformer(*network_inputs(self.scheduler, sample, t), class_labels, *seen)
+
+    def view(self, batch: Batch, draws: Draws, tokens: Tensor) -> View:
+        """What the auxiliary losses see."""
+        has_cls = hasattr(self.transformer, "cls_token")
+        return View(batch, batch.labels, draws.t, draws.visible_ids, tokens, has_cls)
+
+    def drop_labels(self, class_labels: Tensor | None, draws: Draws) -> Tensor | None:
+        """Labels `[b]`, of which some are the null class now."""
+        if class_labels is None:
+            return None
+        return class_labels.masked_fill(draws.label_dropped, self.transformer.config.num_classes)
+
+    def follow(self, step: int, steps: int, steps_per_epoch: int) -> dict[str, float]:
+        """Sets what changes from step to step of a run; returns it for the metrics."""
+        schedule = {}
+        if self.mask_ratio_schedule != "constant":
+            self.mask_ratio = mask_ratio_at(step, steps, self.first_mask_ratio)
+            schedule["mask_ratio"] = self.mask_ratio
+        for auxiliary in self.auxiliaries.values():
+            schedule |= auxiliary.follow(step, steps, steps_per_epoch)
+        return schedule
+
+    def after_step(self, reduce: Callable[[Tensor], Tensor] = torch.clone, moved: bool = True) -> None:
+        """What follows an optimizer step, such as the updates of a teacher.
+
+        Args:
+            reduce: averages a tensor over the processes.
+            moved: whether weights were moved; fp16 leaves out steps whose gradients overflow.
+        """
+        for auxiliary in self.auxiliaries.values():
+            auxiliary.after_step(self.transformer, reduce, moved)
+
+    def identity(self) -> dict:
+        """What a resumed run must have in common with the one that it goes on with."""
+        network = {name: value for name, value in self.transformer.config.items() if not name.startswith("_")}
+        for auxiliary in self.auxiliaries.values():
+            network |= auxiliary.identity()
+        return network
+
+    def compile_blocks(self) -> None:
+        """Compiles all blocks in place; shapes and names of the weights stay.
+
+        Once for any number of tokens, where it changes from step to step.
+        """
+        for module in self.modules():
+            if isinstance(module, SDDiTBlock):
+                module.compile(dynamic=self.mask_ratio_schedule != "constant")
+
+
+class SDDiTObjective(Objective):
+    """SD-DiT: L_G + L_D (Algorithm A1 of the supplementary).
+
+    The lines of the algorithm, in their order, and where they are:
+    - the teacher begins as the student: `Teacher`;
+    - views of student and teacher, and the mask: `draw`, here and of `Discrimination`;
+    - the student's encoder and decoder, L_G: `denoise`;
+    - the teacher's encoder, both heads, L_D of [CLS] and of the patches: `Discrimination.forward`;
+    - Loss = L_G + L_D: `forward`;
+    - back-propagation and the student's update: `training.step.train_step`;
+    - the teacher's and the centers' updates: `Discrimination.after_step`;
+    - H(T, S, C): `discrimination.cross_entropy`.
+
+    Args:
+        transformer, scheduler, mask_ratio, mask_ratio_schedule, label_dropout: as of [`Objective`]; the
+            paper's ratio is 0.2.
+        discriminative_weight: factor of L_D; 0 trains without L_D, head and teacher (Table 3).
+        discrimination: other arguments of `Discrimination`, such as `num_prototypes`.
+
+    Raises:
+        ValueError: as of [`Objective`] and of `Discrimination`.
     """
 
     def __init__(
         self,
-        transformer: SDDiTTransformer2DModel,
-        scheduler: EDMHeunScheduler,
+        transformer: PatchTransformer2DModel,
+        scheduler: Process,
         *,
         mask_ratio: float = 0.2,
-        discriminative_weight: float = 1.0,
-        teacher_sigma: float | Literal["student"] = 0.002,
-        num_prototypes: int = 8192,
-        head_hidden_dim: int = 2048,
-        head_bottleneck_dim: int = 256,
-        student_temperature: float = 0.1,
-        center_momentum: float = 0.9,
+        mask_ratio_schedule: str = "constant",
         label_dropout: float = 0.1,
-        p_mean: float = -1.2,
-        p_std: float = 1.2,
+        discriminative_weight: float = 1.0,
+        **discrimination,
     ):
-        super().__init__(
-            transformer, scheduler,
-            mask_ratio=mask_ratio, label_dropout=label_dropout, p_mean=p_mean, p_std=p_std,
-        )  # fmt: skip
-        config = transformer.config
         check_number("discriminative_weight", discriminative_weight, low=0)
-        check_number("student_temperature", student_temperature, above=0)
-        check_number("center_momentum", center_momentum, low=0, high=1)
-        check_number("num_prototypes", num_prototypes, low=2, kind=Integral)
-        check_number("head_hidden_dim", head_hidden_dim, low=1, kind=Integral)
-        check_number("head_bottleneck_dim", head_bottleneck_dim, low=1, kind=Integral)
-        if teacher_sigma != "student" and (
-            isinstance(teacher_sigma, str) or not 0 < teacher_sigma < math.inf
-        ):
-            raise ValueError(
-                f"teacher_sigma is {teacher_sigma!r}; it must be a number above 0, or 'student'."
-            )
-        if transformer.decoder is None:
-            raise ValueError(
-                "The transformer has no decoder (num_decoder_layers is 0); the objective needs one."
-            )
-        self.discriminative_weight = discriminative_weight
-        self.teacher_sigma = teacher_sigma
-        self.student_temperature = student_temperature
-        self.teacher_temperature = 0.09
-        self.center_momentum = center_momentum
+        auxiliaries = {}
         if discriminative_weight > 0:
-            dim = config.num_attention_heads * config.attention_head_dim
-            self.head = ProjectionHead(dim, num_prototypes, head_hidden_dim, head_bottleneck_dim)
-            self.teacher = Teacher(transformer, self.head)
-            self.center_cls, self.center_patch = Center(num_prototypes), Center(num_prototypes)
-
-    def forward(
-        self, x0: Tensor, class_labels: Tensor | None = None, draws: Draws | None = None
-    ) -> dict[str, Tensor]:
-        """Algorithm A1, from the views to the loss.
-
-        Args:
-            x0: clean samples, `[b, c, h, w]`, of standard deviation about sigma_data.
-            class_labels: integers `[b]`; None for a model without classes.
-            draws: what is random in this step; None draws it here.
-
-        Returns:
-            Scalars: `loss` = `loss_generative` + weight x `loss_discriminative`, and the signs of a collapse:
-            `teacher_entropy` as a share of ln K (0: always one prototype, 1: all alike), `kl` of the
-            student's distribution from the teacher's in nats, `prototypes_used` as the share of the K that
-            are some token's first choice, and the norms of both centers.
-
-        Raises:
-            ValueError: a `teacher_temperature` that is not above 0.
-        """
-        check_number("teacher_temperature", self.teacher_temperature, above=0)
-        if draws is None:
-            draws = self.draw(x0.shape, device=x0.device)
-        class_labels = self.drop_labels(class_labels, draws)
-
-        # Construct noised student and teacher views.
-        sigma_s, sigma_t = draws.sigma_s, draws.sigma_t
-        x_s = x0 + sigma_s * draws.noise_s
-        x_t = x0 + sigma_t * draws.noise_t
-
-        # Forward the visible patches through the student's encoder, and the complete set through its decoder.
-        student = self.transformer(*self.inputs(x_s, sigma_s), class_labels, draws.visible_ids)
-        e_s = student.encoder_hidden_states  # [b, 1 + k, D]
-
-        # L_G (Eq. 9) over all patches.
-        denoised = self.denoised(x_s, student.sample, sigma_s)
-        loss_generative = (self.weight(sigma_s) * (denoised - x0) ** 2).mean()
-        if self.teacher is None:
-            return {"loss": loss_generative, "loss_generative": loss_generative}
-
-        # Forward the full view through the teacher's encoder, and [CLS] and the visible patches of both
-        # through their heads.
-        with torch.no_grad():
-            e_t = self.teacher.encoder(*self.inputs(x_t, sigma_t), class_labels).encoder_hidden_states
-            # Unit features [b, 1 + k, d] and prototypes [K, d], whose products are the logits.
-            j_t, prototypes_t = self.teacher.head.project(keep_visible(e_t, draws.visible_ids))
-        j_s, prototypes_s = self.head.project(e_s)
-
-        # L_D (Eq. 12), the mean over the visible patches and the [CLS] term.
-        cls, patch = (
-            cross_entropy(
-                (j_t[:, tokens], prototypes_t),
-                (j_s[:, tokens], prototypes_s),
-                center.value,
-                self.teacher_temperature,
-                self.student_temperature,
+            auxiliaries["discrimination"] = Discrimination(
+                transformer, weight=discriminative_weight, **discrimination
             )
-            for tokens, center in ((slice(0, 1), self.center_cls), (slice(1, None), self.center_patch))
-        )
-        loss_discriminative = patch.loss + cls.loss
-        if self.training:
-            self.center_cls.add(cls.mean_logits)
-            self.center_patch.add(patch.mean_logits)
+        super().__init__(
+            transformer, scheduler, auxiliaries,
+            mask_ratio=mask_ratio, mask_ratio_schedule=mask_ratio_schedule, label_dropout=label_dropout,
+        )  # fmt: skip
 
-        entropy = (cls.entropy + patch.entropy) / 2
-        return {
-            "loss": loss_generative + self.discriminative_weight * loss_discriminative,
-            "loss_generative": loss_generative,
-            "loss_discriminative": loss_discriminative,
-            "teacher_entropy": entropy / math.log(len(prototypes_t)),
-            "kl": loss_discriminative / 2 - entropy,
-            "prototypes_used": patch.used.mean(),
-            "center_norm_cls": self.center_cls.value.norm(),
-            "center_norm_patch": self.center_patch.value.norm(),
-        }
-
-    def update_teacher(self, momentum: float, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
-        """The teacher and center updates that follow an optimizer step (Algorithm A1).
-
-        Args:
-            momentum: beta of this step, in 0..1.
-            reduce: averages a tensor over the processes; None where there is one.
-
-        Raises:
-            ValueError: a momentum out of its range.
-        """
-        check_number("momentum", momentum, low=0, high=1)
-        if self.teacher is not None:
-            self.teacher.update(self.transformer, self.head, momentum)
-            self.center_cls.move(self.center_momentum, reduce)
-            self.center_patch.move(self.center_momentum, reduce)
+    @property
+    def discrimination(self) -> Discrimination | None:
+        """L_D; None where it has no weight."""
+        return self.auxiliaries["discrimination"] if "discrimination" in self.auxiliaries else None
 
 
-def keep_visible(tokens: Tensor, visible_ids: Tensor | None) -> Tensor:
-    """[CLS] and the visible patches of all tokens, `[b, 1 + n, D]` to `[b, 1 + k, D]`."""
-    if visible_ids is None:
-        return tokens
-    index = visible_ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
-    return torch.cat([tokens[:, :1], tokens[:, 1:].gather(1, index)], dim=1)
+class MaskDiTObjective(Objective):
+    """MaskDiT: L_DSM on visible patches, and L_MAE on masked ones, of which the noised patch is the target.
+
+    Args:
+        mae_weight: factor of L_MAE, at least 0; MaskDiT's 0.1.
+        transformer, scheduler, auxiliaries, mask_ratio, mask_ratio_schedule, label_dropout: as of
+            [`Objective`].
+
+    Raises:
+        ValueError: an `mae_weight` out of its range, and as of [`Objective`].
+    """
+
+    def __init__(self, *args, mae_weight: float = 0.1, **kwargs):
+        super().__init__(*args, **kwargs)
+        check_number("mae_weight", mae_weight, low=0)
+        self.mae_weight = mae_weight
+
+    def denoise(self, batch: Batch, draws: Draws) -> tuple[dict[str, Tensor], View]:
+        """As of [`Objective`]: `loss` = `loss_generative` (L_DSM) + weight x `loss_mae`."""
+        t, sample = draws.t, self.scheduler.noised(batch.x0, draws.noise, draws.t)
+        output = self.evaluate(sample, t, batch.labels, draws.visible_ids)
+        view = self.view(batch, draws, output.encoder_hidden_states)
+        denoising = self._by_patch(self.scheduler.error(output.sample, sample, batch.x0, draws.noise, t))
+        if draws.visible_ids is None:
+            unused = 0 * self.transformer.mask_token.sum()  # for DDP, which waits for all gradients
+            loss = denoising.mean() + unused
+            return {"loss": loss, "loss_generative": loss, "loss_mae": torch.zeros_like(loss)}, view
+        denoised = self.scheduler.precondition_outputs(sample, output.sample.float(), t)
+        reconstruction = self._by_patch((denoised - sample) ** 2)
+        masked = torch.ones_like(denoising).scatter(1, draws.visible_ids, 0.0)  # [b, n]
+        loss_generative = (denoising * (1 - masked)).sum() / (1 - masked).sum()
+        loss_mae = (reconstruction * masked).sum() / masked.sum()
+        loss = loss_generative + self.mae_weight * loss_mae
+        return {"loss": loss, "loss_generative": loss_generative, "loss_mae": loss_mae}, view
+
+    def _by_patch(self, values: Tensor) -> Tensor:
+        """Means of patches, `[b, c, h, w]` to `[b, n]`."""
+        return F.avg_pool2d(values.mean(1, keepdim=True), self.transformer.config.patch_size).flatten(1)
+
+
+class MDTObjective(Objective):
+    """MDT: L_G of all patches twice a step, seen whole and with a mask, of one time and two noises."""
+
+    has_second_view = True
+
+    def denoise(self, batch: Batch, draws: Draws) -> tuple[dict[str, Tensor], View]:
+        """As of [`Objective`]: `loss` = `loss_generative`, of the whole view, + `loss_masked`."""
+        visible_ids = draws.visible_ids
+        if visible_ids is None:  # the side-interpolater has nothing to fill, and its part all the same
+            n = batch.x0[0, 0].numel() // self.transformer.config.patch_size**2
+            visible_ids = torch.arange(n, device=batch.x0.device).expand(len(batch.x0), -1)
+        whole, tokens = self.generative_loss(batch, draws.t, draws.noise, None)
+        masked, _ = self.generative_loss(batch, draws.t, draws.second_noise, visible_ids)
+        losses = {"loss": whole + masked, "loss_generative": whole, "loss_masked": masked}
+        return losses, self.view(batch, draws._replace(visible_ids=None), tokens)
+
+
+def mask_ratio_at(step: int, max_steps: int, start: float) -> float:
+    """A ratio that falls from `start` to 0 with the fourth power of a cosine: MaskDiT's unmask tuning."""
+    return start * math.cos(math.pi / 2 * min(step / max_steps, 1.0)) ** 4

@@ -1,20 +1,23 @@
-"""What is trained and how: the networks by name, the settings of Table A1, and how a run is configured.
+"""How a run is configured: options by axis, and the recipes of the presets.
 
-A setting comes from, in rising order: Table A1 (the defaults of [`TrainingConfig`]), the preset's recipe, the
-method's, the JSON file of `--config`, the command line.
+A setting comes from, in rising order: Table A1 (the defaults), the preset's recipe, the method's settings,
+the JSON file of `--config`, the command line.
 """
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_origin
 
-from ..cli import Limits, Parser, check_options, json_object, option, shortened, unknown_option
+from ..cli import Parser, check_options, option, options, shortened, unknown_option
+from ..evaluation.catalogue import EXTRACTORS
 from ..files import read_json, written_aside
-from ..models.presets import PRESETS
-
-# fmt: on
+from ..models.presets import PRESETS, read_changes
+from .auxiliaries import AUXILIARIES
+from .methods import METHODS
+from .objective import MASK_SCHEDULES
+from .processes import PROCESSES
 
 # What a preset changes in TrainingConfig.
 RECIPES = {
@@ -70,59 +73,98 @@ RECIPES = {
     ),
 }
 
-# What a method changes in TrainingConfig.
-METHODS = {
-    "sddit": {},
-    "dit": dict(mask_ratio=0.0),
-    "maskdit": dict(mask_ratio=0.5),
-    "mdt": dict(mask_ratio=0.3),
-}
-
-# Options that one method has, or all but one; the others leave them at the preset's value.
-_OF_ONE_METHOD = {
-    "maskdit": ("mae_weight",),
-    "sddit": (
-        "discriminative_weight", "num_prototypes", "head_hidden_dim", "head_bottleneck_dim",
-        "student_temperature", "teacher_temperature_start", "teacher_temperature_end",
-        "teacher_temperature_warmup_epochs", "teacher_momentum_start", "teacher_momentum_end",
-        "teacher_sigma", "center_momentum",
-    ),
-}  # fmt: skip
 _BELOW_1 = 1 - 2**-53  # the largest number
-_WIDEST = 2**16  # of a layer, of a picture
-
-SCHEDULES = ("constant", "cosine")
 CHECKPOINTING = ("none", "selective", "full")
 TRIAL_STEPS = 18  # of the sampler, while a run is not at its end
 
-# Networks that give the features of scores.
-EXTRACTORS = ("inception", "classifier", "pixels")
-
 
 @dataclass
-class TrainingConfig:
-    """The settings of a run; the defaults are the paper's (Table A1 and Sec. 4.1)."""
+class DataOptions:
+    """What is trained on."""
 
-    method: str = option(
-        "sddit", "'sddit', or what it is compared with: 'dit', 'maskdit', 'mdt'", choices=tuple(METHODS)
-    )
-    preset: str = option("digits", "network and recipe: " + ", ".join(PRESETS), choices=tuple(PRESETS))
-    transformer: str = option("{}", "JSON of network settings that differ from the preset's")
+    _argument_group_name = "data"
+
     dataset_name: str = option(
         "", "'digits', or a folder, a URL or a dataset on the Hub, of latents or of images with labels"
     )
     image_column: str = option("image", "column of the images, if they are no latents")
     label_column: str = option("label", "column of their labels; '' trains without classes")
     vae: str = option("", "decodes latents; the one that made them if not given, 'none' goes without samples")
-    output_dir: str = option(
-        "", "where the pipeline goes; sddit-PRESET if not given, METHOD-PRESET of others"
+    dataloader_num_workers: int = option(0, "processes that read images ahead", low=0, high=1024)
+
+
+@dataclass
+class NetworkOptions:
+    """What is trained: the network and its masking, and what else has a say in its loss."""
+
+    _argument_group_name = "network"
+
+    method: str = option(
+        "sddit", "'sddit', or what it is compared with: 'dit', 'maskdit', 'mdt'", choices=METHODS.keys()
+    )
+    preset: str = option("digits", "network and recipe: " + ", ".join(PRESETS), choices=PRESETS.keys())
+    transformer: str = option("{}", "JSON of network settings that differ from the preset's")
+    process: str = option("edm", "diffusion process: 'edm'", choices=PROCESSES.keys())
+    auxiliary: list[str] = options(
+        ["discrimination"],
+        "auxiliary losses, or 'none'; 'discrimination' is L_D. By default those of the method",
     )
     pretrained_model_name_or_path: str = option(
         "",
         "a pipeline (folder or Hub name), a single file or a checkpoint, with whose weights the run begins",
     )
-    seed: int = option(0, "seed of weights, data order and noise", low=0, high=2**32 - 1)
+    mask_ratio: float = option(
+        0.2,
+        "share of the patches hidden from the student's encoder; 0.5 for maskdit, 0.3 for mdt",
+        low=0,
+        high=_BELOW_1,
+    )
+    mask_ratio_schedule: str = option(
+        "constant",
+        "'cosine' lets the ratio fall to 0 with the cosine's fourth power, MaskDiT's unmask tuning",
+        choices=MASK_SCHEDULES,
+    )
+    mae_weight: float = option(0.1, "factor of maskdit's L_MAE", low=0)
+    label_dropout: float = option(
+        0.1, "probability of training an image without its label, for guidance", low=0, high=1
+    )
 
+    @property
+    def auxiliaries(self) -> list[str]:
+        """Names of the auxiliary losses."""
+        return [] if self.auxiliary == ["none"] else self.auxiliary
+
+    def network(self) -> dict:
+        """The arguments of the method's network, but for num_classes, which is the dataset's.
+
+        Raises:
+            ValueError: `transformer` is no change of them.
+        """
+        network = METHODS[self.method].network(PRESETS[self.preset])
+        return network | read_changes(self.transformer, network)
+
+    def check(self) -> None:
+        """Raises a ValueError for choices that do not go together."""
+        if self.mask_ratio and not METHODS[self.method].has_mask:
+            raise ValueError(f"mask_ratio is {self.mask_ratio}; {self.method} has no mask, so it must be 0.")
+        for name in self.auxiliaries:
+            if name not in AUXILIARIES:
+                raise ValueError(
+                    f"auxiliary is {shortened(name)}; it must be 'none' alone, or some of "
+                    f"{', '.join(AUXILIARIES)}."
+                )
+            if self.auxiliary.count(name) > 1:
+                raise ValueError(f"auxiliary names {name} twice.")
+        self.network()
+
+
+@dataclass
+class OptimizerOptions:
+    """How its weights are moved."""
+
+    _argument_group_name = "optimizer"
+
+    seed: int = option(0, "seed of weights, data order and noise", low=0, high=2**32 - 1)
     max_train_steps: int = option(400_000, "optimizer steps", low=1)
     train_batch_size: int = option(256, "images a process and micro-batch; the paper's total is 256", low=1)
     gradient_accumulation_steps: int = option(1, "micro-batches an optimizer step", low=1)
@@ -134,6 +176,7 @@ class TrainingConfig:
     adam_beta2: float = option(0.999, "of AdamW", low=0, high=_BELOW_1)
     adam_weight_decay: float = option(0.0, "of AdamW", low=0)
     max_grad_norm: float = option(0.0, "gradients are scaled down to this norm; 0: never", low=0)
+    ema_decay: float = option(0.9999, "of the weights that sample", low=0, high=1)
     mixed_precision: str = option(
         "",
         "'no', 'bf16' or 'fp16'; as accelerate is configured if not given",
@@ -146,39 +189,13 @@ class TrainingConfig:
     )
     compile: bool = option(False, "compile the blocks with torch.compile")
     allow_tf32: bool = option(True, "let GPUs round the factors of float32 products to TF32, as DiT does")
-    ema_decay: float = option(0.9999, "of the weights that sample", low=0, high=1)
 
-    mask_ratio: float = option(
-        0.2,
-        "share of the patches hidden from the student's encoder; 0.5 for maskdit, 0.3 for mdt",
-        low=0,
-        high=_BELOW_1,
-    )
-    mask_ratio_schedule: str = option(
-        "constant",
-        "'cosine' lets the ratio fall to 0 with the cosine's fourth power, MaskDiT's unmask tuning",
-        choices=SCHEDULES,
-    )
-    mae_weight: float = option(0.1, "factor of maskdit's L_MAE", low=0)
-    label_dropout: float = option(
-        0.1, "probability of training an image without its label, for guidance", low=0, high=1
-    )
-    discriminative_weight: float = option(1.0, "factor of L_D; 0 trains without teacher", low=0)
-    num_prototypes: int = option(8192, "K", low=2, high=2**20)
-    head_hidden_dim: int = option(2048, "hidden width of the projection head", low=1, high=_WIDEST)
-    head_bottleneck_dim: int = option(
-        256, "width of the projection head before the prototypes", low=1, high=_WIDEST
-    )
-    student_temperature: float = option(0.1, "tau_S", low=1e-3)
-    teacher_temperature_start: float = option(0.09, "tau_T at the start", low=1e-3)
-    teacher_temperature_end: float = option(0.099, "tau_T after its warm-up", low=1e-3)
-    teacher_temperature_warmup_epochs: float = option(5, "epochs from the first to the second", low=0)
-    teacher_momentum_start: float = option(0.996, "beta at the start", low=0, high=1)
-    teacher_momentum_end: float = option(0.999, "beta at the end", low=0, high=1)
-    teacher_sigma: str = option(
-        "0.002", "noise of the teacher's view, or 'student' for the student's distribution"
-    )
-    center_momentum: float = option(0.9, "of the teacher's centers", low=0, high=1)
+
+@dataclass
+class EvaluationOptions:
+    """What is looked at on the way."""
+
+    _argument_group_name = "evaluation"
 
     evaluation_steps: int = option(0, "score the averaged weights every so many steps; 0: never", low=0)
     evaluation_samples: int = option(
@@ -189,24 +206,57 @@ class TrainingConfig:
         "a REFERENCE of sddit_diffusers.evaluate; the pictures trained on if not given",
     )
     evaluation_extractor: str = option(
-        "inception", "'inception'; without downloads 'classifier', 'pixels'", choices=EXTRACTORS
+        "inception", "'inception'; without downloads 'classifier', 'pixels'", choices=tuple(EXTRACTORS)
     )
     validation_steps: int = option(0, "sample a grid every so many steps; 0: at the end only", low=0)
     num_validation_images: int = option(100, "images of a grid, in rows of ten", low=0, high=10_000)
-    checkpointing_steps: int = option(0, "save a checkpoint every so many steps; 0: none", low=0)
-    checkpoints_total_limit: int = option(0, "checkpoints that are kept, the newest ones; 0: all", low=0)
+
+
+@dataclass
+class OutputOptions:
+    """What is left, and where."""
+
+    _argument_group_name = "output"
+
+    output_dir: str = option(
+        "", "where the pipeline goes; sddit-PRESET if not given, METHOD-PRESET of others"
+    )
     overwrite_output_dir: bool = option(
         False, "begin anew where a model or checkpoints are; it is replaced once the new one is complete"
     )
-    dry_run: bool = option(False, "tell the memory that a step takes, and train nothing")
+    checkpointing_steps: int = option(0, "save a checkpoint every so many steps; 0: none", low=0)
+    checkpoints_total_limit: int = option(0, "checkpoints that are kept, the newest ones; 0: all", low=0)
     resume_from_checkpoint: str = option(
         "", "a checkpoint folder, or 'latest', which begins where there is none"
     )
     logging_steps: int = option(1, "write the metrics every so many steps", low=1)
     report_to: str = option("", "'tensorboard', 'wandb' or 'all', beside metrics.jsonl")
-    dataloader_num_workers: int = option(0, "processes that read images ahead", low=0, high=1024)
+    dry_run: bool = option(False, "tell the memory that a step takes, and train nothing")
     push_to_hub: bool = option(False, "upload the pipeline with its card at the end, never a checkpoint")
     hub_model_id: str = option("", "where to, USER/NAME or NAME; the output folder's name if not given")
+
+    def check(self) -> None:
+        """Raises a ValueError for a run that would both begin anew and go on."""
+        if self.overwrite_output_dir and self.resume_from_checkpoint:
+            raise ValueError(
+                "overwrite_output_dir begins anew, and resume_from_checkpoint goes on: choose one."
+            )
+
+
+GROUPS = [
+    DataOptions,
+    NetworkOptions,
+    *(row.options for row in PROCESSES.values() if row.options),
+    *(row.options for row in AUXILIARIES.values() if row.options),
+    OptimizerOptions,
+    EvaluationOptions,
+    OutputOptions,
+]
+
+
+@dataclass
+class TrainingConfig(*GROUPS):
+    """The settings of a run; the defaults are the paper's (Table A1 and Sec. 4.1)."""
 
     def __post_init__(self):
         check_options(self)
@@ -216,56 +266,30 @@ class TrainingConfig:
             raise ValueError(
                 f"The preset {self.preset} needs --dataset_name, a folder or a dataset on the Hub."
             )
-        if self.overwrite_output_dir and self.resume_from_checkpoint:
-            raise ValueError(
-                "overwrite_output_dir begins anew, and resume_from_checkpoint goes on: choose one."
-            )
-        if self.method == "dit" and self.mask_ratio:
-            raise ValueError(f"mask_ratio is {self.mask_ratio}; dit has no mask, so it must be 0.")
-        self.network()
-        self.teacher_noise()
+        for group in GROUPS:
+            if hasattr(group, "check"):
+                group.check(self)
 
-    def check_method(self) -> None:
-        """Holds what another method's options are against the preset's values.
+    def check_choices(self) -> None:
+        """Holds options of what was not chosen against the preset's values.
 
         Raises:
             ValueError: one was changed, which would change nothing.
         """
-        others = [name for method in _OF_ONE_METHOD.keys() - {self.method} for name in _OF_ONE_METHOD[method]]
-        if self.method == "dit":
-            others.append("mask_ratio_schedule")
+        own = METHODS[self.method]
+        others = {name: self.method for row in METHODS.values() for name in row.options if row is not own}
+        if not own.has_mask:
+            others["mask_ratio_schedule"] = self.method
+        for axis, chosen in ((PROCESSES, [self.process]), (AUXILIARIES, self.auxiliaries)):
+            for key in axis.keys() - set(chosen):
+                for each in dataclasses.fields(axis[key].options) if axis[key].options else ():
+                    others[each.name] = f"{self.method} without {key}"
         for name in sorted(others):
             value, left = getattr(self, name), RECIPES[self.preset].get(name, getattr(TrainingConfig, name))
             if value != left:
                 raise ValueError(
-                    f"{name} is {shortened(value)}; {self.method} has no such option: leave it at {left!r}."
+                    f"{name} is {shortened(value)}; {others[name]} has no such option: leave it at {left!r}."
                 )
-
-    def network(self) -> dict:
-        """The arguments of the method's network, but for num_classes, which is the dataset's.
-
-        Raises:
-            ValueError: `transformer` is no change of them.
-        """
-        preset = PRESETS[self.preset]
-        decoder = ("num_decoder_layers", "decoder_num_attention_heads", "decoder_attention_head_dim")
-        if self.method in ("dit", "mdt"):
-            preset = {name: value for name, value in preset.items() if name not in decoder}
-        if self.method == "mdt":
-            preset["num_decoder_layers"] = 2  # of num_layers, in all sizes (Gao et al. 2023)
-        return preset | read_changes(self.transformer, preset)
-
-    def teacher_noise(self) -> float | str:
-        """`teacher_sigma` as the objective takes it."""
-        try:
-            sigma = self.teacher_sigma if self.teacher_sigma == "student" else float(self.teacher_sigma)
-        except ValueError:
-            sigma = 0.0
-        if sigma != "student" and not 0 < sigma < math.inf:
-            raise ValueError(
-                f"teacher_sigma is {shortened(self.teacher_sigma)}; it must be a number above 0 or 'student'."
-            )
-        return sigma
 
     def save(self, path: Path) -> None:
         """Writes the resolved settings as a file that `--config` reads."""
@@ -274,43 +298,10 @@ class TrainingConfig:
             file.write(json.dumps(settings, indent=2) + "\n")
 
 
-def read_changes(text: str, network: dict) -> dict:
-    """The settings of `--transformer`.
-
-    Args:
-        text: JSON.
-        network: what it changes; `num_classes` is the dataset's.
-
-    Raises:
-        ValueError: another setting, or a value that is no number of its type and range.
-    """
-    changes = json_object("transformer", text)
-    known = [name for name in network if name != "num_classes"] + ["mlp_ratio"]
-    for name in changes:
-        if name not in known:
-            raise ValueError(f"transformer has no setting {shortened(name)}; there are {', '.join(known)}.")
-    for name in filter(changes.__contains__, known):
-        value, ratio = changes[name], name == "mlp_ratio"
-        if type(value) is not int and not (ratio and type(value) is float):
-            problem = "it must be a number" if ratio else "it must be a whole number"
-        elif not (problem := Limits(low=0 if ratio else 1, high=64 if ratio else _WIDEST).problem(value)):
-            empty = ratio and int(_narrowest(network | changes) * value) == 0
-            problem = "it must leave the MLPs a width" * empty
-        if problem:
-            raise ValueError(f"transformer: {name} is {shortened(value)}; {problem}.")
-    return changes
-
-
-def _narrowest(network: dict) -> int:
-    """The width of the encoder or of the decoder."""
-    both = [(f"{of}num_attention_heads", f"{of}attention_head_dim") for of in ("", "decoder_")]
-    return min(network[heads] * network[dim] for heads, dim in both if heads in network)
-
-
 def parse(arguments: list[str] | None = None) -> TrainingConfig:
     """The configuration of a command line, `sys.argv` by default; leaves with a message where it is wrong."""
     parser = Parser(
-        TrainingConfig,
+        GROUPS,
         description="Trains SD-DiT, or a method that it is compared with. Without options: on handwritten "
         "digits, in minutes.",
         allow_abbrev=False,
@@ -325,7 +316,7 @@ def parse(arguments: list[str] | None = None) -> TrainingConfig:
         options = _read_options(chosen.config) if chosen.config else {}
         preset = chosen.preset or options.get("preset", TrainingConfig.preset)
         method = chosen.method or options.get("method", TrainingConfig.method)
-        parser.set_defaults(**RECIPES.get(preset, {}) | METHODS.get(method, {}) | options)
+        parser.set_defaults(**RECIPES.get(preset, {}) | _settings_of(method) | options)
         chosen = parser.parse_known_options(arguments)
         del chosen["config"]
         return TrainingConfig(**chosen)
@@ -336,7 +327,7 @@ def parse(arguments: list[str] | None = None) -> TrainingConfig:
 def _read_options(path: str) -> dict:
     """The options of a JSON file, each of its field's type."""
     options = read_json(Path(path), dict, "file of options")
-    types = {f.name: f.type for f in dataclasses.fields(TrainingConfig)}
+    types = {f.name: get_origin(f.type) or f.type for f in dataclasses.fields(TrainingConfig)}
     for name, value in options.items():
         if name not in types:
             raise ValueError(f"config {path}: {unknown_option(name, list(types))}")
@@ -347,3 +338,9 @@ def _read_options(path: str) -> dict:
                 f"config {path}: {name} is {shortened(value)}; it must be of type {types[name].__name__}."
             )
     return options
+
+
+def _settings_of(method: str) -> dict:
+    """What a method changes; nothing, where it is not known yet."""
+    no_auxiliaries = {"auxiliary": ["none"]}
+    return no_auxiliaries | METHODS[method].settings if method in METHODS else {}

@@ -1,5 +1,6 @@
 """A trained pipeline as others get it: its model card, and its upload to the Hub."""
 
+import dataclasses
 import html
 import json
 import re
@@ -10,10 +11,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, u
 
 from ..data.latents import LatentDataset
 from ..data.pictures import ImageDataset
+from ..evaluation.catalogue import METRICS, SCORES
 from ..files import written_aside
 from ..pipelines.pipeline_sddit import SDDiTPipeline
+from .auxiliaries import AUXILIARIES
+from .methods import METHODS
 from .metrics import read_metrics
 from .options import TRIAL_STEPS, TrainingConfig
+from .processes import PROCESSES
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
 # What is uploaded of an output folder; its checkpoints and trial samples are not.
@@ -21,8 +26,6 @@ SHARED = (
     "README.md", "model_index.json", "*.py", "transformer/*", "scheduler/*", "vae/*",
     "samples.png", "curves.png", "metrics.jsonl", "training_config.json",
 )  # fmt: skip
-_NAMES = {"fid": "FID", "precision": "Precision", "recall": "Recall"}
-_METHODS = {"sddit": "SD-DiT", "dit": "DiT", "maskdit": "MaskDiT", "mdt": "MDT"}
 
 
 def open_repo(name: str) -> str:
@@ -73,27 +76,11 @@ def write_card(
     """
     path = folder / "metrics.jsonl"
     last = (read_metrics(path) if path.is_file() else [])[-1:]
-    name, source, public = _METHODS[config.method], *_source_of(config, dataset)
+    name, source, public = METHODS[config.method].title, *_source_of(dataset)
     network = {name: value for name, value in pipe.transformer.config.items() if not name.startswith("_")}
-    scores = [score for row in last for score in row.items() if score[0].split("_")[0] in _NAMES]
+    scores = [score for row in last for score in row.items() if score[0] in METRICS]
     title = one_line(repo.split("/")[-1])
-    data = ModelCardData(
-        license="apache-2.0",
-        library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
-        tags=["sd-dit", config.method, "class-conditional", "diffusion-transformer"],
-        datasets=[public] if public else None,
-        model_name=title,
-        eval_results=[
-            EvalResult(
-                task_type="unconditional-image-generation", dataset_type=public or "custom",
-                dataset_name=source, metric_type=key.split("_")[0],
-                metric_name=_score_name(key, config), metric_value=round(value, 4),
-            )
-            for key, value in scores
-        ]
-        or None,
-    )  # fmt: skip
+    data = _data_of(title, config, source, public, scores)
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -117,6 +104,29 @@ def write_card(
     )
     with written_aside(folder / "README.md", "w") as file:
         file.write(str(card))
+
+
+def _data_of(
+    title: str, config: TrainingConfig, source: str, public: str | None, scores: list[tuple[str, float]]
+) -> ModelCardData:
+    """What the Hub is told of the model."""
+    return ModelCardData(
+        license="apache-2.0",
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["sd-dit", config.method, "class-conditional", "diffusion-transformer"],
+        datasets=[public] if public else None,
+        model_name=title,
+        eval_results=[
+            EvalResult(
+                task_type="unconditional-image-generation", dataset_type=public or "custom",
+                dataset_name=source, metric_type=METRICS[key][0],
+                metric_name=_score_name(key, config), metric_value=round(value, 4),
+            )
+            for key, value in scores
+        ]
+        or None,
+    )  # fmt: skip
 
 
 def one_line(name: str) -> str:
@@ -144,9 +154,9 @@ def _example(pipe: SDDiTPipeline) -> str | None:
     return python_text(name) if pipe.label2ids.get(name.strip().lower()) == [number] else str(number)
 
 
-def _source_of(config: TrainingConfig, dataset: ImageDataset | LatentDataset) -> tuple[str, str | None]:
+def _source_of(dataset: ImageDataset | LatentDataset) -> tuple[str, str | None]:
     """What the pictures were, for people, and their name on the Hub if they have one."""
-    name = dataset.manifest.source["name"] if isinstance(dataset, LatentDataset) else config.dataset_name
+    name = dataset.source
     if name == "digits":
         return "scikit-learn's handwritten digits", None
     if re.fullmatch(r"[a-zA-Z0-9][\w.-]*/[\w.-]+", name, re.ASCII) and not Path(name).exists():
@@ -155,23 +165,20 @@ def _source_of(config: TrainingConfig, dataset: ImageDataset | LatentDataset) ->
 
 
 def _score_name(key: str, config: TrainingConfig) -> str:
-    kind, _, extractor = key.partition("_")
-    extractor = {"": "Inception"}.get(extractor, extractor)
+    score, extractor = METRICS[key]
+    extractor = {"inception": "Inception"}.get(extractor, extractor)
     made = f"{config.evaluation_samples} samples, {TRIAL_STEPS} steps, no guidance"
-    return f"{_NAMES[kind]} ({extractor}, {made})"
+    return f"{SCORES[score].title} ({extractor}, {made})"
 
 
 def _settings(config: TrainingConfig) -> dict[str, object]:
     """What of the configuration tells how it was trained."""
     names = (
         "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "adam_beta1",
-        "adam_beta2", "ema_decay", "mask_ratio", "label_dropout", "mixed_precision", "seed",
+        "adam_beta2", "ema_decay", "mask_ratio", "mask_ratio_schedule", "label_dropout", "mixed_precision",
+        "seed",
     )  # fmt: skip
-    own = {
-        "sddit": (
-            "discriminative_weight", "num_prototypes", "student_temperature", "teacher_temperature_start",
-            "teacher_temperature_end", "teacher_momentum_start", "teacher_momentum_end", "teacher_sigma",
-        ),
-        "maskdit": ("mask_ratio_schedule", "mae_weight"),
-    }  # fmt: skip
-    return {name: getattr(config, name) for name in names + own.get(config.method, ())}
+    own = METHODS[config.method].options
+    for row in (PROCESSES[config.process], *(AUXILIARIES[name] for name in config.auxiliaries)):
+        own += tuple(each.name for each in dataclasses.fields(row.options)) if row.options else ()
+    return {name: getattr(config, name) for name in (*names, *own)}

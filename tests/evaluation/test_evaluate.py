@@ -16,10 +16,11 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from transformers import Dinov2Config, Dinov2Model
 
 from sddit_diffusers import evaluate
-from sddit_diffusers.evaluate import SCORES
 from sddit_diffusers.evaluation import features, judge
+from sddit_diffusers.evaluation.catalogue import SCORES
 from sddit_diffusers.evaluation.extractors import DinoExtractor, InceptionExtractor
-from sddit_diffusers.evaluation.image_sets import open_images, read_statistics
+from sddit_diffusers.evaluation.image_sets import open_images
+from sddit_diffusers.evaluation.statistics import read_statistics
 
 DIGITS = open_images("digits", label_column="label")
 
@@ -110,7 +111,7 @@ def test_equals_adms_evaluator(tmp_path, capsys, inception_weights, request, cou
     assert record["num_samples"] == count and record["num_reference_images"] == count - 3
     for name, value in record["scores"].items():
         assert re.search(
-            rf"^{re.escape(SCORES[name])} +{re.escape(f'{value:.5g}')} +{count:,}", printed, re.M
+            rf"^{re.escape(SCORES[name].heading)} +{re.escape(f'{value:.5g}')} +{count:,}", printed, re.M
         )
     assert "not the published weights" in printed and f"{count:,} samples: published scores are of" in printed
 

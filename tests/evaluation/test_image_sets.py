@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sddit_diffusers.evaluation.image_sets import batches, open_images, read_statistics, save_statistics
+from sddit_diffusers.evaluation.image_sets import batches, open_images
 from sddit_diffusers.evaluation.scores import Gaussian
+from sddit_diffusers.evaluation.statistics import read_statistics, save_statistics
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (23, 6, 8, 3), dtype=np.uint8)
 

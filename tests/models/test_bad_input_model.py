@@ -19,7 +19,7 @@ from sddit_diffusers import (
     SDDiTPipeline,
     SDDiTTransformer2DModel,
 )
-from sddit_diffusers.training.baselines import MaskDiTObjective
+from sddit_diffusers.training.objective import MaskDiTObjective
 
 ENCODER = {name: value for name, value in TINY.items() if "decoder" not in name}
 NETWORKS = {
@@ -87,7 +87,8 @@ def test_decoders(network, name, value):
         for name in ("sigma_min", "sigma_max", "sigma_data", "rho")
         for value in (0, -1, NAN, INF, "1", True, None)
     ]
-    + [("rho", -7), ("num_train_timesteps", 0), ("num_train_timesteps", 1.5), ("sigma_min", 80.0)],
+    + [("rho", -7), ("p_std", -1), ("p_std", NAN), ("p_mean", INF), ("num_inference_steps", 0)]
+    + [("num_train_timesteps", 0), ("num_train_timesteps", 1.5), ("sigma_min", 80.0)],
 )
 def test_scheduler(name, value):
     with pytest.raises(ValueError) as error:
@@ -143,9 +144,11 @@ def test_configs_of_other_schedulers_load(other, tmp_path):
         ("head_bottleneck_dim", -1, "at least 1"),
         ("discriminative_weight", NAN, "at least 0"),
         ("discriminative_weight", INF, "a finite number"),
-        ("p_std", -1.0, "at least 0"),
-        ("p_std", NAN, "at least 0"),
-        ("p_mean", INF, "a finite number"),
+        ("teacher_temperature_start", 0, "above 0"),
+        ("teacher_temperature_end", NAN, "above 0"),
+        ("teacher_temperature_warmup_epochs", -1, "at least 0"),
+        ("teacher_momentum_start", NAN, "at least 0 and at most 1"),
+        ("teacher_momentum_end", 1.5, "at least 0 and at most 1"),
         ("mask_ratio", NAN, "below 1"),
         ("label_dropout", NAN, "in 0..1"),
         ("teacher_sigma", NAN, "above 0"),
@@ -169,10 +172,11 @@ def test_what_moves_from_step_to_step(value):
     objective = SDDiTObjective(
         SDDiTTransformer2DModel(**TINY), EDMHeunScheduler(), num_prototypes=4, head_hidden_dim=4
     )
+    objective.discrimination.teacher_momentum = value
     with pytest.raises(ValueError) as error:
-        objective.update_teacher(value)
-    one_clear_line(error, f"momentum is {value!r}", "at least 0 and at most 1")
-    objective.teacher_temperature = value
+        objective.after_step()
+    one_clear_line(error, f"teacher_momentum is {value!r}", "at least 0 and at most 1")
+    objective.discrimination.teacher_temperature = value
     with pytest.raises(ValueError) as error:
         objective(torch.randn(2, 3, 8, 8), torch.tensor([1, 2]))
     one_clear_line(error, f"teacher_temperature is {value!r}", "above 0")

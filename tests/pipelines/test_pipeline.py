@@ -45,6 +45,13 @@ def test_saved_and_loaded_makes_the_same_image_to_the_bit(pipe, tmp_path):
     }  # fmt: skip
 
 
+def test_steps_are_the_schedulers_where_none_are_given(pipe):
+    assert torch.equal(generate(pipe, 1, num_inference_steps=None), generate(pipe, 1, num_inference_steps=40))
+    pipe.scheduler.register_to_config(num_inference_steps=3)
+    assert torch.equal(generate(pipe, 1, num_inference_steps=None), generate(pipe, 1, num_inference_steps=3))
+    assert torch.equal(generate(pipe, 1), generate(pipe, 1, num_inference_steps=4))
+
+
 def test_equals_the_sampler_written_out(pipe, transformer):
     """Guidance, preconditioning and labels, in one plain loop over Euler steps and corrections."""
     noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))

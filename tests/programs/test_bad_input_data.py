@@ -14,7 +14,8 @@ from PIL import Image
 from sddit_diffusers import prepare_latents
 from sddit_diffusers.data.latents import LatentDataset
 from sddit_diffusers.data.pictures import ImageDataset
-from sddit_diffusers.evaluation.image_sets import open_images, read_statistics
+from sddit_diffusers.evaluation.image_sets import open_images
+from sddit_diffusers.evaluation.statistics import read_statistics
 
 
 @pytest.fixture(scope="module")

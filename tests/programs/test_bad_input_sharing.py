@@ -20,7 +20,8 @@ from sddit_diffusers import (
     plot,
     reproduce,
 )
-from sddit_diffusers.evaluation.studies import Results, draw, markdown, read_study, slug
+from sddit_diffusers.evaluation.figures import draw
+from sddit_diffusers.evaluation.studies import Results, markdown, read_study, slug
 from sddit_diffusers.reproduce import ReproduceConfig, Reproduction
 
 STUDIES = Path(reproduce.__file__).parents[1] / "studies"

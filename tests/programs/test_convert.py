@@ -18,7 +18,7 @@ from sddit_diffusers import (
     SDDiTTransformer2DModel,
     convert,
 )
-from sddit_diffusers.training.methods import TRANSFORMERS
+from sddit_diffusers.training.methods import METHODS
 
 
 def refusal(capsys, *arguments):
@@ -36,7 +36,7 @@ def refusal(capsys, *arguments):
 @pytest.fixture(params=["sddit", "dit", "maskdit", "mdt"])
 def saved(request, tmp_path):
     """A pipeline in a folder, of each kind of transformer."""
-    kind, network = TRANSFORMERS[request.param], NETWORKS[request.param]
+    kind, network = METHODS[request.param].transformer, NETWORKS[request.param]
     pipe = SDDiTPipeline(randomize(kind(**network)), EDMHeunScheduler(sigma_max=70.0), id2label={1: "cat"})
     pipe.save_pretrained(tmp_path / "pipeline")
     return pipe

@@ -164,6 +164,18 @@ def test_sampler_guidance_and_precision_are_recorded_and_act(model, tmp_path):
     assert len(record["files_sha256"]["samples.npz"]) == len(record["settings"]["transformer_sha256"]) == 64
 
 
+def test_steps_are_the_pipelines_own_where_none_are_given(pipe, tmp_path):
+    pipe.scheduler.register_to_config(num_inference_steps=3)
+    pipe.save_pretrained(tmp_path / "three")
+    options = ["--model", str(tmp_path / "three"), "--num_samples", "2", "--output_dir"]
+    generate.main([*options, str(tmp_path / "own")])
+    folder = run(tmp_path / "three", tmp_path / "given", "--num_samples", 2)
+    records = [json.loads((path / "generation.json").read_text()) for path in (tmp_path / "own", folder)]
+    assert content(tmp_path / "own") == content(folder) and records[0]["settings"] == records[1]["settings"]
+    assert records[0]["settings"]["num_inference_steps"] == 3
+    assert "num_inference_steps" not in records[0]["settings"]["scheduler_config"]  # as folders were before
+
+
 def test_grey_pictures_are_grey_in_png_and_rgb_in_npz(pipe, tmp_path):
     pipe.register_modules(transformer=randomize(SDDiTTransformer2DModel(**TINY | {"in_channels": 1})))
     pipe.save_pretrained(tmp_path / "grey")

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 import train_sddit
 from sddit_diffusers import files
 from sddit_diffusers.files import locked
+from sddit_diffusers.models.presets import read_changes
+from sddit_diffusers.training.building import load_weights
 from sddit_diffusers.training.checkpointing import choose_checkpoint, load_state, read_about, save_checkpoint
-from sddit_diffusers.training.methods import load_weights
 from sddit_diffusers.training.metrics import MetricsLog, read_metrics
-from sddit_diffusers.training.options import TrainingConfig, parse, read_changes
+from sddit_diffusers.training.options import TrainingConfig, parse
 
 OPTIONS = {
     "learning rate inf": (["--learning_rate", "inf"], "learning_rate is inf"),

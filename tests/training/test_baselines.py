@@ -20,11 +20,11 @@ from sddit_diffusers import (
     SDDiTTransformer2DModel,
 )
 from sddit_diffusers.models.originals import translate
-from sddit_diffusers.training.baselines import DiTObjective, MaskDiTObjective, MDTObjective
-from sddit_diffusers.training.methods import TRANSFORMERS
+from sddit_diffusers.training.methods import METHODS
+from sddit_diffusers.training.objective import MaskDiTObjective, MDTObjective, Objective
 
 CLASSES = {
-    "dit": (PlainDiTTransformer2DModel, DiTObjective, NETWORKS["dit"]),
+    "dit": (PlainDiTTransformer2DModel, Objective, NETWORKS["dit"]),
     "maskdit": (MaskDiTTransformer2DModel, MaskDiTObjective, NETWORKS["maskdit"]),
     "mdt": (MDTTransformer2DModel, MDTObjective, NETWORKS["mdt"]),
 }
@@ -90,8 +90,8 @@ def test_maskdit_loss_patch_by_patch(batch):
     denoising, reconstruction = [], []
     with torch.no_grad():
         for i in range(3):
-            x, sigma = x0[i].double(), draws.sigma_s[i].item()
-            noised = x + sigma * draws.noise_s[i].double()
+            x, sigma = x0[i].double(), draws.t[i].item()
+            noised = x + sigma * draws.noise[i].double()
             label = torch.tensor([4 if draws.label_dropped[i] else labels[i]])
             scaled = (noised / math.sqrt(sigma**2 + 0.25)).float().unsqueeze(0)
             visible = draws.visible_ids[i : i + 1]
@@ -140,26 +140,28 @@ def test_mdt_sees_the_image_whole_and_masked(batch):
     objective, (x0, labels) = make("mdt", mask_ratio=0.3), batch
     draws = objective.draw(x0.shape, torch.Generator().manual_seed(0))
     actual = objective(x0, labels, draws)
-    whole = DiTObjective(objective.transformer, objective.scheduler)(x0, labels, draws)["loss"]
+    whole = Objective(objective.transformer, objective.scheduler)(
+        x0, labels, draws._replace(visible_ids=None)
+    )["loss"]
     torch.testing.assert_close(actual["loss_generative"], whole)
     torch.testing.assert_close(actual["loss"], whole + actual["loss_masked"])
     assert draws.visible_ids.shape == (3, 11)  # int(16 x 0.7)
 
-    x_s = x0 + draws.sigma_s * draws.noise_t  # its own noise, the same level
+    x_s = x0 + draws.t * draws.second_noise  # its own noise, the same level
     labels = labels.masked_fill(draws.label_dropped, 4)
-    output = objective.transformer(*objective.inputs(x_s, draws.sigma_s), labels, draws.visible_ids).sample
-    denoised = objective.scheduler.precondition_outputs(x_s, output, draws.sigma_s)
-    weight = (draws.sigma_s**2 + 0.25) / (draws.sigma_s * 0.5) ** 2
+    output = objective.evaluate(x_s, draws.t, labels, draws.visible_ids).sample
+    denoised = objective.scheduler.precondition_outputs(x_s, output, draws.t)
+    weight = (draws.t**2 + 0.25) / (draws.t * 0.5) ** 2
     torch.testing.assert_close(actual["loss_masked"], (weight * (denoised - x0) ** 2).mean())
 
 
 def test_mdt_has_the_operations_of_two_passes():
     """Of one with all patches, and one with 70 % of them in the encoder and a block more."""
     flops = {}
-    for method, objective in (("dit", DiTObjective), ("mdt", MDTObjective)):
+    for method, objective, ratio in (("dit", Objective, 0.0), ("mdt", MDTObjective, 0.3)):
         network = {name: value for name, value in PRESETS["SD-DiT-S/2"].items() if "decoder" not in name}
         with torch.device("meta"):
-            trained = objective(TRANSFORMERS[method](**network), EDMHeunScheduler(), mask_ratio=0.3)
+            trained = objective(METHODS[method].transformer(**network), EDMHeunScheduler(), mask_ratio=ratio)
             x0, labels = torch.zeros(2, 4, 32, 32), torch.zeros(2, dtype=torch.long)
             with FlopCounterMode(display=False) as counter:
                 trained(x0, labels)["loss"].backward()
@@ -270,4 +272,4 @@ def test_weights_are_loaded_for_other_classes(tmp_path):
     assert isinstance(transformer, SDDiTTransformer2DModel)
     assert transformer.label_embed.weight.shape != trained.label_embed.weight.shape
     assert transformer.cls_token.equal(trained.cls_token)
-    assert trainer.objective.teacher.encoder.cls_token.equal(trained.cls_token)
+    assert trainer.objective.auxiliaries["discrimination"].teacher.encoder.cls_token.equal(trained.cls_token)

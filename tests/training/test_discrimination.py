@@ -6,15 +6,10 @@ import torch
 import torch.nn.functional as F
 from conftest import randomize
 
-from sddit_diffusers.training import discrimination
-from sddit_diffusers.training.discrimination import (
-    Center,
-    ProjectionHead,
-    Teacher,
-    cross_entropy,
-    teacher_momentum,
-    teacher_temperature,
-)
+from sddit_diffusers.training import prototypes
+from sddit_diffusers.training.discrimination import teacher_momentum, teacher_temperature
+from sddit_diffusers.training.prototypes import Center, ProjectionHead, cross_entropy
+from sddit_diffusers.training.teacher import Teacher
 
 
 def naive_cross_entropy(teacher, student, center, tau_t, tau_s):
@@ -86,7 +81,7 @@ def test_cross_entropy_is_float32_under_autocast():
 @pytest.fixture(params=[10**9, 20])
 def chunk(request, monkeypatch):
     """All tokens at once, or two or three."""
-    monkeypatch.setattr(discrimination, "_CHUNK", {"cpu": request.param})
+    monkeypatch.setattr(prototypes, "_CHUNK", {"cpu": request.param})
 
 
 def test_head_gives_cosines_to_prototypes():

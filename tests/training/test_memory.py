@@ -62,7 +62,7 @@ def test_the_parts_are_what_was_built():
     trained = sum(4 * p.numel() for p in real.parameters() if p.requires_grad)
     assert memory.weights == memory.gradients == trained
     assert memory.optimizer == pytest.approx(2 * trained, rel=0.01)
-    assert memory.teacher == sum(4 * p.numel() for p in real.teacher.parameters())
+    assert memory.teacher == sum(4 * p.numel() for p in real.discrimination.teacher.parameters())
     assert memory.averages == sum(4 * p.numel() for p in real.transformer.parameters())
     assert memory.total == memory.fixed + memory.activations
 

@@ -16,9 +16,9 @@ def make(transformer=None, **arguments):
         EDMHeunScheduler(),
         **SMALL_HEAD | arguments,
     )
-    if objective.teacher is not None:
-        randomize(objective.head, seed=2)
-        randomize(objective.teacher, seed=3)
+    if objective.discrimination is not None:
+        randomize(objective.discrimination.head, seed=2)
+        randomize(objective.discrimination.teacher, seed=3)
     return objective
 
 
@@ -28,6 +28,16 @@ def batch():
     return 0.5 * torch.randn(3, 3, 8, 8, generator=generator), torch.tensor([0, 3, 1])
 
 
+def teachers(draws):
+    return draws.auxiliaries["discrimination"]
+
+
+def move_teacher(objective, momentum):
+    if objective.discrimination is not None:
+        objective.discrimination.teacher_momentum = momentum
+    objective.after_step()
+
+
 def draw(objective, seed=0, batch=3, size=8):
     return objective.draw((batch, 3, size, size), torch.Generator().manual_seed(seed))
 
@@ -35,9 +45,9 @@ def draw(objective, seed=0, batch=3, size=8):
 def test_loss_equals_algorithm_a1_image_by_image(batch):
     """Both losses written from the paper, one image and one token at a time."""
     objective = make(mask_ratio=0.5, discriminative_weight=0.7)
-    objective.teacher_temperature = 0.07
-    objective.center_cls.value.copy_(torch.linspace(-0.2, 0.2, 11))
-    objective.center_patch.value.copy_(torch.linspace(0.3, -0.1, 11))
+    objective.discrimination.teacher_temperature = 0.07
+    objective.discrimination.center_cls.value.copy_(torch.linspace(-0.2, 0.2, 11))
+    objective.discrimination.center_patch.value.copy_(torch.linspace(0.3, -0.1, 11))
     x0, labels = batch
     draws = draw(objective)
     actual = objective(x0, labels, draws)
@@ -45,9 +55,12 @@ def test_loss_equals_algorithm_a1_image_by_image(batch):
     generative, cls, patch, entropy, chosen = [], [], [], [], set()
     with torch.no_grad():
         for i in range(3):
-            x, sigma = x0[i].double(), draws.sigma_s[i].item()
+            x, sigma = x0[i].double(), draws.t[i].item()
             label = torch.tensor([4 if draws.label_dropped[i] else labels[i]])
-            x_s, x_t = x + sigma * draws.noise_s[i].double(), x + 0.002 * draws.noise_t[i].double()
+            x_s, x_t = (
+                x + sigma * draws.noise[i].double(),
+                x + 0.002 * teachers(draws).noise[i].double(),
+            )
 
             def inputs(y, s, label=label):
                 scaled = (y / math.sqrt(s**2 + 0.25)).float().unsqueeze(0)
@@ -59,11 +72,15 @@ def test_loss_equals_algorithm_a1_image_by_image(batch):
             generative.append((sigma**2 + 0.25) / (sigma * 0.5) ** 2 * ((denoised - x) ** 2).mean().item())
 
             e_s = student.encoder_hidden_states[0]
-            e_t = objective.teacher.encoder(*inputs(x_t, 0.002)).encoder_hidden_states[0]
+            e_t = objective.discrimination.teacher.encoder(*inputs(x_t, 0.002)).encoder_hidden_states[0]
             for j, n in enumerate([-1, *draws.visible_ids[i].tolist()]):  # [CLS], then each visible patch
-                center = objective.center_patch.value if j else objective.center_cls.value
-                s = (objective.head(e_s[j]).double() / 0.1).softmax(0)
-                t = ((objective.teacher.head(e_t[n + 1]) - center).double() / 0.07).softmax(0)
+                center = (
+                    objective.discrimination.center_patch.value
+                    if j
+                    else objective.discrimination.center_cls.value
+                )
+                s = (objective.discrimination.head(e_s[j]).double() / 0.1).softmax(0)
+                t = ((objective.discrimination.teacher.head(e_t[n + 1]) - center).double() / 0.07).softmax(0)
                 (patch if j else cls).append(-(t * s.log()).sum().item())
                 entropy.append((bool(j), -(t * t.log()).sum().item()))
                 if j:
@@ -83,8 +100,8 @@ def test_loss_equals_algorithm_a1_image_by_image(batch):
         "teacher_entropy": h / math.log(11),
         "kl": (mean(cls) + mean(patch)) / 2 - h,
         "prototypes_used": len(chosen) / 11,
-        "center_norm_cls": objective.center_cls.value.norm().item(),
-        "center_norm_patch": objective.center_patch.value.norm().item(),
+        "center_norm_cls": objective.discrimination.center_cls.value.norm().item(),
+        "center_norm_patch": objective.discrimination.center_patch.value.norm().item(),
     }
     assert {name: value.item() for name, value in actual.items()} == pytest.approx(expected, rel=1e-4)
 
@@ -93,7 +110,7 @@ def test_gradient_reaches_the_whole_student_and_nothing_of_the_teacher(batch):
     objective = make(mask_ratio=0.5, label_dropout=0.0)
     objective(*batch)["loss"].backward()
     for name, parameter in objective.named_parameters():
-        if name.startswith("teacher."):
+        if name.startswith("auxiliaries.discrimination.teacher."):
             assert parameter.grad is None and not parameter.requires_grad
         else:
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
@@ -114,30 +131,32 @@ def test_teacher_and_centers_follow_a_step(batch):
         objective(*batch, draws)
         x0, labels = batch
         labels = labels.masked_fill(draws.label_dropped, 4)
-        x_t = x0 + 0.002 * draws.noise_t
+        x_t = x0 + 0.002 * teachers(draws).noise
         inputs = x_t / (0.002**2 + 0.25) ** 0.5, torch.tensor(0.002).log() / 4, labels
-        logits = objective.teacher.head(objective.teacher.encoder(*inputs).encoder_hidden_states)
+        logits = objective.discrimination.teacher.head(
+            objective.discrimination.teacher.encoder(*inputs).encoder_hidden_states
+        )
         visible = torch.stack([logits[i, 1:][draws.visible_ids[i]] for i in range(3)])
-    objective.update_teacher(0.9)
-    torch.testing.assert_close(objective.center_cls.value, 0.2 * logits[:, 0].mean(0))
-    torch.testing.assert_close(objective.center_patch.value, 0.2 * visible.mean((0, 1)))
+    move_teacher(objective, 0.9)
+    torch.testing.assert_close(objective.discrimination.center_cls.value, 0.2 * logits[:, 0].mean(0))
+    torch.testing.assert_close(objective.discrimination.center_patch.value, 0.2 * visible.mean((0, 1)))
 
 
 def test_evaluation_leaves_the_centers_alone(batch):
     objective = make().eval()
     with torch.no_grad():
         objective(*batch)
-    objective.update_teacher(1.0)
-    assert objective.center_cls.value.abs().max() == 0
+    move_teacher(objective, 1.0)
+    assert objective.discrimination.center_cls.value.abs().max() == 0
 
 
 def test_generative_loss_is_float32_under_autocast(batch):
     """At sigma 0.002, the loss is the small difference of large numbers: bf16 would be off by far more."""
     objective = make(discriminative_weight=0.0, mask_ratio=0.0)
     sigma, kept = torch.full((3, 1, 1, 1), 0.002), torch.zeros(3, dtype=torch.bool)
-    draws = draw(objective)._replace(sigma_s=sigma, label_dropped=kept)
+    draws = draw(objective)._replace(t=sigma, label_dropped=kept)
     x0, labels = batch
-    noise = 0.002 * draws.noise_s.double()
+    noise = 0.002 * draws.noise.double()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         actual = objective(x0, labels, draws)["loss_generative"]
         x_in = ((x0.double() + noise) / (0.002**2 + 0.25) ** 0.5).float()
@@ -149,12 +168,16 @@ def test_generative_loss_is_float32_under_autocast(batch):
 
 def test_teacher_moves_once_an_optimizer_step(batch):
     objective = make()
-    before = [parameter.clone() for parameter in objective.teacher.parameters()]
+    before = [parameter.clone() for parameter in objective.discrimination.teacher.parameters()]
     for _ in range(3):
         objective(*batch)
-    assert all(torch.equal(a, b) for a, b in zip(before, objective.teacher.parameters(), strict=True))
-    objective.update_teacher(1.0)
-    assert all(torch.equal(a, b) for a, b in zip(before, objective.teacher.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, objective.discrimination.teacher.parameters(), strict=True)
+    )
+    move_teacher(objective, 1.0)
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, objective.discrimination.teacher.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -187,19 +210,19 @@ def test_mask_ratio_zero_is_the_unmasked_forward(batch):
 def test_draws_have_the_papers_distributions():
     objective = make(label_dropout=0.3)
     draws = draw(objective, batch=20_000)
-    assert draws.sigma_s.log().mean().item() == pytest.approx(-1.2, abs=0.03)
-    assert draws.sigma_s.log().std().item() == pytest.approx(1.2, abs=0.03)
+    assert draws.t.log().mean().item() == pytest.approx(-1.2, abs=0.03)
+    assert draws.t.log().std().item() == pytest.approx(1.2, abs=0.03)
     assert draws.label_dropped.float().mean().item() == pytest.approx(0.3, abs=0.02)
-    assert torch.equal(draws.sigma_t, torch.full((20_000, 1, 1, 1), 0.002))
+    assert torch.equal(teachers(draws).t, torch.full((20_000, 1, 1, 1), 0.002))
     counts = torch.bincount(draws.visible_ids.flatten(), minlength=16) / 20_000
     torch.testing.assert_close(counts, torch.full((16,), 12 / 16), atol=0.02, rtol=0)
 
 
 def test_teacher_noise_may_be_drawn_as_the_students():
     fixed, drawn = draw(make()), draw(make(teacher_sigma="student"), batch=3)
-    assert not torch.equal(drawn.sigma_t, drawn.sigma_s) and drawn.sigma_t.unique().numel() == 3
-    assert torch.equal(fixed.sigma_s, drawn.sigma_s) and torch.equal(fixed.noise_t, drawn.noise_t)
-    many = draw(make(teacher_sigma="student"), batch=20_000).sigma_t.log()
+    assert not torch.equal(teachers(drawn).t, drawn.t) and teachers(drawn).t.unique().numel() == 3
+    assert torch.equal(fixed.t, drawn.t) and torch.equal(teachers(fixed).noise, teachers(drawn).noise)
+    many = teachers(draw(make(teacher_sigma="student"), batch=20_000)).t.log()
     assert many.mean().item() == pytest.approx(-1.2, abs=0.03) and many.std().item() == pytest.approx(
         1.2, abs=0.03
     )
@@ -210,20 +233,20 @@ def test_settings_do_not_change_each_others_draws():
         draw(make(mask_ratio=ratio, label_dropout=p)) for ratio, p in [(0.2, 0.1), (0.5, 0.9), (0, 0.1)]
     )
     for other in (b, c):
-        assert torch.equal(a.noise_s, other.noise_s) and torch.equal(a.noise_t, other.noise_t)
+        assert torch.equal(a.noise, other.noise) and torch.equal(teachers(a).noise, teachers(other).noise)
     assert torch.equal(a.visible_ids[:, :8], b.visible_ids)
     assert torch.equal(a.label_dropped, c.label_dropped)
 
 
 def test_without_discriminative_loss_there_is_no_teacher(batch):
     objective = make(discriminative_weight=0.0)
-    assert objective.teacher is None
+    assert objective.discrimination is None
     assert {name.split(".")[0] for name, _ in objective.named_parameters()} == {"transformer"}
     with_teacher = make()
     losses = objective(*batch, draw(objective))
     assert losses["loss"] == losses["loss_generative"]
     torch.testing.assert_close(losses["loss"], with_teacher(*batch, draw(with_teacher))["loss_generative"])
-    objective.update_teacher(0.9)
+    move_teacher(objective, 0.9)
 
 
 def test_without_classes():
@@ -246,10 +269,10 @@ def test_dropped_labels_become_the_null_class(batch):
 
 def test_a_uniform_and_a_collapsed_teacher_show(batch):
     objective = make()
-    objective.teacher_temperature = 1e4
+    objective.discrimination.teacher_temperature = 1e4
     assert objective(*batch)["teacher_entropy"].item() == pytest.approx(1, abs=1e-4)
-    objective.teacher_temperature = 1e-5
-    objective.center_patch.value[3] = objective.center_cls.value[3] = -10
+    objective.discrimination.teacher_temperature = 1e-5
+    objective.discrimination.center_patch.value[3] = objective.discrimination.center_cls.value[3] = -10
     losses = objective(*batch)
     assert losses["teacher_entropy"].item() == pytest.approx(0, abs=1e-4)
     assert losses["prototypes_used"].item() == pytest.approx(1 / 11)
@@ -296,8 +319,10 @@ def test_adapters_are_trained_with_a_teacher_that_has_them(batch):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     objective = SDDiTObjective(transformer, EDMHeunScheduler(), **SMALL_HEAD)
-    before = {name: weight.clone() for name, weight in objective.teacher.encoder.named_parameters()}
-    teacher, student = objective.teacher.encoder, dict(transformer.named_parameters())
+    before = {
+        name: weight.clone() for name, weight in objective.discrimination.teacher.encoder.named_parameters()
+    }
+    teacher, student = objective.discrimination.teacher.encoder, dict(transformer.named_parameters())
     assert all(torch.equal(weight, student[name]) for name, weight in before.items())
 
     def effective(weights, layer):
@@ -307,7 +332,7 @@ def test_adapters_are_trained_with_a_teacher_that_has_them(batch):
     objective(*batch)["loss"].backward()
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     torch.optim.SGD(trained, 0.5).step()
-    objective.update_teacher(0.75)
+    move_teacher(objective, 0.75)
     moved = dict(teacher.named_parameters())
     for name in moved:
         torch.testing.assert_close(moved[name], 0.75 * before[name] + 0.25 * student[name])
@@ -317,7 +342,7 @@ def test_adapters_are_trained_with_a_teacher_that_has_them(batch):
         expected = tokens @ effective(moved, layer).T + moved[f"{layer}.base_layer.bias"]
         torch.testing.assert_close(teacher.get_submodule(layer)(tokens), expected)
         for _ in range(60):
-            objective.update_teacher(0.75)
+            move_teacher(objective, 0.75)
     torch.testing.assert_close(
         effective(dict(teacher.named_parameters()), layer), effective(student, layer), rtol=1e-4, atol=1e-6
     )
@@ -328,4 +353,4 @@ def test_adapters_that_come_after_the_teacher_are_refused(batch):
     objective = make(transformer)
     transformer.add_adapter(LoraConfig(target_modules=["to_q"]))
     with pytest.raises(ValueError, match=r"to_q.weight, unlike its teacher; add adapters before it"):
-        objective.update_teacher(0.9)
+        move_teacher(objective, 0.9)

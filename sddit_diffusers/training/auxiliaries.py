@@ -1,0 +1,31 @@
+"""The auxiliary losses by name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from .auxiliary import AuxiliaryLoss
+from .discrimination import Discrimination, DiscriminationOptions
+
+
+@dataclass(frozen=True)
+class Auxiliary:
+    """A loss beside the generative one.
+
+    Args:
+        title: for people.
+        build: makes it of the network and the options; None where it has no part.
+        options: a dataclass of its options, which `TrainingConfig` takes in; None without.
+    """
+
+    title: str
+    build: Callable[[nn.Module, object], AuxiliaryLoss | None]
+    options: type | None = None
+
+
+AUXILIARIES = {
+    "discrimination": Auxiliary(
+        "self-supervised discrimination (L_D)", Discrimination.from_options, DiscriminationOptions
+    ),
+}

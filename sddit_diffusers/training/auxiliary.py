@@ -1,0 +1,91 @@
+"""What an auxiliary loss is: a module beside the network, which sees each step and has its say in the loss.
+
+Shapes: b batch, c channels, h x w pixels of the sample, n patches, k visible patches, D encoder width.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..data.order import Batch
+from ..models.transformer_sddit import check_number
+
+
+class Process(Protocol):
+    """What training asks of a scheduler: how samples are noised, and what the network is to give."""
+
+    def training_times(self, normal: Tensor) -> Tensor: ...
+    def time_of(self, ratio: float) -> float: ...
+    def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+    def precondition_inputs(self, sample: Tensor, t: Tensor) -> Tensor: ...
+    def precondition_noise(self, t: Tensor) -> Tensor: ...
+    def precondition_outputs(self, sample: Tensor, model_output: Tensor, t: Tensor) -> Tensor: ...
+    def error(self, model_output: Tensor, sample: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+
+
+class View(NamedTuple):
+    """What an auxiliary loss sees of a step."""
+
+    batch: Batch
+    class_labels: Tensor | None  # [b], some of which have become the null class
+    t: Tensor  # [b, 1, 1, 1], of the noised view
+    visible_ids: Tensor | None  # [b, k], patches that the encoder saw; None: all
+    tokens: Tensor  # of the encoder's last block, [b, k, D], or [b, 1 + k, D] with [CLS] first
+    has_cls: bool
+
+
+class AuxiliaryLoss(nn.Module):
+    """A loss beside the generative one; it owns its weight, draws, schedules, teacher and other state.
+
+    It is made with the network that is trained. `forward` alone must be written.
+
+    Args:
+        weight: factor of the loss, at least 0.
+
+    Attributes:
+        name: of the metric `loss_NAME`, which is the loss without its weight.
+
+    Raises:
+        ValueError: a weight that is none.
+    """
+
+    name: str
+
+    def __init__(self, weight: float):
+        check_number("weight", weight, low=0)
+        super().__init__()
+        self.weight = weight
+
+    def draw(
+        self, shape: tuple[int, ...], process: Process, generator: torch.Generator | None, device
+    ) -> tuple | None:
+        """What is random in a step for images of `shape` `[b, c, h, w]`, a row for each."""
+        return None
+
+    def forward(self, view: View, process: Process, draws: Any) -> dict[str, Tensor]:
+        """The loss, as `loss_NAME`, and what else the run's metrics tell, all scalars."""
+        raise NotImplementedError
+
+    def follow(self, step: int, steps: int, steps_per_epoch: int) -> dict[str, float]:
+        """Sets what changes from step to step; returns it for the metrics."""
+        return {}
+
+    def after_step(self, transformer: nn.Module, reduce: Callable[[Tensor], Tensor], moved: bool) -> None:
+        """What follows an optimizer step.
+
+        Args:
+            transformer: the network that was trained.
+            reduce: averages a tensor over the processes.
+            moved: whether weights were moved; fp16 leaves out steps whose gradients overflow.
+        """
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one that it goes on with, in JSON's types."""
+        return {}
+
+
+def network_inputs(process: Process, sample: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """What a network takes of samples `[b, c, h, w]` at times `[b, 1, 1, 1]`: c_in x and c_noise `[b]`."""
+    return process.precondition_inputs(sample, t), process.precondition_noise(t).flatten()

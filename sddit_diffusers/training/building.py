@@ -1,0 +1,81 @@
+"""What a configuration asks for: the network, its objective and the weights to begin with."""
+
+from pathlib import Path
+
+from ..models.attention_cpu import use_cpu_attention
+from ..models.transformer_sddit import PatchTransformer2DModel, differing_names
+from ..pipelines.loading import load_pipeline
+from .auxiliaries import AUXILIARIES
+from .auxiliary import Process
+from .checkpointing import choose_checkpoint, load_state
+from .memory import keep_products
+from .methods import METHODS
+from .objective import Objective
+from .options import TrainingConfig
+from .processes import PROCESSES
+
+
+def build_process(config: TrainingConfig) -> Process:
+    """The scheduler of the configured process."""
+    return PROCESSES[config.process].build(config)
+
+
+def build_objective(config: TrainingConfig, network: dict, process: Process, device: str) -> Objective:
+    """The configured method's network and what trains it, on a kind of device.
+
+    Args:
+        network: its arguments.
+        device: type of the device.
+
+    Raises:
+        ValueError: the weights to begin with are not there, or of another network.
+    """
+    method = METHODS[config.method]
+    transformer = method.transformer(**network)
+    if config.pretrained_model_name_or_path:
+        load_weights(transformer, config.pretrained_model_name_or_path)
+    if config.gradient_checkpointing != "none":
+        selective = config.gradient_checkpointing == "selective"
+        transformer.enable_gradient_checkpointing(keep_products if selective else None)
+    auxiliaries = {name: AUXILIARIES[name].build(transformer, config) for name in config.auxiliaries}
+    objective = method.objective(
+        transformer,
+        process,
+        {name: auxiliary for name, auxiliary in auxiliaries.items() if auxiliary is not None},
+        mask_ratio=config.mask_ratio,
+        mask_ratio_schedule=config.mask_ratio_schedule,
+        label_dropout=config.label_dropout,
+        **{name: getattr(config, name) for name in method.options},
+    )
+    if device == "cpu":
+        use_cpu_attention(objective)
+    return objective
+
+
+def load_weights(transformer: PatchTransformer2DModel, name: str) -> None:
+    """Loads the weights of a pipeline (the averaged ones), of a single file or of a checkpoint, in place.
+
+    Labels of another number of classes are left as they are.
+
+    Raises:
+        ValueError: there are none, or they are of another network.
+    """
+    if (Path(name) / "checkpoint.json").is_file():
+        state = load_state(choose_checkpoint(Path(name).parent, name), "objective")["objective"]
+        prefix = "transformer."
+        weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    elif name.endswith(".safetensors"):
+        weights = type(transformer).from_single_file(name).state_dict()
+    else:
+        weights = load_pipeline(name).transformer.state_dict()
+    fresh = transformer.state_dict()
+    if (
+        "label_embed.weight" in weights
+        and weights["label_embed.weight"].shape != fresh["label_embed.weight"].shape
+    ):
+        weights["label_embed.weight"] = fresh["label_embed.weight"]
+    if others := differing_names(fresh, weights):
+        raise ValueError(
+            f"The weights of {name} are of another network: it differs in {', '.join(others[:4])}."
+        )
+    transformer.load_state_dict(weights)

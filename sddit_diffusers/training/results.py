@@ -1,0 +1,187 @@
+"""What the averaged weights of a run give: samples, scores, and the pipeline that is left."""
+
+import errno
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
+
+from ..data.latents import LatentDataset
+from ..data.pictures import ImageDataset
+from ..evaluation.judge import Judge
+from ..files import folder_written_aside, remove, written_aside
+from ..launching import on_main_process
+from ..pipelines.loading import load_vae, sha256_of_weights
+from ..pipelines.pipeline_sddit import SDDiTPipeline
+from ..pipelines.sampling import sample_grid
+from .engines import whole_weights
+from .metrics import MetricsLog, draw_curves, read_metrics
+from .objective import Objective
+from .options import TRIAL_STEPS, TrainingConfig
+from .output import Records
+from .publishing import python_text, upload, write_card
+
+
+class Results:
+    """Samples, scores and the pipeline of a run; all processes call its methods.
+
+    Args:
+        ema: averages of the network's weights.
+        vae: decodes the samples; None for pictures, and where none is wanted.
+
+    Raises:
+        ValueError: there is nothing to score against, or no decoder of the latents.
+    """
+
+    def __init__(
+        self, config: TrainingConfig, accelerator: Accelerator, objective: Objective, ema: EMAModel,
+        dataset: ImageDataset | LatentDataset, vae: AutoencoderKL | AutoencoderTiny | None,
+    ):  # fmt: skip
+        self.config, self.accelerator, self.objective, self.ema = config, accelerator, objective, ema
+        self.dataset, self.vae = dataset, vae
+        self.judge = self._open_judge() if config.evaluation_steps else None
+
+    def _open_judge(self) -> Judge:
+        """What scores the averaged weights."""
+        config, pixels = self.config, self.dataset.vae is None
+        if not config.evaluation_reference and not pixels:
+            raise ValueError("--evaluation_steps needs --evaluation_reference: images, or their statistics.")
+        if self.vae is None and not pixels:
+            raise ValueError("--evaluation_steps needs a VAE, which decodes the samples.")
+        size = self.objective.transformer.config.sample_size * self.averaged_pipeline().vae_scale_factor
+        return Judge(
+            config.evaluation_reference or config.dataset_name, config.evaluation_extractor, (size, size),
+            config.evaluation_samples, config.image_column, config.label_column, self.accelerator,
+        )  # fmt: skip
+
+    def averaged_pipeline(self) -> SDDiTPipeline:
+        """A pipeline with a copy of the averaged weights; all processes call it."""
+        trained = self.objective.transformer
+        transformer = type(trained).from_config(trained.config)
+        transformer.load_state_dict(whole_weights(trained, self.ema.shadow_params))
+        scheduler = type(self.objective.scheduler).from_config(self.objective.scheduler.config)
+        pipe = SDDiTPipeline(
+            transformer.to(self.accelerator.device), scheduler, vae=self.vae, id2label=self.dataset.id2label
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def validate(self, name: str) -> None:
+        """Draws a grid of samples with the averaged weights, in fewer steps than the last one."""
+        pipe = self.averaged_pipeline()
+        path = Path(self.config.output_dir) / name
+        on_main_process(
+            lambda: self.draw_samples(pipe, path, num_inference_steps=TRIAL_STEPS), self.accelerator
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """The scores of the averaged weights, on all processes."""
+        pipe = self.averaged_pipeline()
+        scores = self.judge(pipe, self.config.train_batch_size, num_inference_steps=TRIAL_STEPS)
+        return broadcast_object_list([scores])[0]
+
+    def draw_samples(self, pipe: SDDiTPipeline, path: Path, **arguments) -> bool:
+        """Saves a grid of samples, if one is wanted and can be decoded; returns whether."""
+        images = self.config.num_validation_images
+        if not images or (self.vae is None and self.dataset.vae is not None):
+            return False
+        grid = sample_grid(pipe, classes=max(1, images // 10), columns=min(images, 10), **arguments)
+        with written_aside(path) as file:
+            grid.save(file, format="PNG")
+        return True
+
+    def save(self, pipe: SDDiTPipeline, records: Records, repo: str | None) -> None:
+        """Saves what the run leaves, all or nothing; of the main process.
+
+        Args:
+            pipe: with the averaged weights.
+            records: settings and metrics of the run.
+            repo: where it is uploaded, if it is.
+
+        Raises:
+            OSError: the disk is full, or the Hub did not take the pipeline.
+            FloatingPointError: the samples are not finite.
+        """
+        problem, output_dir = None, records.output_dir
+        with folder_written_aside(output_dir) as folder:
+            save_weights(pipe, folder)
+            for name in ("training_config.json", "metrics.jsonl"):
+                shutil.copyfile(records.folder / name, folder / name)
+            if not (metrics := read_metrics(folder / "metrics.jsonl")):  # it was lost, and no step was left
+                metrics = [{"step": self.config.max_train_steps}]
+                MetricsLog(folder / "metrics.jsonl", 0).write(metrics[0])
+            pipe.set_progress_bar_config(disable=False, desc="samples.png", leave=False)
+            try:
+                sampled = self.draw_samples(pipe, folder / "samples.png")
+            except FloatingPointError as error:
+                sampled, problem = False, error
+            draw_curves(metrics, folder / "curves.png")
+            write_card(folder, repo or str(output_dir), pipe, self.config, self.dataset)
+            gone = [name for name in ("samples.png", "vae") if not (folder / name).exists()]
+        for name in gone:  # an earlier model's
+            remove(output_dir / name)
+        records.clear()
+        if problem:
+            raise FloatingPointError(f"The pipeline is in {output_dir}, without samples.png: {problem}")
+        self.tell(output_dir, sampled)
+        if repo:
+            print(f"Uploaded: {upload(output_dir, repo)}")
+
+    def tell(self, output_dir: Path, sampled: bool) -> None:
+        """Says what there is, and how it is used."""
+        label = self.dataset.num_classes - 3 if self.dataset.num_classes > 2 else None
+        print(
+            f"Done: the pipeline, metrics.jsonl, curves.png{', samples.png' * bool(sampled)} are in "
+            f"{output_dir}/. Use it:\n\n"
+            "    from sddit_diffusers import SDDiTPipeline\n"
+            f"    pipe = SDDiTPipeline.from_pretrained({python_text(str(output_dir))})\n"
+            f'    pipe(class_labels=[{label}]).images[0].save("sample.png")'
+        )
+
+
+def save_weights(pipe: SDDiTPipeline, folder: Path) -> None:
+    """Saves a pipeline.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    try:
+        pipe.save_pretrained(folder)
+    except SafetensorError as error:  # what safetensors makes of a disk that is full
+        message = f"The pipeline cannot be written: {error}"
+        raise OSError(errno.EIO, message, str(folder.parent)) from error
+
+
+def open_vae(
+    config: TrainingConfig, dataset: ImageDataset | LatentDataset, device: torch.device
+) -> AutoencoderKL | AutoencoderTiny | None:
+    """The VAE that decodes the latents; None for pictures, and where none is wanted.
+
+    Raises:
+        ValueError: it cannot be loaded, or decodes other latents.
+    """
+    made_by = dataset.vae
+    if made_by is None or config.vae == "none":
+        return None
+    try:
+        vae = load_vae(config.vae or made_by["name"])
+    except ValueError as error:
+        raise ValueError(f"{error} Name another with --vae, or train without samples: --vae none") from None
+    channels = dataset.shape[0]
+    if vae.config.latent_channels != channels:
+        raise ValueError(
+            f"The VAE decodes latents of {vae.config.latent_channels} channels; "
+            f"those of {dataset.name} have {channels}."
+        )
+    if sha256_of_weights(vae) != made_by["sha256"]:
+        warnings.warn(
+            f"The VAE {config.vae or made_by['name']} is not the one that made the latents.",
+            stacklevel=2,
+        )
+    return vae.to(device)

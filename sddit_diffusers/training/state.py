@@ -1,0 +1,127 @@
+"""What a checkpoint has of a run, and how a run goes on with it."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+
+from ..cli import differences
+from ..data.latents import LatentDataset
+from ..data.order import BatchSampler
+from ..data.pictures import ImageDataset
+from ..launching import on_main_process, together
+from .checkpointing import by_names_of_today, choose_checkpoint, load_state, read_about, save_checkpoint
+from .engines import Engine, whole
+from .options import TrainingConfig
+
+_PARTS = "objective", "optimizer", "ema", "scaler"
+
+
+class RunState:
+    """Weights, optimizer, averages and place of a run; all processes call its methods.
+
+    Args:
+        ema: averages of the network's weights.
+        sampler: gives the steps that are left.
+    """
+
+    def __init__(
+        self, config: TrainingConfig, accelerator: Accelerator, engine: Engine, ema: EMAModel,
+        dataset: ImageDataset | LatentDataset, sampler: BatchSampler,
+    ):  # fmt: skip
+        self.config, self.accelerator, self.output_dir = config, accelerator, Path(config.output_dir)
+        self.engine, self.ema, self.objective = engine, ema, engine.model
+        self.dataset, self.sampler = dataset, sampler
+
+    def check_weights(self, step: int) -> None:
+        """Makes sure that what is about to be saved can be used.
+
+        Raises:
+            FloatingPointError: a weight or an average is not finite, on all processes.
+        """
+        averages = [("the averages", tensor) for tensor in self.ema.shadow_params]
+        tensors = [*self.objective.named_parameters(), *averages]
+        wrong = dict.fromkeys(name for name, tensor in tensors if not whole(tensor).isfinite().all())
+        if wrong:
+            raise FloatingPointError(
+                f"Step {step} has made weights that are not finite, and they are not saved: "
+                f"{', '.join([*wrong][:12])}."
+            )
+
+    def save(self, step: int) -> None:
+        """Writes a checkpoint.
+
+        Raises:
+            OSError: it cannot be written.
+            FloatingPointError: the weights are of no use.
+        """
+        self.check_weights(step)
+        scaler, (epoch, batch) = self.accelerator.scaler, divmod(step, self.sampler.steps_per_epoch)
+        about = {
+            "run": self.identity(),
+            "data": {"epoch": epoch, "batch": batch},
+            "settings": dataclasses.asdict(self.config),
+        }
+
+        state = self.engine.gather(self.ema)
+        state["scaler"] = None if scaler is None else scaler.state_dict()
+        on_main_process(
+            lambda: save_checkpoint(self.output_dir, step, state, about, self.config.checkpoints_total_limit),
+            self.accelerator,
+        )
+
+    def identity(self) -> dict:
+        """What a run must have in common with the one that it goes on with."""
+        identity = {
+            "method": self.config.method,
+            "seed": self.config.seed,
+            "dataset": self.dataset.identity(),
+            "global batch": self.sampler.global_batch,
+            "model": self.objective.identity(),
+        }
+        return json.loads(json.dumps(identity))  # as it comes back from a file
+
+    def resume(self) -> None:
+        """Loads a checkpoint, and sets the step that the run begins with.
+
+        Raises:
+            ValueError: there is none, it is damaged, or of another run.
+        """
+        name, steps = self.config.resume_from_checkpoint, self.config.max_train_steps
+        folder = on_main_process(lambda: choose_checkpoint(self.output_dir, name), self.accelerator)
+        if folder is None:
+            self.accelerator.print(f"There is no checkpoint in {self.output_dir} yet: the run begins.")
+            return
+        about = together(lambda: read_about(folder), self.accelerator)
+        earlier, here = about.get("run", {}), self.identity()
+        if isinstance(data := earlier.get("dataset"), dict):  # 0.1.0 knew no hash of the pictures
+            here["dataset"] = {name: here["dataset"].get(name) for name in data}
+        if others := differences(earlier, here):
+            raise ValueError(f"{folder} is of another run; {'; '.join(others)}.")
+        if about["step"] > steps:
+            raise ValueError(f"max_train_steps is {steps}; {folder} is of step {about['step']} already.")
+        self.compare(folder, about.get("settings", {}))
+        state = together(lambda: load_state(folder, *_PARTS), self.accelerator)
+        self.engine.scatter(by_names_of_today(state), self.ema)
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.sampler.start_step = about["step"]
+
+    def compare(self, folder: Path, saved: dict) -> None:
+        """Says which settings have changed since a checkpoint was saved.
+
+        Raises:
+            ValueError: one that would change nothing now.
+        """
+        settings = dataclasses.asdict(self.config)
+        of_a_start = ("resume_from_checkpoint", "overwrite_output_dir")
+        saved = settings | saved | {name: settings[name] for name in of_a_start}
+        weights = "pretrained_model_name_or_path"
+        if saved[weights] != settings[weights]:
+            raise ValueError(
+                f"{weights} is {settings[weights]!r}; the run of {folder} began with {saved[weights]!r}."
+            )
+        if changed := differences(saved, settings):
+            self.accelerator.print(f"Changed since {folder.name}: {'; '.join(changed)}.")
