@@ -4,15 +4,24 @@ import os
 import subprocess
 import sys
 
+import processes
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, AutoencoderTiny
+from matplotlib.figure import Figure
 from PIL import Image
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline, SDDiTTransformer2DModel, prepare_latents
+
+CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {*range(os.cpu_count())}
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    # A core for each worker: threads of several would wait for one another.
+    worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    os.sched_setaffinity(0, {sorted(CORES)[worker % len(CORES)]})
+    torch.set_num_threads(1)
 
 TINY = dict(
     sample_size=8,
@@ -48,22 +57,38 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def no_process(request, monkeypatch):
+    """A test that starts a Python says so: `pytest -m "not process"` is quick."""
+    start = subprocess.Popen.__init__
+
+    def refuse(*_):
+        pytest.fail("this test starts a process: mark it with @pytest.mark.process")
+
+    def watch(self, command, *rest, **options):
+        start(self, command, *rest, **options) if command[0] != sys.executable else refuse()
+
+    if not request.node.get_closest_marker("process"):
+        monkeypatch.setattr(subprocess.Popen, "__init__", watch)
+        monkeypatch.setattr(processes, "ask", refuse)
+
+
+@pytest.fixture(autouse=True)
+def blank_figures(request, monkeypatch):
+    """To draw the curves of a run takes a second: figures are saved without what is on them.
+
+    Tests that look at them are marked `figures`.
+    """
+    savefig = Figure.savefig
+    if not request.node.get_closest_marker("figures"):
+        monkeypatch.setattr(Figure, "savefig", lambda self, *a, **options: savefig(Figure(), *a, **options))
+
+
+@pytest.fixture(autouse=True)
 def fresh_accelerate():
     threads = torch.get_num_threads()
     yield
     AcceleratorState._reset_state(True)
     torch.set_num_threads(threads)
-
-
-def launch(processes, *command, **environment):
-    """A script, or -m and a module, in `processes` processes on the CPU, joined by gloo."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run(
-        [sys.executable, *launcher, *map(str, command)],
-        env=os.environ | environment | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
 
 
 @pytest.fixture(scope="session")

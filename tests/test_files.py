@@ -67,6 +67,7 @@ def test_a_folder_takes_the_place_of_another_when_it_is_whole(tmp_path):
     assert sorted(os.listdir(folder)) == ["metrics", "model_index.json", "transformer"]
 
 
+@pytest.mark.process
 def test_one_run_writes_in_a_folder(tmp_path):
     holder = (
         "import sys, time; from pathlib import Path; from sddit_diffusers.files import locked\n"

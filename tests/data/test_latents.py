@@ -357,6 +357,7 @@ def test_no_flipped_bit_changes_a_sample(damaged):
     assert found > 5
 
 
+@pytest.mark.process
 def test_training_ends_in_the_middle_of_shards_without_a_crash(folder):
     """pyarrow reads ahead in threads that crash an interpreter which ends before them."""
     code = f"""

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 from bad_input import refusal
-from conftest import launch, randomize
+from conftest import randomize
 from PIL import Image
+from processes import launch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from transformers import Dinov2Config, Dinov2Model
 
 from sddit_diffusers import evaluate
-from sddit_diffusers.evaluation import features
+from sddit_diffusers.evaluation import features, judge
 from sddit_diffusers.evaluation.catalogue import SCORES
-from sddit_diffusers.evaluation.extractors import DinoExtractor
+from sddit_diffusers.evaluation.extractors import DinoExtractor, InceptionExtractor
 from sddit_diffusers.evaluation.image_sets import open_images
 from sddit_diffusers.evaluation.statistics import read_statistics
 
@@ -56,9 +57,24 @@ def pictures(count, seed):
     return np.stack(images).astype(np.uint8)
 
 
-@pytest.mark.parametrize("count", [14, pytest.param(2000, marks=pytest.mark.slow)])
-def test_equals_adms_evaluator(tmp_path, capsys, inception_weights, count):
+@pytest.fixture
+def narrow(monkeypatch):
+    """Inception gives the first of its features: the roots of matrices of all 2,048 take a minute."""
+    widths, forward = {"features": 60, "spatial": 49}, InceptionExtractor.forward
+
+    def first(self, images):
+        found = zip(self.features_list, forward(self, images), strict=True)
+        return tuple(x[:, : widths.get(name)] for name, x in found)
+
+    monkeypatch.setattr(InceptionExtractor, "forward", first)
+    return widths
+
+
+@pytest.mark.parametrize("count", [9, pytest.param(2000, marks=pytest.mark.slow)])
+def test_equals_adms_evaluator(tmp_path, capsys, inception_weights, request, count):
     """All scores of an Inception of random weights, by features that torch-fidelity's own Inception gives."""
+    full = count > 1000
+    widths = {"features": 2048, "spatial": 2023} if full else request.getfixturevalue("narrow")
     sets = [pictures(count, 1), pictures(count - 3, 2)]
     paths = [write(tmp_path / f"{i}.npz", pixels) for i, pixels in enumerate(sets)]
     net = FeatureExtractorInceptionV3(
@@ -71,18 +87,17 @@ def test_equals_adms_evaluator(tmp_path, capsys, inception_weights, count):
         branch.clear()
         images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
         parts = [net(part) for part in images.split(50)]
-        pool.append(torch.cat([part[0] for part in parts]).numpy())
+        pool.append(torch.cat([part[0][:, : widths["features"]] for part in parts]).numpy())
         logits.append(torch.cat([part[1] for part in parts]).numpy())
         first_branch = torch.cat(branch).numpy()
         spatial.append(first_branch[:, :7].transpose(0, 2, 3, 1).reshape(len(pixels), -1))
+        spatial[-1] = spatial[-1][:, : widths["spatial"]]
     expected = {
         "fid": adm.fid_of_features(*pool),
         "sfid": adm.fid_of_features(*spatial),
         "is": adm.inception_score(logits[0]),
     }
-    if (
-        count > 1000
-    ):  # the full covariances, as ADM has them; of 14 images the root takes a minute all the same
+    if full:  # the covariances, as ADM has them
         expected["fid"] = adm.fid(*map(adm.statistics, pool))
         expected["sfid"] = adm.fid(*map(adm.statistics, spatial))
     expected["precision"], expected["recall"] = adm.precision_recall(*pool)
@@ -135,7 +150,8 @@ def test_scores_see_what_they_should(tmp_path, capsys):
     found = {}
     for kind in ("nothing", "noise", "a class dropped", "an image repeated"):
         samples = write(tmp_path / "samples.npz", changed(kind))
-        options = ["--extractor", "classifier", "--label_column", "label", "--cache_dir", tmp_path / "cache"]
+        options = ["--extractor", "classifier", "--label_column", "label"]
+        options += ["--metrics", "fid", "is", "precision", "recall"]
         record, _ = run(capsys, samples, "digits", *options, "--output", tmp_path / "scores.json")
         found[kind] = record["scores"]
         options = ["--extractor", "pixels", "--cache_dir", "none", "--output", tmp_path / "scores.json"]
@@ -174,6 +190,7 @@ def test_the_order_matters_for_the_inception_score_alone(tmp_path, capsys, monke
     assert warned == pytest.approx(records[1]["is"], rel=0.02) and "sorted" not in outputs[1]
 
 
+@pytest.mark.process
 def test_two_processes_score_as_one(tmp_path, capsys):
     path = write(tmp_path / "a.npz", pixels_of(range(0, 1797, 3)))
     options = [path, "digits", "--extractor", "pixels", "--batch_size", 50, "--output", tmp_path / "one.json"]
@@ -200,8 +217,15 @@ def test_features_are_kept_by_content(tmp_path, capsys, monkeypatch):
     assert len(calls) == 1
 
 
-def test_saved_statistics_are_a_reference(tmp_path, capsys, inception_weights):
-    paths = [write(tmp_path / f"{i}.npz", pictures(6, i)) for i in range(2)]
+def distance_of_spreads(a, b):
+    """Between Gaussians as if each feature were by itself, without roots of matrices."""
+    spreads = [gaussian.covariance.diag().sqrt() for gaussian in (a, b)]
+    return sum((x - y).square().sum().item() for x, y in ((a.mean, b.mean), spreads))
+
+
+def test_saved_statistics_are_a_reference(tmp_path, capsys, monkeypatch, inception_weights):
+    monkeypatch.setattr(judge, "frechet_distance", distance_of_spreads)
+    paths = [write(tmp_path / f"{i}.npz", pictures(4, i)) for i in range(2)]
     weights = ["--inception_weights", inception_weights, "--output", tmp_path / "scores.json"]
     whole, _ = run(capsys, *paths, *weights, "--metrics", "fid", "is")
     _, printed = run(capsys, paths[1], "--save_stats", tmp_path / "stats.npz", *weights)
@@ -217,11 +241,11 @@ def test_saved_statistics_are_a_reference(tmp_path, capsys, inception_weights):
     assert re.search(r"^[0-9a-f]{64}$", by_statistics["reference"]["sha256"])
     # As ADM's reference batch: statistics of more than its images, which serve precision and recall.
     with np.load(tmp_path / "stats.npz") as arrays:
-        write(tmp_path / "adm.npz", pictures(5, 7), **arrays)
+        write(tmp_path / "adm.npz", pictures(4, 7), **arrays)
     batch, _ = run(capsys, paths[0], tmp_path / "adm.npz", *weights, "--metrics", "fid", "recall")
     assert batch["scores"].keys() == {"fid", "recall"}
     assert batch["scores"]["fid"] == pytest.approx(whole["scores"]["fid"], rel=1e-9)
-    assert batch["num_reference_images"] == 5
+    assert batch["num_reference_images"] == 4
 
 
 def test_fd_dinov2_against_images_and_edm2s_statistics(tmp_path, capsys):

@@ -1,15 +1,13 @@
 """Features are the images', whatever the cache holds and however few images a process has."""
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import launch
 from damages import DAMAGES
+from processes import launch
 
 from sddit_diffusers.evaluation.extractors import PixelExtractor
 from sddit_diffusers.evaluation.features import features_of_set
@@ -94,13 +92,13 @@ def reference(tmp_path):
     return tmp_path / "reference.npz"
 
 
+@pytest.mark.process
 def test_processes_without_images_take_part(reference, tmp_path):
     """Three processes, of which one has none of the samples and none of the reference's two pictures."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     found = {}
     for processes in (1, 3):
-        result = launch(processes, tmp_path / "script.py", reference, PYTHONPATH=path)
+        result = launch(processes, tmp_path / "script.py", reference)
         assert result.returncode == 0, result.stderr
         line = next(line for line in result.stdout.splitlines() if line.startswith("found"))
         found[processes] = json.loads(line.removeprefix("found"))

@@ -78,6 +78,7 @@ if where and where != ["own"]:
 """
 
 
+@pytest.mark.process
 def test_pushed_and_pulled_with_the_package_and_without(pipe, tmp_path):
     expected = images(pipe)
     pipe.save_pretrained(tmp_path / "saved")
@@ -103,6 +104,7 @@ def test_pushed_and_pulled_with_the_package_and_without(pipe, tmp_path):
     assert type(loaded) is SDDiTPipeline and torch.equal(images(loaded), expected)
 
 
+@pytest.mark.process
 def test_remote_code_runs_only_if_asked(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     code = (
@@ -161,6 +163,7 @@ def test_forms_of_weights(pipe, tmp_path):
     assert torch.equal(images(DiffusionPipeline.from_pretrained(tmp_path / "both")), expected)
 
 
+@pytest.mark.process
 def test_revisions(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "saved")
     with serve(tmp_path) as (hub, environment):
@@ -190,6 +193,7 @@ def test_parts_may_be_passed_and_swapped(pipe, tmp_path):
     assert not list((tmp_path / "euler/scheduler").glob("*.py"))
 
 
+@pytest.mark.process
 def test_baselines_load_and_say_that_they_need_the_package(tmp_path):
     transformer = randomize(MaskDiTTransformer2DModel(**TINY))
     pipe = SDDiTPipeline(transformer, EDMHeunScheduler(), id2label={3: "truck"})
@@ -269,6 +273,7 @@ except ValueError as error: print(error)
 """
 
 
+@pytest.mark.process
 def test_copies_work_with_a_diffusers_that_lost_private_names(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     said = run(LATER, tmp_path, tmp_path / "made.pt", without=True)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from bad_input import refusal
-from conftest import TINY, launch, randomize
+from conftest import TINY, randomize
 from datasets import load_dataset
 from PIL import Image
+from processes import launch
 
 from sddit_diffusers import SDDiTPipeline, SDDiTTransformer2DModel, files, generate
 from sddit_diffusers.evaluation.image_sets import open_images
@@ -41,6 +42,7 @@ def content(folder):
     }
 
 
+@pytest.mark.process
 def test_the_same_bytes_at_any_batch_size_and_number_of_processes(model, tmp_path):
     options = ["--num_samples", 64, "--format", "npz", "png"]
     whole = content(run(model, tmp_path / "64", *options, "--batch_size", 64))

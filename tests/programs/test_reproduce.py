@@ -1,19 +1,14 @@
 """Studies, run as users run them, with networks of a few thousand weights."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from bad_input import refusal
-from conftest import launch
 from PIL import Image
+from processes import Started, launch
 from small_study import STUDY
 
 from sddit_diffusers import reproduce
@@ -44,6 +39,7 @@ def table_of(results, title):
     return {row[0]: row[1:] for row in table["rows"]}
 
 
+@pytest.mark.figures
 def test_a_study_in_parts_is_the_study(write, tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "SPEED_ROUNDS", 2)
     path = write()
@@ -94,30 +90,22 @@ def test_a_study_in_parts_is_the_study(write, tmp_path, monkeypatch):
     assert f"| {mean:.4g} ± {spread:.2g} |" in (tmp_path / "a/results.md").read_text()
 
 
+@pytest.mark.process
 def test_killed_and_started_again_it_gives_the_same(write, tmp_path):
     """SIGKILL in the middle of the second run; what comes out is that of a study that nobody disturbed."""
-    only_training = [table for table in STUDY["tables"] if table["kind"] in ("steps", "setting", "metrics")]
-    path = write(tables=only_training, settings=STUDY["settings"] | {"max_train_steps": 8})
-    command = [
-        sys.executable,
-        "-m",
-        "sddit_diffusers.reproduce",
-        str(path),
-        "--output_dir",
-        str(tmp_path / "a"),
-    ]
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
-    while not list((tmp_path / "a/sd-dit").glob("*/checkpoint-*")):
-        assert process.poll() is None
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    only_training = [table for table in STUDY["tables"] if table["kind"] in ("steps", "metrics")]
+    runs = {name: STUDY["runs"][name] for name in ("DiT", "SD-DiT")}
+    settings = STUDY["settings"] | {"max_train_steps": 6}
+    path = write(tables=only_training, runs=runs, settings=settings, seeds=[0])
+    study = Started(1, "-m", "sddit_diffusers.reproduce", path, "--output_dir", tmp_path / "a")
+    study.kill_when(lambda: list((tmp_path / "a/sd-dit").glob("*/checkpoint-*")))
     run(path, tmp_path / "a")
     run(path, tmp_path / "b")
     for name in ("results.md", "results.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+@pytest.mark.process
 def test_many_processes_run_a_study_together(write, tmp_path):
     """Each trains a part of each batch; speeds, probes and samplings come from the main one alone."""
     settings = STUDY["settings"] | {"mixed_precision": "bf16"}

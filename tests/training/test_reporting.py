@@ -12,6 +12,8 @@ from sddit_diffusers.pipelines.sampling import draw_grid, path_grid, sample_grid
 from sddit_diffusers.training import metrics as reporting
 from sddit_diffusers.training.metrics import MetricsLog, draw_curves, read_metrics, smooth
 
+pytestmark = pytest.mark.figures
+
 
 def test_log_is_cut_to_the_step_resumed_from(tmp_path):
     path = tmp_path / "metrics.jsonl"

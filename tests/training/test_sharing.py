@@ -175,6 +175,7 @@ def test_ordinary_names_stand_as_they_are(tmp_path):
     assert 'pipe(class_labels=["cat"], guidance_scale=1.5)' in snippet
 
 
+@pytest.mark.process
 def test_the_example_is_the_lowest_class_whatever_the_order_of_sets():
     code = (
         "from sddit_diffusers.training.publishing import _example; from types import SimpleNamespace as N;"

@@ -1,0 +1,42 @@
+"""Every method with every process and auxiliary loss: trained, saved, loaded and sampled, or refused."""
+
+import json
+from itertools import product
+
+import pytest
+from small_runs import HEAD, NETWORK, SMALL
+
+import train_sddit
+from sddit_diffusers import SDDiTPipeline
+from sddit_diffusers.training.auxiliaries import AUXILIARIES
+from sddit_diffusers.training.methods import METHODS
+from sddit_diffusers.training.metrics import read_metrics
+from sddit_diffusers.training.options import parse
+from sddit_diffusers.training.processes import PROCESSES
+
+# L_D compares [CLS] and patches of SD-DiT's encoder.
+REFUSED = {("discrimination", method) for method in METHODS if method != "sddit"}
+
+
+@pytest.mark.parametrize("auxiliary", ["none", *AUXILIARIES])
+@pytest.mark.parametrize(("method", "process"), [*product(METHODS, PROCESSES)])
+def test_every_pair(method, process, auxiliary, tmp_path):
+    network = METHODS[method].network(NETWORK | {"num_layers": 3})
+    options = [*(SMALL if auxiliary == "discrimination" else SMALL[len(HEAD) :])]
+    options += ["--method", method, "--process", process, "--auxiliary", auxiliary, "--max_train_steps", "2"]
+    options += ["--transformer", json.dumps(network), "--output_dir", str(tmp_path)]
+    if (auxiliary, method) in REFUSED:
+        with pytest.raises(SystemExit, match="^train_sddit.py: error: [^\n]+$"):
+            train_sddit.main(options)
+        assert not (tmp_path / "metrics.jsonl").exists()
+        return
+    train_sddit.main(options)
+    metrics = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2]
+    if auxiliary != "none":
+        assert all(row["loss"] != row["loss_generative"] for row in metrics)
+    pipe = SDDiTPipeline.from_pretrained(tmp_path)
+    assert type(pipe.transformer) is METHODS[method].transformer
+    assert pipe.scheduler.to_json_string() == PROCESSES[process].build(parse(options)).to_json_string()
+    images = pipe([1, 2], num_inference_steps=2, output_type="pt").images
+    assert images.shape == (2, 1, 8, 8) and images.isfinite().all() and images.std() > 0

@@ -1,0 +1,281 @@
+"""Several processes train what one does, whole or in shards."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import is_deepspeed_available
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from conftest import CORES
+from processes import launch, torchrun
+from small_runs import SCRIPT, SMALL, train
+
+from sddit_diffusers import SDDiTPipeline
+from sddit_diffusers.training.checkpointing import load_state
+from sddit_diffusers.training.metrics import read_metrics
+
+pytestmark = pytest.mark.process
+
+
+@pytest.mark.parametrize(("start", "accumulation"), [(launch, 1), (torchrun, 2)])
+def test_two_processes_train_what_one_does(tmp_path, start, accumulation):
+    train(tmp_path / "one", "--max_train_steps", 20, "--train_batch_size", 32)
+    options = [*SMALL, "--output_dir", tmp_path / "two", "--max_train_steps", 20]
+    options += ["--train_batch_size", 16 // accumulation, "--gradient_accumulation_steps", accumulation]
+    result = start(2, SCRIPT, *options)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def assert_same_run(one, other):
+    """The losses and the pipelines of two folders are equal to rounding."""
+    for a, b in zip(*(read_metrics(folder / "metrics.jsonl") for folder in (one, other)), strict=True):
+        names = set(a) - {"prototypes_used"}  # counted in each process
+        assert {name: b[name] for name in names} == pytest.approx({name: a[name] for name in names}, rel=1e-5)
+    weights = [SDDiTPipeline.from_pretrained(folder).transformer.state_dict() for folder in (one, other)]
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+
+
+SHARDED = """
+import os
+import sys
+import train_sddit
+from sddit_diffusers.training.trainer import Trainer
+from torch.distributed.tensor import DTensor
+
+save = Trainer.save
+
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+def watched(trainer, step):
+    moments = [state["exp_avg"] for state in trainer.engine.optimizer.state.values()]
+    tensors = {"Adam": (moments, [p for p in trainer.objective.parameters() if p.requires_grad])}
+    if os.environ["ENGINE"] == "fsdp2":
+        networks = trainer.objective.transformer, trainer.objective.teacher, trainer.objective.head
+        tensors |= {network._get_name(): [list(network.parameters())] * 2 for network in networks}
+        tensors["EMA"] = [trainer.ema.shadow_params] * 2
+    for name, (shards, whole) in tensors.items():
+        share = sum(local(shard).numel() for shard in shards) / sum(tensor.numel() for tensor in whole)
+        assert 0.45 < share < 0.55, (name, share)
+    save(trainer, step)
+    if step == 6:
+        assert "go on" in sys.argv[-1], "stopped after step 6"
+
+Trainer.save = watched
+train_sddit.main(sys.argv[1:-1])
+"""
+
+
+needs_deepspeed = pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed")
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("deepspeed", marks=needs_deepspeed)])
+def test_trains_in_shards_what_one_process_does(tmp_path, engine):
+    """Losses, checkpoints and pipeline are those of one process; a stopped run goes on with or without it."""
+    options = [*SMALL, "--max_train_steps", "12", "--checkpointing_steps", "6", "--max_grad_norm", "0.5"]
+    train(tmp_path / "one", *options, "--train_batch_size", 32)
+    script = tmp_path / "sharded.py"
+    halves = ["--train_batch_size", "8", "--gradient_accumulation_steps", "2"]
+    script.write_text(SHARDED)
+    environment = launch_environment(engine) | {"ENGINE": engine}
+    for folder, *arguments in (("two", "go on"), ("parts", "stop"),
+                               ("parts", "--resume_from_checkpoint", "latest", "go on")):  # fmt: skip
+        command = [script, *options, *halves, "--output_dir", tmp_path / folder, *arguments]
+        result = launch(2, *command, **environment)
+        stopped = "stopped after step 6" in result.stderr
+        assert stopped if arguments == ["stop"] else result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    for name in ("metrics.jsonl", "transformer/diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
+
+    one, parts = (load_state(tmp_path / folder / "checkpoint-6")["optimizer"] for folder in ("one", "parts"))
+    assert parts["param_groups"] == one["param_groups"]
+    torch.testing.assert_close(parts["state"], one["state"], rtol=1e-3, atol=1e-4)
+    options += ["--train_batch_size", 32, "--resume_from_checkpoint", tmp_path / "parts/checkpoint-6"]
+    rest = train(tmp_path / "alone", *options)
+    both = read_metrics(tmp_path / "one/metrics.jsonl")[6:]
+    assert [row["loss"] for row in rest] == pytest.approx([row["loss"] for row in both], rel=1e-5)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"ZERO_STAGE": "3"}, "The ZeRO stage is 3; it must be 1 or 2"),
+        ({"OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "DeepSpeed's offload_optimizer is 'cpu'; it must be 'none'"),
+    ],
+)
+def test_deepspeed_is_refused_what_is_not_known_to_work(tmp_path, setting, message):
+    environment = launch_environment("deepspeed")
+    environment |= {f"ACCELERATE_DEEPSPEED_{name}": value for name, value in setting.items()}
+    result = launch(1, SCRIPT, *SMALL, "--output_dir", tmp_path, **environment)
+    assert result.returncode != 0 and f"train_sddit.py: error: {message}" in result.stderr
+
+
+STEPS_THAT_FAIL = """
+import sys
+import torch
+from sddit_diffusers.training.options import parse
+from sddit_diffusers.training.trainer import Trainer
+
+trainer = Trainer(parse(sys.argv[1:]))
+data = trainer.dataset.batches(trainer.sampler)
+weight = trainer.objective.transformer.decoder.proj_in.weight
+rank = trainer.accelerator.process_index
+trainer.train_step(0, data)
+before = {name: tensor.clone() for name, tensor in trainer.objective.named_parameters()}
+
+def fails(step, data):
+    try:
+        trainer.train_step(step, data)
+    except FloatingPointError as error:
+        print(f"process {rank}: {error}", file=sys.stderr, flush=True)
+    for name, parameter in trainer.objective.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+hook = weight.register_hook(lambda gradient: gradient * (float("inf") if rank == 1 else 1))
+fails(1, data)
+images, labels = next(data)
+fails(2, iter([(images * float("nan"), labels)]))
+"""
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [1, 2])
+def test_no_weight_moves_under_deepspeed_either(tmp_path, stage):
+    script = tmp_path / "fails.py"
+    script.write_text(STEPS_THAT_FAIL)
+    environment = launch_environment("deepspeed") | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+    result = launch(2, script, *SMALL, "--output_dir", tmp_path / "run", **environment)
+    assert result.returncode == 0, result.stderr
+    for process in (0, 1):
+        said = rf"process {process}: Step 2: not finite: grad_norm \((inf|nan)\), the gradient of "
+        assert re.search(said + r"transformer.decoder.proj_in.weight\. No weight", result.stderr), (
+            result.stderr
+        )
+        assert f"process {process}: Step 3: not finite: loss (nan), loss_gen" in result.stderr, result.stderr
+
+
+def launch_environment(config):
+    """What `accelerate launch --config_file configs/...` tells its processes."""
+    command = ["--config_file", str(SCRIPT.parent / "configs" / f"{config}.yaml"), str(SCRIPT)]
+    arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        arguments.main_process_port = 0  # any: `launch` has its own
+        _, environment = prepare_deepspeed_cmd_env(arguments)
+    else:
+        environment = prepare_multi_gpu_env(arguments)
+    # DeepSpeed compiles what its CPUs talk through; once is enough, so not into the folder of one session.
+    built = Path.home() / ".cache/torch_extensions/sddit-tests"
+    settings = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(built)}
+    return environment | settings | {"ACCELERATE_MIXED_PRECISION": "no"}
+
+
+def test_accelerate_launch_uses_all_cores(tmp_path):
+    """The README's first command, made small; accelerate itself would leave one thread."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\nimport torch, train_sddit\n"
+        "train_sddit.main()\nprint('threads', torch.get_num_threads())\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", script, *SMALL, "--max_train_steps", 2]
+    command += ["--num_validation_images", 1]
+    result = subprocess.run(
+        [*map(str, command), "--output_dir", str(tmp_path / "run")],
+        env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+        preexec_fn=lambda: os.sched_setaffinity(0, CORES),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"threads {len(CORES)}\n" in result.stdout
+    assert (tmp_path / "run" / "samples.png").is_file()
+
+
+POISON = """
+import sys
+import torch
+import train_sddit
+from accelerate import PartialState
+from sddit_diffusers.data.pictures import ImageDataset
+
+read, calls = ImageDataset.__getitems__, []
+
+def poisoned(self, indices):
+    images, labels = read(self, indices)
+    calls.append(1)
+    if len(calls) == 3 and PartialState().process_index == 1:
+        images[0, 0, 0, 0] = float("nan")
+    return images, labels
+
+ImageDataset.__getitems__ = poisoned
+train_sddit.main()
+"""
+
+
+def test_a_value_that_is_not_finite_stops_all_processes(tmp_path):
+    script = tmp_path / "poison.py"
+    script.write_text(POISON)
+    result = launch(2, script, *SMALL, "--output_dir", tmp_path / "run", "--max_train_steps", 6)
+    assert result.returncode != 0
+    assert (
+        result.stderr.count("error: Step 3: not finite: loss (nan), loss_generative (nan)") == 2
+    )  # both processes say so
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+
+
+TOGETHER = """
+import sys
+from accelerate import Accelerator
+from sddit_diffusers.launching import main_first, on_main_process, together
+
+accelerator = Accelerator()
+rank = accelerator.process_index
+order = []
+
+def fails_on(process):
+    if rank == process:
+        raise OSError(2, f"of process {process}", "a file")
+    return rank
+
+for call, on, failing in ((together, 0, 1), (together, 1, 0), (main_first, 0, 1), (main_first, 1, 0)):
+    try:
+        call(lambda: fails_on(on), accelerator)
+        print("nothing was raised")
+    except OSError as error:
+        print(f"rank {rank}: {call.__name__} {on}: {error}", flush=True)
+assert together(lambda: rank, accelerator) == rank == main_first(lambda: rank, accelerator)
+assert on_main_process(lambda: f"of {rank}", accelerator) == "of 0"
+
+class Odd(Exception):
+    def __init__(self, one, two):
+        super().__init__(one)
+
+def odd():
+    raise Odd("odd", 2)
+
+try:
+    on_main_process(odd, accelerator)
+except Exception as error:
+    print(f"rank {rank}: {type(error).__name__} {error}", flush=True)
+"""
+
+
+def test_an_error_of_any_process_is_raised_on_all(tmp_path):
+    (tmp_path / "script.py").write_text(TOGETHER)
+    result = launch(2, tmp_path / "script.py")
+    assert result.returncode == 0, result.stderr
+    for rank in (0, 1):
+        for call in ("together", "main_first"):
+            for process in (0, 1):
+                line = f"rank {rank}: {call} {process}: [Errno 2] of process {process}: 'a file'"
+                assert line in result.stdout, result.stdout
+    assert "rank 0: Odd odd" in result.stdout and "rank 1: RuntimeError Odd: odd" in result.stdout
