@@ -111,14 +111,15 @@ def test_the_two_commands_are_there_and_ci_runs_the_second():
 
 
 def test_files_that_it_names_exist():
-    tree = re.search(r"## The code\n\n```\n(.*?)```", README, re.DOTALL).group(1)
-    folder = Path()
+    tree = re.search(r"## The code\n.*?```\n(.*?)```", README, re.DOTALL).group(1)
+    wing = ""
     for line in tree.splitlines():
-        name = line.split()[0]
-        folder = Path() if not line.startswith(" ") else folder
-        assert (ROOT / folder / name).exists(), name
-        if name.endswith("/") and len(line.split()) == 1:
-            folder = Path(name)
+        indent, names = len(line) - len(line.lstrip()), re.findall(r"[\w.]+(?:\.py|/)(?=[\s:;,]|$)", line)
+        folder = [ROOT, ROOT / "sddit_diffusers", ROOT / "sddit_diffusers" / wing][indent // 2]
+        wing = names[0] if indent == 2 else wing
+        assert names
+        for name in names:
+            assert (folder / name).exists() or [*folder.rglob(name)], name
     for place, text in [(ROOT, README), *((ROOT / "docs", text) for text in PAGES.values())]:
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert (place / target).exists(), target

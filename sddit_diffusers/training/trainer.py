@@ -119,7 +119,8 @@ class Trainer:
         log = on_main_process(
             lambda: self.records.begin(self.config, self.sampler.start_step), self.accelerator
         )
-        self.accelerator.init_trackers("sddit", config=dataclasses.asdict(self.config))
+        settings = dataclasses.asdict(self.config) | {"auxiliary": " ".join(self.config.auxiliary)}
+        self.accelerator.init_trackers("sddit", config=settings)
         self.describe()
         try:
             with self.signals.caught():
