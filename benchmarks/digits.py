@@ -17,6 +17,7 @@ from sklearn.svm import SVC
 
 from sddit_diffusers import SDDiTPipeline
 from sddit_diffusers.evaluation.scores import Gaussian, frechet_distance
+from sddit_diffusers.pipelines.sampling import generators
 
 
 def distance_between(a: np.ndarray, b: np.ndarray) -> float:
@@ -28,8 +29,7 @@ def sample(folder: str, per_class: int) -> tuple[np.ndarray, np.ndarray]:
     """Pixels in -1..1, `[10 per_class, 64]`, and their classes."""
     pipe = SDDiTPipeline.from_pretrained(folder)
     labels = np.repeat(np.arange(10), per_class)
-    generators = [torch.Generator().manual_seed(seed) for seed in range(len(labels))]
-    images = pipe(labels, generator=generators, output_type="pt").images
+    images = pipe(labels, generator=generators(range(len(labels))), output_type="pt").images
     return images.flatten(1).double().numpy() * 2 - 1, labels
 
 

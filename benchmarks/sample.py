@@ -24,6 +24,7 @@ from train_step import dit_loss, flops_of, in_turn, matmul_rate, peak_memory, pr
 
 from sddit_diffusers import PRESETS, EDMHeunScheduler, SDDiTPipeline, SDDiTTransformer2DModel
 from sddit_diffusers.launching import keep_freed_memory
+from sddit_diffusers.pipelines.loading import DTYPES
 
 CONTESTANTS = ("DiTPipeline fp32", "DiTPipeline", "SDDiTPipeline", "interval", "conditional")
 GUIDANCE_SCALE, GUIDANCE_INTERVAL = 1.5, (0.28, 2.9)
@@ -105,7 +106,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity_error()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype, batch_size, steps = getattr(torch, options.dtype), options.batch_size, options.num_inference_steps
+    dtype, batch_size, steps = DTYPES[options.dtype], options.batch_size, options.num_inference_steps
     if options.memory_of:
         # Memory does not grow with the steps; of 3, the second is in the interval.
         print(peak_memory(build(options.memory_of, options.preset, batch_size, 3, dtype, device)[0], device))

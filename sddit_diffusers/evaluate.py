@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from .cli import Parser, check_options, one_line_errors, option, options
+from .data.generated import RECORD
 from .evaluation.catalogue import EXTRACTORS, SCORES
 from .evaluation.extractors import DinoExtractor, Extractor, InceptionExtractor
 from .evaluation.features import Features, default_cache, features_of_set
@@ -121,7 +122,7 @@ class Evaluation:
     def _record_of_samples(self) -> dict | None:
         """What `generate` wrote of them, where it made them."""
         name = Path(self.samples.name)
-        path = (name if name.is_dir() else name.parent) / "generation.json"
+        path = (name if name.is_dir() else name.parent) / RECORD
         is_there = name.exists() and path.exists()
         return read_json(path, dict, "record of a generation") if is_there else None
 

@@ -13,11 +13,8 @@ with the files of one that was not.
 import dataclasses
 import json
 import math
-import re
 import shutil
-import sys
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,25 +28,16 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from PIL import Image
 
-from .cli import (
-    Parser,
-    check_options,
-    differences,
-    json_object,
-    one_line,
-    one_line_errors,
-    option,
-    options,
-)
+from .cli import Parser, check_options, differences, json_object, one_line_errors, option, options
+from .data.generated import ARRAYS, BATCHES, RECORD, Batches
 from .files import LOCK, locked, read_json, remove, sha256_of, written_aside
 from .launching import check_machine, on_main_process, progress_bar
 from .pipelines.loading import DTYPES, load_pipeline, scheduler_of, settings_of, sha256_of_weights
 from .pipelines.pipeline_sddit import SDDiTPipeline, default_steps
-from .pipelines.sampling import check_interval, class_of, image_size, sample
+from .pipelines.sampling import UINT8_RULE, check_interval, class_of, image_size, sample
 
 _MOST_SEED = 2**63 - 1
 _STEPS = "num_inference_steps"
-_UINT8_RULE = "127.5 x + 128, clamped and truncated, of x in -1..1"
 
 
 @dataclass
@@ -115,97 +103,13 @@ class GenerateConfig:
         return settings | {"format": sorted(self.format)}
 
 
-class Batches:
-    """The images that are made so far, in files of consecutive ones, each complete or absent.
-
-    Args:
-        folder: of the files.
-        count: images of the generation.
-        shape: of an image, (h, w, channels).
-    """
-
-    def __init__(self, folder: Path, count: int, shape: tuple[int, int, int]):
-        self.folder, self.count, self.shape = folder, count, shape
-
-    def files(self) -> list[tuple[range, Path]]:
-        """What is there, in the order of its images: their numbers, and the file."""
-        return [(self._numbers(path), path) for path in sorted(self.folder.glob("*.npy"))]
-
-    @staticmethod
-    def _numbers(path: Path) -> range:
-        """The images of a file, by its name; none where it is no such name."""
-        match = re.fullmatch("([0-9]{9,10})-([0-9]{9,10})", path.stem)
-        return range(*map(int, match.groups())) if match else range(0)
-
-    def save(self, numbers: range, images: np.ndarray) -> None:
-        """Keeps some images, `[n, h, w, channels]`."""
-        with written_aside(self.folder / f"{numbers.start:09d}-{numbers.stop:09d}.npy") as file:
-            np.save(file, images)
-
-    def missing(self, most: int) -> Iterator[range]:
-        """The images that are missing, `most` in a range at most."""
-        missing = np.ones(self.count, bool)
-        for images, _ in self.files():
-            missing[images.start : images.stop] = False
-        numbers = np.flatnonzero(missing)
-        for run in np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1):
-            for i in range(0, len(run), most):
-                part = run[i : i + most]
-                yield range(int(part[0]), int(part[-1]) + 1)
-
-    def remove_damaged(self) -> None:
-        """Removes files that are not whole, with a warning: their images are made again."""
-        files = [(numbers, path, self._problem(numbers, path)) for numbers, path in self.files()]
-        owners = np.zeros(self.count, int)  # files that have an image
-        for numbers, _, problem in files:
-            if not problem:
-                owners[numbers] += 1
-        for numbers, path, problem in files:
-            if not problem and (owners[numbers] > 1).any():
-                problem = "another file has its images too"
-            if problem:
-                print(f"{path} is damaged ({problem}); it is made again.", file=sys.stderr)
-                remove(path)
-
-    def _problem(self, numbers: range, path: Path) -> str:
-        """What is wrong with a file; empty where it can be used."""
-        if not numbers or numbers.stop > self.count:
-            return "its name has no images of this generation"
-        shape = (len(numbers), *self.shape)
-        try:
-            images = np.load(path, mmap_mode="r", allow_pickle=False)
-            found = images.dtype, images.shape
-        except (OSError, EOFError, ValueError, AttributeError) as error:  # AttributeError: an archive
-            return one_line(error)
-        right = found == (np.uint8, shape)
-        return "" if right else f"it is {found[0]} of shape {found[1]}, not uint8 of {shape}"
-
-    def write_npz(self, path: Path, labels: list[int]) -> None:
-        """`arr_0`, uint8 `[images, h, w, 3]`, and `arr_1`, their labels, a file in memory at a time."""
-        files = self.files()
-        height, width = np.load(files[0][1], mmap_mode="r").shape[1:3]
-        header = {
-            "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
-            "fortran_order": False,
-            "shape": (self.count, height, width, 3),
-        }
-        with written_aside(path) as file, zipfile.ZipFile(file, "w") as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array_header_1_0(member, header)
-                for _, batch in files:
-                    images = np.load(batch)
-                    member.write(np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:3], 3))))
-            with archive.open("arr_1.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.array(labels, np.int64))
-
-
 class Generation:
     """A run: make the batches that are missing, write what was asked for, say what made it."""
 
     def __init__(self, config: GenerateConfig):
         self.config = config
         self.output_dir = Path(config.output_dir)
-        self.batches_dir = self.output_dir / ".generating"
+        self.batches_dir = self.output_dir / BATCHES
         self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
         check_machine(self.accelerator)
         self.pipe = pipe = self._load()
@@ -247,14 +151,14 @@ class Generation:
         """
         try:
             held.enter_context(locked(self.output_dir))
-            record, path = self.output_dir / "generation.json", self.batches_dir / "settings.json"
+            record, path = self.output_dir / RECORD, self.batches_dir / "settings.json"
             for file in (record, path):
                 if file.exists():
                     self._compare(file)
                     if file == path:
                         self.batches.remove_damaged()
                     return file == record
-            if any(entry.name not in (LOCK, ".generating") for entry in self.output_dir.iterdir()):
+            if any(entry.name not in (LOCK, BATCHES) for entry in self.output_dir.iterdir()):
                 raise ValueError(
                     f"{self.output_dir} holds other files; choose an empty or a new --output_dir."
                 )
@@ -290,10 +194,10 @@ class Generation:
                 on_main_process(self._finish, self.accelerator)
             if self.accelerator.is_main_process:
                 shutil.rmtree(self.batches_dir, ignore_errors=True)
-        what = {"npz": "samples.npz", "png": "images/"}
+        what = {"npz": ARRAYS, "png": "images/"}
         self.accelerator.print(
             f"{self.config.num_samples} images are in {self.output_dir}/ "
-            f"({', '.join(what[name] for name in self.config.format)}); generation.json says what made them. "
+            f"({', '.join(what[name] for name in self.config.format)}); {RECORD} says what made them. "
             f"Score them: python -m sddit_diffusers.evaluate {self.output_dir} REFERENCE"
         )
         self.accelerator.end_training()
@@ -325,7 +229,7 @@ class Generation:
 
     def _write_pictures(self) -> None:
         """This process's part of the PNG files, a folder each thousand, under a name for unfinished ones."""
-        aside = self.output_dir / ".generating" / "images"
+        aside = self.batches_dir / "images"
         mine = self.batches.files()[self.accelerator.process_index :: self.accelerator.num_processes]
         with (
             ThreadPoolExecutor() as threads,
@@ -343,7 +247,7 @@ class Generation:
         """The main process's part of the end: the .npz, the folder of pictures, the record."""
         files = {}
         if "npz" in self.config.format:
-            path = self.output_dir / "samples.npz"
+            path = self.output_dir / ARRAYS
             self.batches.write_npz(path, self.labels)
             with path.open("rb") as file:
                 files[path.name] = sha256_of(file)
@@ -360,7 +264,7 @@ class Generation:
             "model": self.config.model,
             "settings": self.settings,
             "seeds": [self.config.seed, self.config.seed + self.config.num_samples - 1],
-            "uint8": _UINT8_RULE,
+            "uint8": UINT8_RULE,
             "files_sha256": files,
             "made_with": {
                 "device": self._device_name(),
@@ -369,7 +273,7 @@ class Generation:
                 **{name: version(name) for name in ("sddit-diffusers", "torch", "diffusers")},
             },
         }
-        with written_aside(self.output_dir / "generation.json", "w") as file:
+        with written_aside(self.output_dir / RECORD, "w") as file:
             file.write(json.dumps(record, indent=1) + "\n")
 
     def _device_name(self) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..cli import shortened
+from ..data.generated import ARRAYS, is_unfinished
 from ..data.order import prefetch
 from ..data.pictures import ImageDataset, content_of, decode_image
 from ..files import sha256_of
@@ -57,12 +58,12 @@ def open_images(name: str, resolution: int = 0, image_column: str = "image", lab
     if not name:
         raise ValueError("The name of the images is empty.")
     path = Path(name)
-    if (path / ".generating").is_dir() and not (path / "generation.json").is_file():
+    if is_unfinished(path):
         raise ValueError(f"{name} is not complete: the command that generates it goes on where it stopped.")
     if (path / "model_index.json").is_file():
         raise ValueError(f"{name} is a pipeline; sddit_diffusers.generate makes images of it.")
-    if (path / "samples.npz").is_file():
-        path = path / "samples.npz"
+    if (path / ARRAYS).is_file():
+        path = path / ARRAYS
     if path.suffix == ".npz":
         return ImageArray(path)
     pictures = []

@@ -12,6 +12,8 @@ from .pipeline_sddit import SDDiTPipeline
 
 # Matrix products of a CPU round the rows of an odd remainder otherwise: batches are filled up there.
 MULTIPLE = 16
+# Of bytes; in 0..1, as the pipeline gives images, it is 255 x + 0.5.
+UINT8_RULE = "127.5 x + 128, clamped and truncated, of x in -1..1"
 
 
 def image_size(pipe: SDDiTPipeline) -> int:
@@ -60,7 +62,6 @@ def sample(pipe: SDDiTPipeline, seeds: Sequence[int], labels: Sequence[int], **a
     seeds, labels = list(seeds), [None if label == null else label for label in labels]
     generator = generators(seeds + seeds[-1:] * extra)
     images = pipe(labels + labels[-1:] * extra, generator=generator, output_type="pt", **arguments).images
-    # In 0..1 the rule is 255 x + 0.5.
     pixels = (images[: len(seeds)] * 255 + 0.5).clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
