@@ -43,7 +43,7 @@ def test_pictures_of_any_size_are_scored_against_as_they_are_trained_on(tmp_path
     options = ["--dataset_name", tmp_path / "pictures", "--label_column", "label" if labels else ""]
     options += ["--evaluation_steps", 1, "--evaluation_samples", 6, "--max_train_steps", 1]
     metrics = train(tmp_path / "run", *options)
-    judge = make_trainer(tmp_path / "again", *options).judge
+    judge = make_trainer(tmp_path / "again", *options).results.judge
     trained_on = ImageDataset(str(tmp_path / "pictures"), "image", "", 1, 8)
     expected = trained_on.__getitems__(list(range(24)))[0].flatten(1)
     found = judge.reference.features.features[:, :64] * 3**0.5
