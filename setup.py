@@ -41,6 +41,7 @@ setup(
         # playwright drives a Chromium that is there; it brings none.
         "test": [
             "pytest>=8.3.5",
+            "pytest-xdist>=3.8",
             "hypothesis",
             "peft>=0.18",
             "tensorboard",

@@ -11,8 +11,7 @@ from safetensors import SafetensorError
 from small_runs import make_trainer, names, train, weights_of
 
 from sddit_diffusers import SDDiTPipeline
-from sddit_diffusers.training import checkpointing
-from sddit_diffusers.training import trainer as trainers
+from sddit_diffusers.training import checkpointing, results
 from sddit_diffusers.training.checkpointing import (
     choose_checkpoint,
     find_checkpoints,
@@ -55,7 +54,7 @@ def test_a_model_is_not_replaced_unless_it_is_asked_for(tmp_path, capsys, monkey
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainers, "write_card", fails)
+        patch.setattr(results, "write_card", fails)
         with pytest.raises(SystemExit, match=f"No space left on device: '{tmp_path}"):
             train(tmp_path, "--max_train_steps", 3, "--overwrite_output_dir")
     after = contents(tmp_path)
@@ -163,7 +162,7 @@ def test_samples_that_are_not_finite_cost_the_picture_alone(tmp_path, monkeypatc
     def fails(*arguments, **keywords):
         raise FloatingPointError("image 3 (seed 17) is not finite")
 
-    monkeypatch.setattr(trainers, "sample_grid", fails)
+    monkeypatch.setattr(results, "sample_grid", fails)
     with pytest.raises(SystemExit, match="The pipeline is in .* without samples.png: image 3 .seed 17"):
         train(tmp_path / "a", "--max_train_steps", 2, "--num_validation_images", 1)
     assert SDDiTPipeline.from_pretrained(tmp_path / "a")

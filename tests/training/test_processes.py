@@ -45,29 +45,30 @@ SHARDED = """
 import os
 import sys
 import train_sddit
-from sddit_diffusers.training.trainer import Trainer
+from sddit_diffusers.training.state import RunState
 from torch.distributed.tensor import DTensor
 
-save = Trainer.save
+save = RunState.save
 
 def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
-def watched(trainer, step):
-    moments = [state["exp_avg"] for state in trainer.engine.optimizer.state.values()]
-    tensors = {"Adam": (moments, [p for p in trainer.objective.parameters() if p.requires_grad])}
+def watched(state, step):
+    moments = [each["exp_avg"] for each in state.engine.optimizer.state.values()]
+    tensors = {"Adam": (moments, [p for p in state.objective.parameters() if p.requires_grad])}
     if os.environ["ENGINE"] == "fsdp2":
-        networks = trainer.objective.transformer, trainer.objective.teacher, trainer.objective.head
+        loss = state.objective.auxiliaries["discrimination"]
+        networks = state.objective.transformer, loss.teacher, loss.head
         tensors |= {network._get_name(): [list(network.parameters())] * 2 for network in networks}
-        tensors["EMA"] = [trainer.ema.shadow_params] * 2
+        tensors["EMA"] = [state.ema.shadow_params] * 2
     for name, (shards, whole) in tensors.items():
         share = sum(local(shard).numel() for shard in shards) / sum(tensor.numel() for tensor in whole)
         assert 0.45 < share < 0.55, (name, share)
-    save(trainer, step)
+    save(state, step)
     if step == 6:
         assert "go on" in sys.argv[-1], "stopped after step 6"
 
-Trainer.save = watched
+RunState.save = watched
 train_sddit.main(sys.argv[1:-1])
 """
 

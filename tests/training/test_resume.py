@@ -88,7 +88,7 @@ def test_a_damaged_checkpoint_costs_its_steps_alone(tmp_path):
 # What a resumed run makes of each option that another value is given.
 IDENTITY = {"method", "transformer", "dataset_name", "label_column", "seed", "train_batch_size"}
 IDENTITY |= {"gradient_accumulation_steps", "num_prototypes", "head_hidden_dim", "head_bottleneck_dim"}
-IDENTITY |= {"pretrained_model_name_or_path"}
+IDENTITY |= {"pretrained_model_name_or_path", "auxiliary"}
 
 
 OF_A_START = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run"}
@@ -102,11 +102,13 @@ COPIES = {
     "adam_weight_decay": lambda t: t.engine.optimizer.param_groups[0]["weight_decay"],
     "ema_decay": lambda t: t.ema.decay,
     "mask_ratio": lambda t: t.objective.mask_ratio,
+    "p_mean": lambda t: t.objective.scheduler.config.p_mean,
+    "p_std": lambda t: t.objective.scheduler.config.p_std,
     "label_dropout": lambda t: t.objective.label_dropout,
-    "discriminative_weight": lambda t: t.objective.discriminative_weight,
-    "student_temperature": lambda t: t.objective.student_temperature,
-    "teacher_sigma": lambda t: str(t.objective.teacher_sigma),
-    "center_momentum": lambda t: t.objective.center_momentum,
+    "discriminative_weight": lambda t: t.objective.auxiliaries["discrimination"].weight,
+    "student_temperature": lambda t: t.objective.auxiliaries["discrimination"].student_temperature,
+    "teacher_sigma": lambda t: str(t.objective.auxiliaries["discrimination"].teacher_sigma),
+    "center_momentum": lambda t: t.objective.auxiliaries["discrimination"].center_momentum,
     "max_train_steps": lambda t: t.sampler.max_steps,
     "dataloader_num_workers": lambda t: t.dataset.num_workers,
 }
@@ -115,6 +117,7 @@ COPIES = {
 CHANGED = {
     "max_train_steps": 9, "learning_rate": 0.5, "lr_warmup_steps": 3, "adam_beta1": 0.5, "adam_beta2": 0.6,
     "adam_weight_decay": 0.25, "max_grad_norm": 2.0, "ema_decay": 0.5, "mask_ratio": 0.5,
+    "p_mean": 0.5, "p_std": 0.6,
     "label_dropout": 0.5, "discriminative_weight": 0.5, "student_temperature": 0.5,
     "teacher_temperature_start": 0.5, "teacher_temperature_end": 0.6,
     "teacher_temperature_warmup_epochs": 7.0, "teacher_momentum_start": 0.5, "teacher_momentum_end": 0.6,
@@ -124,7 +127,8 @@ CHANGED = {
 
 # Read where they are used, or of no influence on what is learnt.
 READ = {
-    "preset", "image_column", "vae", "mixed_precision", "gradient_checkpointing", "compile", "allow_tf32",
+    "preset", "process", "image_column",
+    "vae", "mixed_precision", "gradient_checkpointing", "compile", "allow_tf32",
     "mask_ratio_schedule", "mae_weight", "evaluation_steps", "evaluation_samples", "evaluation_reference",
     "evaluation_extractor", "validation_steps", "num_validation_images", "checkpointing_steps",
     "checkpoints_total_limit", "logging_steps", "report_to", "push_to_hub", "hub_model_id",

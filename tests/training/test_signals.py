@@ -6,6 +6,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from small_runs import make_trainer, names, train
 
+from sddit_diffusers.training.results import Results
 from sddit_diffusers.training.trainer import Trainer
 
 
@@ -58,7 +59,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path, heard):
     def train_step(i, data):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # as a launcher passes it on
-        trainer.stop_time -= 2
+        trainer.signals.time -= 2
         signal.raise_signal(signal.SIGINT)
 
     trainer.train_step = train_step
@@ -69,20 +70,20 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path, heard):
 def test_what_nohup_ignores_stays_ignored(tmp_path):
     earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with make_trainer(tmp_path).catching_signals():
+        with make_trainer(tmp_path).signals.caught():
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, earlier)
 
 
 def test_a_signal_within_the_last_save_is_told_of(tmp_path, capsys, monkeypatch):
-    save_pipeline = Trainer.save_pipeline
+    save = Results.save
 
-    def interrupted(self, pipe):
+    def interrupted(*arguments):
         signal.raise_signal(signal.SIGTERM)
-        save_pipeline(self, pipe)
+        save(*arguments)
 
-    monkeypatch.setattr(Trainer, "save_pipeline", interrupted)
+    monkeypatch.setattr(Results, "save", interrupted)
     train(tmp_path, "--max_train_steps", 1)
     assert "SIGTERM came at the end: the run is complete" in capsys.readouterr().out
     assert (tmp_path / "model_index.json").is_file()

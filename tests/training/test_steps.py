@@ -74,10 +74,11 @@ def test_gradient_norm_is_bounded(tmp_path):
 def test_teacher_and_centers_follow_the_schedule(tmp_path):
     """What the training loop does after each optimizer step, done again by hand."""
     trainer = make_trainer(tmp_path, "--max_train_steps", 4)
-    objective, data = trainer.objective, batches_of(trainer)
-    expected = {name: p.clone() for name, p in objective.teacher.named_parameters()}
+    transformer, data = trainer.objective.transformer, batches_of(trainer)
+    discrimination = trainer.objective.auxiliaries["discrimination"]
+    expected = {name: p.clone() for name, p in discrimination.teacher.named_parameters()}
     center, logits = torch.zeros(32), []
-    unit, head = torch.nn.functional.normalize, objective.teacher.head
+    unit, head = torch.nn.functional.normalize, discrimination.teacher.head
 
     def keep(module, inputs, features):
         logits.append(unit(features, dim=-1) @ unit(head.prototypes, dim=-1).T)
@@ -86,13 +87,13 @@ def test_teacher_and_centers_follow_the_schedule(tmp_path):
     for step in range(4):
         trainer.train_step(step, data)
         beta = 0.999 - 0.003 * (1 + math.cos(math.pi * step / 4)) / 2
-        student = dict(objective.transformer.named_parameters("encoder"))
-        student |= dict(objective.head.named_parameters("head"))
+        student = dict(transformer.named_parameters("encoder"))
+        student |= dict(discrimination.head.named_parameters("head"))
         expected = {name: beta * p + (1 - beta) * student[name].detach() for name, p in expected.items()}
         center = 0.9 * center + 0.1 * logits[-1][:, 1:].mean((0, 1))
-    for name, parameter in objective.teacher.named_parameters():
+    for name, parameter in discrimination.teacher.named_parameters():
         torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(objective.center_patch.value, center)
+    torch.testing.assert_close(discrimination.center_patch.value, center)
     assert center.norm() > 0
 
 
@@ -101,7 +102,7 @@ def test_temperature_warms_up_over_the_epochs(tmp_path):
     assert trainer.sampler.steps_per_epoch == 4
     values = [trainer.follow_schedules(step)["teacher_temperature"] for step in (0, 4, 8, 9)]
     assert values == pytest.approx([0.04, 0.055, 0.07, 0.07])
-    assert trainer.objective.teacher_temperature == 0.07
+    assert trainer.objective.auxiliaries["discrimination"].teacher_temperature == 0.07
 
 
 def test_warm_up_of_the_learning_rate(tmp_path):
