@@ -1,5 +1,7 @@
 """What the backward pass keeps, and the memory of a step, against counts by hand."""
 
+import json
+
 import pytest
 import torch
 from conftest import TINY, randomize
@@ -72,12 +74,12 @@ def keep_nothing(function, *args):
 
 
 def test_activations_grow_by_the_image_and_shrink_by_checkpointing():
-    wide = dict(num_attention_heads=4, attention_head_dim=32, num_layers=6)
+    wide = dict(num_attention_heads=4, attention_head_dim=32, num_layers=4)
     kinds = (objective(**wide), objective(keep_products, **wide), objective(keep_nothing, **wide))
     none, selective, full = ([step_memory(kind, b).activations for b in (256, 512, 768)] for kind in kinds)
     for one, two, three in (none, selective, full):
         assert three - two == pytest.approx(two - one, rel=0.02)
-    assert full[2] < 0.65 * selective[2] and selective[2] < 0.8 * none[2]
+    assert full[2] < 0.7 * selective[2] and selective[2] < 0.8 * none[2]
 
 
 def test_what_is_alive_is_counted_once_and_until_it_is_gone():
@@ -96,7 +98,9 @@ def test_what_is_alive_is_counted_once_and_until_it_is_gone():
 
 def test_dry_run_trains_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    train_sddit.main(["--preset", "cifar10", "--dataset_name", "", "--train_batch_size", "64", "--dry_run"])
+    network = json.dumps({"num_layers": 3, "num_decoder_layers": 1})
+    options = ["--preset", "cifar10", "--transformer", network, "--dataset_name", ""]
+    train_sddit.main([*options, "--train_batch_size", "64", "--dry_run"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[3:]] == ["none", "selective", "full"]
     rows = [[float(value) for value in line.split()[1:]] for line in lines[3:]]
