@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -60,21 +61,29 @@ def run(code, *arguments, without=False, **environment):
     return done.stdout
 
 
-SAMPLE = """
+IMAGES = """
 import sys, torch
 from diffusers import DiffusionPipeline
-name, target, trust, *where = sys.argv[1:]
-if trust == "native":
-    import sddit_diffusers
-kind = sddit_diffusers.SDDiTPipeline if where == ["own"] else DiffusionPipeline
-pipe = kind.from_pretrained(name, **({"trust_remote_code": True} if trust == "trust" else {}))
-assert type(pipe).__module__.startswith("diffusers_modules" if trust == "trust" else "sddit_diffusers")
-assert type(pipe.transformer).__module__.startswith(type(pipe).__module__.split(".")[0])
-generator = torch.Generator().manual_seed(0)
-made = pipe([1, "truck"], 1.5, num_inference_steps=3, generator=generator, output_type="pt").images
-torch.save(made, target)
-if where and where != ["own"]:
-    pipe.save_pretrained(where[0])
+
+def save_images(pipe, package, target):
+    assert type(pipe).__module__.startswith(package) and type(pipe.transformer).__module__.startswith(package)
+    generator = torch.Generator().manual_seed(0)
+    made = pipe([1, "truck"], 1.5, num_inference_steps=3, generator=generator, output_type="pt").images
+    torch.save(made, target)
+
+"""
+WITH_THE_PACKAGE = """
+from sddit_diffusers import SDDiTPipeline
+saved, *targets = sys.argv[1:]
+SDDiTPipeline.from_pretrained(saved).push_to_hub("user/sd-dit")
+for kind, target in zip((SDDiTPipeline, DiffusionPipeline), targets, strict=True):
+    save_images(kind.from_pretrained("user/sd-dit"), "sddit_diffusers", target)
+"""
+WITHOUT_IT = """
+target, folder = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained("user/sd-dit", trust_remote_code=True)
+save_images(pipe, "diffusers_modules", target)
+pipe.save_pretrained(folder)
 """
 
 
@@ -82,37 +91,22 @@ if where and where != ["own"]:
 def test_pushed_and_pulled_with_the_package_and_without(pipe, tmp_path):
     expected = images(pipe)
     pipe.save_pretrained(tmp_path / "saved")
-    push = (
-        "import sys; from sddit_diffusers import SDDiTPipeline\n"
-        "SDDiTPipeline.from_pretrained(sys.argv[1]).push_to_hub('user/sd-dit')"
-    )
+    targets = [tmp_path / name for name in ("own", "native", "trusted")]
     with serve(tmp_path) as (hub, environment):
-        run(push, tmp_path / "saved", **environment)
+        environment |= {"HF_HOME": tmp_path / "home"}
+        run(IMAGES + WITH_THE_PACKAGE, tmp_path / "saved", *targets[:2], **environment)
         pushed = hub.files("user/sd-dit")
         for name, source in CODE.items():
             assert pushed[name] == (PACKAGE / source).read_bytes()
         assert not [name for name in pushed if name.endswith((".bin", ".pkl", ".pt"))]
-        for trust, where in (("native", ["own"]), ("native", []), ("trust", [tmp_path / "again"])):
-            target = tmp_path / f"{trust}{len(where)}.pt"
-            home = {"HF_HOME": tmp_path / target.stem}
-            without = trust == "trust"
-            run(SAMPLE, "user/sd-dit", target, trust, *where, without=without, **environment | home)
-            assert torch.equal(torch.load(target), expected)
+        environment |= {"HF_HOME": tmp_path / "home of another"}
+        run(IMAGES + WITHOUT_IT, targets[2], tmp_path / "again", without=True, **environment)
+    for target in targets:
+        assert torch.equal(torch.load(target), expected)
     # What the copies of the code saved has them too, and is the package's own again where there is one.
     assert {name: (tmp_path / "again" / name).read_bytes() for name in CODE} == {n: pushed[n] for n in CODE}
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "again")
     assert type(loaded) is SDDiTPipeline and torch.equal(images(loaded), expected)
-
-
-@pytest.mark.process
-def test_remote_code_runs_only_if_asked(pipe, tmp_path):
-    pipe.save_pretrained(tmp_path)
-    code = (
-        "from diffusers import DiffusionPipeline\n"
-        "try: DiffusionPipeline.from_pretrained(sys.argv[1])\n"
-        "except ValueError as error: print(error)"
-    )
-    assert "trust_remote_code" in run(code, tmp_path, without=True)
 
 
 @pytest.mark.parametrize(
@@ -193,18 +187,26 @@ def test_parts_may_be_passed_and_swapped(pipe, tmp_path):
     assert not list((tmp_path / "euler/scheduler").glob("*.py"))
 
 
+REFUSED = """
+import sys
+from diffusers import DiffusionPipeline
+ours, baseline = sys.argv[1:]
+for name, options in ((ours, {}), (baseline, {"trust_remote_code": True})):
+    try: DiffusionPipeline.from_pretrained(name, **options)
+    except (ValueError, ImportError) as error: print(type(error).__name__, error)
+"""
+
+
 @pytest.mark.process
-def test_baselines_load_and_say_that_they_need_the_package(tmp_path):
+def test_without_the_package_code_must_be_trusted_and_baselines_need_the_package(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "ours")
     transformer = randomize(MaskDiTTransformer2DModel(**TINY))
-    pipe = SDDiTPipeline(transformer, EDMHeunScheduler(), id2label={3: "truck"})
-    pipe.save_pretrained(tmp_path)
-    assert torch.equal(images(DiffusionPipeline.from_pretrained(tmp_path)), images(pipe))
-    code = (
-        "from diffusers import DiffusionPipeline\n"
-        "try: DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "except ImportError as error: print(error)"
-    )
-    assert "sddit_diffusers" in run(code, tmp_path, without=True)
+    baseline = SDDiTPipeline(transformer, EDMHeunScheduler(), id2label={3: "truck"})
+    baseline.save_pretrained(tmp_path / "baseline")
+    assert torch.equal(images(DiffusionPipeline.from_pretrained(tmp_path / "baseline")), images(baseline))
+    said = run(REFUSED, tmp_path / "ours", tmp_path / "baseline", without=True)
+    refusals = "(?s)^ValueError .*trust_remote_code.*\nModuleNotFoundError .*sddit_diffusers"
+    assert re.search(refusals, said), said
 
 
 def test_other_pipelines_of_diffusers_are_as_they_were(tmp_path):
