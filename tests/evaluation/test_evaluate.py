@@ -70,12 +70,12 @@ def narrow(monkeypatch):
     return widths
 
 
-@pytest.mark.parametrize("count", [9, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [12, pytest.param(2000, marks=pytest.mark.slow)])
 def test_equals_adms_evaluator(tmp_path, capsys, inception_weights, request, count):
     """All scores of an Inception of random weights, by features that torch-fidelity's own Inception gives."""
     full = count > 1000
     widths = {"features": 2048, "spatial": 2023} if full else request.getfixturevalue("narrow")
-    sets = [pictures(count, 1), pictures(count - 3, 2)]
+    sets = [pictures(count, 1), pictures(count - 3, 3)]
     paths = [write(tmp_path / f"{i}.npz", pixels) for i, pixels in enumerate(sets)]
     net = FeatureExtractorInceptionV3(
         "net", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(inception_weights)
