@@ -58,7 +58,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_process(request, monkeypatch):
-    """A test that starts a Python says so: `pytest -m "not process"` is quick."""
+    """A test that starts a Python says so: `pytest -m "not process and not slow"` is quick."""
     start = subprocess.Popen.__init__
 
     def refuse(*_):

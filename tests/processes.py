@@ -28,13 +28,13 @@ class Started:
     """`processes` processes that run a script, or -m and a module."""
 
     def __init__(self, processes, *command, **environment):
-        self.command, self.folder = [*map(str, command)], tempfile.mkdtemp(prefix="sddit-")
-        self.pids = ask("fork", processes, self.command, os.environ | environment | CPU, self.folder)
+        self.command, self.folder = [*map(str, command)], tempfile.TemporaryDirectory(prefix="sddit-")
+        self.pids = ask("fork", processes, self.command, os.environ | environment | CPU, self.folder.name)
 
     def wait(self):
         """What they printed, and the exit code of one that failed, if any did."""
         codes = ask("wait", self.pids)
-        out, err = (Path(self.folder, name).read_text() for name in ("out", "err"))
+        out, err = (Path(self.folder.name, name).read_text() for name in ("out", "err"))
         return subprocess.CompletedProcess(self.command, next(filter(None, codes), 0), out, err)
 
     def kill_when(self, condition):

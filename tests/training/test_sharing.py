@@ -180,8 +180,8 @@ def test_ordinary_names_stand_as_they_are(tmp_path):
 def test_the_example_is_the_lowest_class_whatever_the_order_of_sets():
     code = (
         "from sddit_diffusers.training.publishing import _example; from types import SimpleNamespace as N;"
-        "from sddit_diffusers import *; from conftest import TINY;"
-        "print(_example(SDDiTPipeline(SDDiTTransformer2DModel(**TINY), EDMHeunScheduler(),"
+        "from sddit_diffusers import *;"
+        f"print(_example(SDDiTPipeline(SDDiTTransformer2DModel(**{TINY}), EDMHeunScheduler(),"
         "id2label={3: 'd', 1: 'Tench, Tinca tinca', 2: 'c'})))"
     )
     folders = f"{Path(__file__).parents[2]}:{Path(__file__).parents[1]}"
