@@ -76,6 +76,8 @@ class RunState:
         """What a run must have in common with the one that it goes on with."""
         identity = {
             "method": self.config.method,
+            "process": self.config.process,
+            "auxiliaries": [*self.objective.auxiliaries],
             "seed": self.config.seed,
             "dataset": self.dataset.identity(),
             "global batch": self.sampler.global_batch,
@@ -95,7 +97,9 @@ class RunState:
             self.accelerator.print(f"There is no checkpoint in {self.output_dir} yet: the run begins.")
             return
         about = together(lambda: read_about(folder), self.accelerator)
-        earlier, here = about.get("run", {}), self.identity()
+        here = self.identity()
+        # 0.1.0 had one process, and its auxiliary loss is known by its sizes.
+        earlier = {"process": "edm", "auxiliaries": here["auxiliaries"]} | about.get("run", {})
         if isinstance(data := earlier.get("dataset"), dict):  # 0.1.0 knew no hash of the pictures
             here["dataset"] = {name: here["dataset"].get(name) for name in data}
         if others := differences(earlier, here):
