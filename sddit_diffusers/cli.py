@@ -29,7 +29,7 @@ class Limits(NamedTuple):
         """What a value must be and is not; empty where all is well."""
         if self.choices and value not in self.choices:
             *others, last = (repr(choice) for choice in self.choices if choice)  # '' is "not given"
-            return f"it must be {', '.join(others)} or {last}"
+            return f"it must be {', '.join(others)}{' or ' * bool(others)}{last}"
         if isinstance(value, str):
             return "text has no null bytes" if "\0" in value else ""
         if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -5,11 +5,13 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import pytest
 
 NOTEBOOK = json.loads((Path(__file__).parents[1] / "docs/digits.ipynb").read_text())
 CELLS = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 
 
+@pytest.mark.long
 def test_cells_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "IPython.display", type("display", (), {"Image": Path}))

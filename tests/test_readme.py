@@ -79,6 +79,7 @@ def test_commands_of_programs_parse(program, config, least):
         config(**chosen)
 
 
+@pytest.mark.long
 def test_commands_that_need_no_download_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     transformer = SDDiTTransformer2DModel(**TINY | {"num_classes": 10, "in_channels": 1})

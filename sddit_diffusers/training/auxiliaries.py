@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..models.transformer_sddit import PatchTransformer2DModel, SDDiTTransformer2DModel
 from .auxiliary import AuxiliaryLoss
 from .discrimination import Discrimination, DiscriminationOptions
 
@@ -17,15 +18,18 @@ class Auxiliary:
         title: for people.
         build: makes it of the network and the options; None where it has no part.
         options: a dataclass of its options, which `TrainingConfig` takes in; None without.
+        networks: the class of the networks that it works with.
     """
 
     title: str
     build: Callable[[nn.Module, object], AuxiliaryLoss | None]
     options: type | None = None
+    networks: type = PatchTransformer2DModel
 
 
 AUXILIARIES = {
     "discrimination": Auxiliary(
-        "self-supervised discrimination (L_D)", Discrimination.from_options, DiscriminationOptions
+        "self-supervised discrimination (L_D)", Discrimination.from_options, DiscriminationOptions,
+        SDDiTTransformer2DModel,
     ),
-}
+}  # fmt: skip

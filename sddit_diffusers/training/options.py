@@ -155,6 +155,12 @@ class NetworkOptions:
                 )
             if self.auxiliary.count(name) > 1:
                 raise ValueError(f"auxiliary names {name} twice.")
+            networks = AUXILIARIES[name].networks
+            methods = [each for each, row in METHODS.items() if issubclass(row.transformer, networks)]
+            if self.method not in methods:
+                raise ValueError(
+                    f"auxiliary is {name}, which goes with {', '.join(methods)}, not with {self.method}."
+                )
         self.network()
 
 

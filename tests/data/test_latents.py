@@ -105,6 +105,7 @@ def test_a_process_reads_its_share_alone(folder, monkeypatch):
         assert len(opened) <= whole / processes + 2
 
 
+@pytest.mark.long
 def test_class_counts_are_those_of_random_batches(tmp_path):
     """Pearson's statistic of each batch of 256 against the source's ten equal classes, which come sorted."""
     write_latents(tmp_path / "sorted", 5120, shard_size=512)
@@ -341,6 +342,7 @@ def test_a_shard_without_labels_is_named(damaged):
         read(damaged, stop=32)
 
 
+@pytest.mark.long
 def test_no_flipped_bit_changes_a_sample(damaged):
     """A flip in the data is found; one in what else a file holds is found or changes nothing."""
     expected, path = read(damaged, stop=16), shard_of(damaged, 5)

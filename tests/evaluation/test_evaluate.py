@@ -70,6 +70,7 @@ def narrow(monkeypatch):
     return widths
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [12, pytest.param(2000, marks=pytest.mark.slow)])
 def test_equals_adms_evaluator(tmp_path, capsys, inception_weights, request, count):
     """All scores of an Inception of random weights, by features that torch-fidelity's own Inception gives."""
@@ -120,6 +121,7 @@ def test_equals_adms_evaluator(tmp_path, capsys, inception_weights, request, cou
     assert record["scores"] == {"precision": half[0], "recall": half[1]}
 
 
+@pytest.mark.long
 def test_a_set_scored_against_itself(tmp_path, capsys):
     path = write(tmp_path / "a.npz", pixels_of(range(300)))
     options = ["--extractor", "pixels", "--output", tmp_path / "scores.json"]
@@ -144,6 +146,7 @@ def changed(kind):
     return pixels
 
 
+@pytest.mark.long
 def test_scores_see_what_they_should(tmp_path, capsys):
     """Noise, a lost class, a repeated image: each moves the scores that are to see it, and by how much."""
     reference = write(tmp_path / "reference.npz", pixels_of(range(1, 1797, 2)))
@@ -223,6 +226,7 @@ def distance_of_spreads(a, b):
     return sum((x - y).square().sum().item() for x, y in ((a.mean, b.mean), spreads))
 
 
+@pytest.mark.long
 def test_saved_statistics_are_a_reference(tmp_path, capsys, monkeypatch, inception_weights):
     monkeypatch.setattr(judge, "frechet_distance", distance_of_spreads)
     paths = [write(tmp_path / f"{i}.npz", pictures(4, i)) for i in range(2)]

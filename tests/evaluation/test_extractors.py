@@ -149,6 +149,7 @@ def digits():
     return open_images("digits", label_column="label")
 
 
+@pytest.mark.long
 def test_the_classifier_learns_is_cached_and_is_the_same_again(digits, tmp_path, capsys):
     path = train_classifier(digits, tmp_path / "a", steps=60)
     first = load_file(path)
@@ -167,6 +168,7 @@ def test_the_classifier_learns_is_cached_and_is_the_same_again(digits, tmp_path,
         train_classifier(open_images("digits"), tmp_path)
 
 
+@pytest.mark.long
 def test_torch_fidelity_knows_them_by_name(digits):
     class Part(torch.utils.data.Dataset):
         def __init__(self, start):

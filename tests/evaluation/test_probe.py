@@ -54,6 +54,7 @@ def test_probes_find_classes_that_are_there_and_no_others():
     assert nearest_neighbours(points, np.array([0, 0, 1, 1, 1]), np.array([[7.0, 0.1]])) == [0]
 
 
+@pytest.mark.long
 def test_accuracies_are_of_held_out_pictures_by_noise_level(grey_pipe):
     digits = ImageDataset("digits", "image", "label", 1, 8)
     rows = probe(grey_pipe, digits, [0.002, 20.0], num_samples=600)

@@ -39,6 +39,7 @@ def table_of(results, title):
     return {row[0]: row[1:] for row in table["rows"]}
 
 
+@pytest.mark.long
 @pytest.mark.figures
 def test_a_study_in_parts_is_the_study(write, tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "SPEED_ROUNDS", 2)

@@ -76,6 +76,7 @@ def test_gradient_accumulation_changes_nothing(tmp_path):
         assert {name: b[name] for name in names} == pytest.approx({name: a[name] for name in names}, rel=1e-5)
 
 
+@pytest.mark.long
 def test_compiled_blocks_train_alike(tmp_path, monkeypatch):
     compiled = []
 
