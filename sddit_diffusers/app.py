@@ -95,7 +95,7 @@ class Clients:
         return not read and time.monotonic() - event.enqueue_time > _PATIENCE
 
     def has_left(self, session: str) -> bool:
-        """Whether nobody reads the answer of this session's call, which is under way."""
+        """Whether nobody reads the answer of this page's call, which is under way."""
         calls = [event for event in self._under_way() if event.session_hash == session]
         return bool(calls) and all(map(self._is_abandoned, calls))
 
@@ -167,7 +167,7 @@ class Page:
             return call_of(self.pipe, self.config, *values)
 
     def stop(self, request: gr.Request) -> None:
-        """Ends this session's call after the evaluation in progress."""
+        """Ends this page's call after the evaluation in progress."""
         if request.session_hash not in self.stopping:
             self.stopping.append(request.session_hash)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from conftest import TINY, Touch, randomize
+from conftest import NETWORKS, TINY, Touch, randomize
 from diffusers import (
     AutoencoderKL,
     AutoModel,
@@ -26,11 +26,9 @@ import sddit_diffusers
 from sddit_diffusers import (
     EDMHeunScheduler,
     MaskDiTTransformer2DModel,
-    MDTTransformer2DModel,
-    PlainDiTTransformer2DModel,
     SDDiTPipeline,
-    SDDiTTransformer2DModel,
 )
+from sddit_diffusers.training.methods import METHODS
 
 PACKAGE = Path(sddit_diffusers.__file__).parent
 CODE = {
@@ -220,15 +218,9 @@ def test_other_pipelines_of_diffusers_are_as_they_were(tmp_path):
     assert diffusers.EDMDPMSolverMultistepScheduler is EDMDPMSolverMultistepScheduler
 
 
-@pytest.mark.parametrize("network", ["sddit", "dit", "maskdit", "mdt"])
+@pytest.mark.parametrize("network", METHODS)
 def test_single_networks_are_found(network, tmp_path):
-    encoder = {name: value for name, value in TINY.items() if "decoder" not in name}
-    transformer = {
-        "sddit": lambda: SDDiTTransformer2DModel(**TINY),
-        "dit": lambda: PlainDiTTransformer2DModel(**encoder),
-        "maskdit": lambda: MaskDiTTransformer2DModel(**TINY),
-        "mdt": lambda: MDTTransformer2DModel(**encoder, num_decoder_layers=1),
-    }[network]()
+    transformer = METHODS[network].transformer(**NETWORKS[network])
     SDDiTPipeline(randomize(transformer), EDMHeunScheduler()).save_pretrained(tmp_path / "pipeline")
     transformer.save_pretrained(tmp_path / "alone")
     for found in (

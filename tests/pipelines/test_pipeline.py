@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_latent_pipe, randomize
+from conftest import NETWORKS, TINY, make_latent_pipe, randomize
 from diffusers import (
     AutoencoderTiny,
     EDMDPMSolverMultistepScheduler,
@@ -14,12 +14,10 @@ from diffusers import (
 
 from sddit_diffusers import (
     EDMHeunScheduler,
-    MaskDiTTransformer2DModel,
-    MDTTransformer2DModel,
-    PlainDiTTransformer2DModel,
     SDDiTPipeline,
     SDDiTTransformer2DModel,
 )
+from sddit_diffusers.training.methods import METHODS
 
 
 def generators(*seeds):
@@ -425,15 +423,9 @@ def test_churn_reaches_the_schedulers_that_have_it_only(pipe):
 
 
 @pytest.mark.parametrize("kind", [None, "kl", "tiny"])
-@pytest.mark.parametrize("network", ["sddit", "dit", "maskdit", "mdt"])
+@pytest.mark.parametrize("network", METHODS)
 def test_made_from_another_pipeline(kind, network):
-    encoder = {name: value for name, value in TINY.items() if "decoder" not in name}
-    transformer = {
-        "sddit": lambda: SDDiTTransformer2DModel(**TINY),
-        "dit": lambda: PlainDiTTransformer2DModel(**encoder),
-        "maskdit": lambda: MaskDiTTransformer2DModel(**TINY),
-        "mdt": lambda: MDTTransformer2DModel(**encoder, num_decoder_layers=1),
-    }[network]()
+    transformer = METHODS[network].transformer(**NETWORKS[network])
     vae = kind and make_latent_pipe(kind).vae
     pipe = SDDiTPipeline(randomize(transformer), EDMHeunScheduler(), vae, {3: "truck"})
     again = SDDiTPipeline.from_pipe(pipe)
