@@ -155,8 +155,8 @@ class Trainer:
                 metrics = self.train_step(step, data)
                 done = step + 1
                 last = done == config.max_train_steps
-                shown = {"L_G": metrics["loss_generative"], "L_D": metrics.get("loss_discriminative", 0.0)}
-                progress.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
+                losses = {name: f"{value:.3f}" for name, value in metrics.items() if name.startswith("loss")}
+                progress.set_postfix(losses, refresh=False)
                 scores = {}
                 if config.evaluation_steps and (done % config.evaluation_steps == 0 or last):
                     scores = self.sampled(done, self.results.evaluate)
