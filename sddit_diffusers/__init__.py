@@ -10,11 +10,13 @@ from .models.transformer_baselines import (
 from .models.transformer_sddit import SDDiTTransformer2DModel
 from .pipelines.pipeline_sddit import SDDiTPipeline
 from .schedulers.scheduling_edm_heun import EDMHeunScheduler
+from .schedulers.scheduling_interpolant import InterpolantScheduler
 from .training.objective import SDDiTObjective
 
 hub.register(
     SDDiTPipeline,
     EDMHeunScheduler,
+    InterpolantScheduler,
     SDDiTTransformer2DModel,
     PlainDiTTransformer2DModel,
     MaskDiTTransformer2DModel,
@@ -25,6 +27,7 @@ __version__ = "0.2.0.dev0"
 __all__ = [
     "PRESETS",
     "EDMHeunScheduler",
+    "InterpolantScheduler",
     "MDTTransformer2DModel",
     "MaskDiTTransformer2DModel",
     "PlainDiTTransformer2DModel",

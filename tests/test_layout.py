@@ -10,7 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sddit_diffusers"
 DEPENDENCIES = {"torch", "numpy", "diffusers", "safetensors"}
-HUB_FILES = ["models/transformer_sddit", "schedulers/scheduling_edm_heun", "pipelines/pipeline_sddit"]
+HUB_FILES = [
+    "models/transformer_sddit",
+    "schedulers/scheduling_edm_heun",
+    "schedulers/scheduling_interpolant",
+    "pipelines/pipeline_sddit",
+]
 # Wings, and modules that stand by themselves; each imports from the floors below its own and from its wing.
 FLOORS = [
     {"cli", "files", "hub", "launching", "seeds"},
@@ -80,6 +85,7 @@ def test_no_modules_import_each_other():
 # The network and the pipeline travel as one plain copy each.
 LONG = {
     "models/transformer_sddit.py",
+    "schedulers/scheduling_interpolant.py",
     "pipelines/pipeline_sddit.py",
     "SDDiTPipeline",
     "SDDiTPipeline.__call__",

@@ -1,4 +1,4 @@
-"""The SD-DiT pipeline: class labels to images, by EDM sampling with classifier-free guidance.
+"""The SD-DiT pipeline: class labels to images, by EDM or a flow, with classifier-free guidance.
 
 This file imports only torch, numpy and diffusers: its copy in a saved pipeline is all that others need of it.
 """
@@ -33,7 +33,8 @@ class SDDiTPipeline(DiffusionPipeline):
 
     Args:
         transformer: an `SDDiTTransformer2DModel`, the raw network F.
-        scheduler: an `EDMHeunScheduler`, or another of diffusers' EDM schedulers made from its config.
+        scheduler: an `EDMHeunScheduler` or an `InterpolantScheduler`, or one of diffusers' made from its
+            config: an EDM scheduler of the first, a flow scheduler of a linear path.
         vae: decodes latents into images; None if the transformer works on pixels in -1..1.
         id2label: names of the classes by number; commas separate synonyms.
     """
@@ -155,13 +156,13 @@ class SDDiTPipeline(DiffusionPipeline):
             class_labels: numbers, names, or a tensor of numbers; None is the null class (an unconditional
                 image).
             guidance_scale: w of D_null + w (D_class - D_null); 1 is off, and costs half.
-            guidance_interval: the range of sigma, ends included, in which guidance acts (Kynkäänniemi et al.
-                2024).
+            guidance_interval: the range of the noise-to-signal ratio, ends included, in which guidance acts
+                (Kynkäänniemi et al. 2024); it is EDM's sigma, and t / (1 - t) on a linear path.
             num_images_per_label: images of each label, side by side in the result.
             height, width: size of the images in pixels; by default that of the training samples.
-            num_inference_steps: N, by default that of the scheduler's config, else the paper's 40. The Heun
-                scheduler evaluates the network 2N - 1 times.
-            sigmas: the noise levels themselves, decreasing, in place of `num_inference_steps`.
+            num_inference_steps: N, by default that of the scheduler's config, else the paper's 40. Heun's
+                method evaluates the network 2N - 1 times.
+            sigmas: the scheduler's noise levels themselves, decreasing, in place of `num_inference_steps`.
             generator: one for all images, or a list with one for each image, which then depends on its own
                 alone.
             latents: the initial noise of unit variance, `[images, in_channels, h, w]`, instead of drawing it.
@@ -203,6 +204,7 @@ class SDDiTPipeline(DiffusionPipeline):
 
         labels = torch.tensor(labels, device=device)
         null = torch.full_like(labels, self.transformer.config.num_classes)
+        check_scheduler(self.scheduler)
         self._set_timesteps(num_inference_steps, sigmas, device)
         latents = self._prepare_latents(len(labels), height, width, generator, latents, device)
 
@@ -213,14 +215,14 @@ class SDDiTPipeline(DiffusionPipeline):
                 if self._interrupt:
                     break
                 self._current_timestep = t
-                model_input = self.scheduler.scale_model_input(latents, t).to(self.transformer.dtype)
-                sigma = float(self.scheduler.sigmas[self.scheduler.step_index])
-                if guidance_scale != 1 and guidance_interval[0] <= sigma <= guidance_interval[1]:
+                model_input = self._model_input(latents, t).to(self.transformer.dtype)
+                is_guided = guidance_interval[0] <= noise_level(self.scheduler, i) <= guidance_interval[1]
+                if guidance_scale != 1 and is_guided:
                     output = self._evaluate(
                         "guided", torch.cat([model_input] * 2), t, torch.cat([labels, null])
                     )
                     conditional, unconditional = output.to(latents.dtype).chunk(2)
-                    # D is linear in F, so guiding F guides D.
+                    # D is linear in the output, be it F, a velocity or noise: guiding it guides D.
                     output = unconditional + guidance_scale * (conditional - unconditional)
                 else:
                     output = self._evaluate("conditional", model_input, t, labels).to(latents.dtype)
@@ -247,7 +249,7 @@ class SDDiTPipeline(DiffusionPipeline):
             return self.transformer(model_input, timestep, labels, return_dict=False)[0]
 
     def _prepare_latents(self, batch: int, height: int, width: int, generator, latents, device) -> Tensor:
-        """Noise of standard deviation sigma_0, in float32 whatever the transformer's dtype."""
+        """Noise as the scheduler begins with, in float32 whatever the transformer's dtype."""
         f = self.vae_scale_factor
         shape = (batch, self.transformer.config.in_channels, height // f, width // f)
         if latents is None:
@@ -258,7 +260,12 @@ class SDDiTPipeline(DiffusionPipeline):
         elif not latents.isfinite().all():
             raise ValueError("latents has values that are not finite; it must be noise of unit variance.")
         latents = latents.to(device=device, dtype=torch.promote_types(latents.dtype, torch.float32))
-        return latents * self.scheduler.init_noise_sigma
+        return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)  # diffusers' flows have none
+
+    def _model_input(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        if hasattr(self.scheduler, "scale_model_input"):
+            return self.scheduler.scale_model_input(latents, timestep)
+        return latents
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -343,10 +350,15 @@ class SDDiTPipeline(DiffusionPipeline):
     def _set_timesteps(self, num_inference_steps: int, sigmas: Sequence[float] | None, device) -> None:
         if sigmas is None:
             self.scheduler.set_timesteps(num_inference_steps, device=device)
-        elif type(self.scheduler).__name__ == "EDMHeunScheduler":
+        else:
+            name, parameters = (
+                type(self.scheduler).__name__,
+                inspect.signature(self.scheduler.set_timesteps).parameters,
+            )
+            is_ramp = name.startswith("EDM") and name != "EDMHeunScheduler"  # of diffusers' EDM schedulers
+            if is_ramp or "sigmas" not in parameters:
+                raise ValueError(f"{name} takes no sigmas; EDMHeunScheduler and InterpolantScheduler do.")
             self.scheduler.set_timesteps(sigmas=sigmas, device=device)
-        else:  # EDMEuler's are a ramp
-            raise ValueError(f"{type(self.scheduler).__name__} takes no sigmas; EDMHeunScheduler does.")
         self.scheduler.set_begin_index(0)
 
     def _churn(self, **churn: float) -> dict[str, float]:
@@ -387,6 +399,38 @@ def default_steps(scheduler: SchedulerMixin) -> int:
     return scheduler.config.get("num_inference_steps", 40)
 
 
+def is_flow(scheduler: SchedulerMixin) -> bool:
+    """Whether it is one of diffusers' flow schedulers, whose sigma is t on the linear path."""
+    return bool(scheduler.config.get("use_flow_sigmas")) or type(scheduler).__name__.startswith("FlowMatch")
+
+
+def noise_level(scheduler: SchedulerMixin, evaluation: int) -> float:
+    """The noise-to-signal ratio sigma / alpha of an evaluation, the ruler of all schedulers."""
+    if hasattr(scheduler, "noise_levels"):
+        return float(scheduler.noise_levels[evaluation])
+    sigma = float(scheduler.sigmas[evaluation])
+    if not is_flow(scheduler):
+        return sigma
+    return sigma / (1 - sigma) if sigma < 1 else math.inf
+
+
+def check_scheduler(scheduler: SchedulerMixin) -> None:
+    """Raises a ValueError for a scheduler that was made of an interpolant's config and does not sample it."""
+    name, config = type(scheduler).__name__, scheduler.config
+    if name == "InterpolantScheduler" or "path" not in config:
+        return
+    path, prediction = config["path"], config["prediction_type"]
+    predictions = (
+        ["flow_prediction"] if name.startswith("FlowMatch") else ["flow_prediction", "epsilon", "sample"]
+    )
+    if not is_flow(scheduler) or path != "linear" or prediction not in predictions:
+        raise ValueError(
+            f"{name} does not sample the path {path!r} with the prediction {prediction!r}; "
+            "InterpolantScheduler does. On the linear path FlowMatchEulerDiscreteScheduler takes velocities, "
+            "and DPMSolverMultistepScheduler all predictions but the score."
+        )
+
+
 def scale_latents(latents: Tensor, vae_config: Mapping) -> Tensor:
     """A VAE's own latents, `[b, c, h, w]`, as the transformer sees them."""
     return (latents - (vae_config.get("shift_factor") or 0.0)) * vae_config["scaling_factor"]
@@ -415,7 +459,7 @@ def check_range(name: str, ends: tuple[float, float]) -> None:
         isinstance(ends, (tuple, list)) and len(ends) == 2 and all(isinstance(end, Real) for end in ends)
     )
     if not is_pair or not -math.inf < ends[0] <= ends[1] or ends[0] == math.inf:
-        raise ValueError(f"{name} is {ends!r:.80}; it must be (lowest sigma, highest or inf).")
+        raise ValueError(f"{name} is {ends!r:.80}; it must be (lowest noise level, highest or inf).")
 
 
 def check_generator(generator: Generators, images: int) -> None:

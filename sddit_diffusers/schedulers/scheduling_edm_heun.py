@@ -64,6 +64,15 @@ class EDMProcess:
         )
         return (t**2 + sigma_data**2) / (t * sigma_data) ** 2 * (denoised - x0) ** 2
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The lowest and the highest time of sampling."""
+        return self.config.sigma_min, self.config.sigma_max
+
+    def velocity(self, model_output: Tensor, sample: Tensor, t: float | Tensor) -> Tensor:
+        """dx / dsigma of the probability-flow ODE, `[b, c, h, w]`."""
+        return (sample - self.precondition_outputs(sample, model_output, t)) / t
+
     # Preconditioning (EDM, Table 1, last column; supplementary, Eq. 1)
 
     def precondition_inputs(self, sample: Tensor, sigma: float | Tensor) -> Tensor:

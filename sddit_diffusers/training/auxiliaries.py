@@ -1,7 +1,7 @@
 """The auxiliary losses by name."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torch import nn
 
@@ -25,6 +25,10 @@ class Auxiliary:
     build: Callable[[nn.Module, object], AuxiliaryLoss | None]
     options: type | None = None
     networks: type = PatchTransformer2DModel
+
+    def names(self) -> list[str]:
+        """Of its options."""
+        return [each.name for each in fields(self.options)] if self.options else []
 
 
 AUXILIARIES = {

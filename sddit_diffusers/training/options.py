@@ -15,9 +15,9 @@ from ..evaluation.catalogue import EXTRACTORS
 from ..files import read_json, written_aside
 from ..models.presets import PRESETS, read_changes
 from .auxiliaries import AUXILIARIES
-from .methods import METHODS
+from .methods import METHODS, Method
 from .objective import MASK_SCHEDULES
-from .processes import PROCESSES
+from .processes import PROCESSES, ProcessRow
 
 # What a preset changes in TrainingConfig.
 RECIPES = {
@@ -29,6 +29,7 @@ RECIPES = {
         dataset_name="digits",
         train_batch_size=128,
         max_train_steps=1500,
+        time_distribution="lognormal",  # of interpolants: far better here than uniform times
         # A small network bears a large rate: of 1e-3, 2e-3 and 3e-3 the last came closest to the real digits.
         learning_rate=3e-3,
         lr_warmup_steps=100,
@@ -104,7 +105,9 @@ class NetworkOptions:
     )
     preset: str = option("digits", "network and recipe: " + ", ".join(PRESETS), choices=PRESETS.keys())
     transformer: str = option("{}", "JSON of network settings that differ from the preset's")
-    process: str = option("edm", "diffusion process: 'edm'", choices=PROCESSES.keys())
+    process: str = option(
+        "edm", "diffusion process: 'edm', or the interpolants 'linear', 'gvp', 'vp'", choices=PROCESSES.keys()
+    )
     auxiliary: list[str] = options(
         ["discrimination"],
         "auxiliary losses, or 'none'; 'discrimination' is L_D. By default those of the method",
@@ -252,7 +255,7 @@ class OutputOptions:
 GROUPS = [
     DataOptions,
     NetworkOptions,
-    *(row.options for row in PROCESSES.values() if row.options),
+    *dict.fromkeys(options for row in PROCESSES.values() for options in row.options),
     *(row.options for row in AUXILIARIES.values() if row.options),
     OptimizerOptions,
     EvaluationOptions,
@@ -282,16 +285,21 @@ class TrainingConfig(*GROUPS):
         Raises:
             ValueError: one was changed, which would change nothing.
         """
-        own = METHODS[self.method]
+        own, process = METHODS[self.method], PROCESSES[self.process]
         others = {name: self.method for row in METHODS.values() for name in row.options if row is not own}
         if not own.has_mask:
             others["mask_ratio_schedule"] = self.method
-        for axis, chosen in ((PROCESSES, [self.process]), (AUXILIARIES, self.auxiliaries)):
-            for key in axis.keys() - set(chosen):
-                for each in dataclasses.fields(axis[key].options) if axis[key].options else ():
-                    others[each.name] = f"{self.method} without {key}"
+        for row in PROCESSES.values():
+            others |= {
+                name: f"the process {self.process}" for name in row.names() if name not in process.names()
+            }
+        for key in AUXILIARIES.keys() - set(self.auxiliaries):
+            others |= dict.fromkeys(AUXILIARIES[key].names(), f"{self.method} without {key}")
+        if "time_distribution" in process.names() and self.time_distribution == "uniform":
+            others |= {"p_mean": "uniform time", "p_std": "uniform time"}
+        usual = process.settings | RECIPES[self.preset]
         for name in sorted(others):
-            value, left = getattr(self, name), RECIPES[self.preset].get(name, getattr(TrainingConfig, name))
+            value, left = getattr(self, name), usual.get(name, getattr(TrainingConfig, name))
             if value != left:
                 raise ValueError(
                     f"{name} is {shortened(value)}; {others[name]} has no such option: leave it at {left!r}."
@@ -314,15 +322,16 @@ def parse(arguments: list[str] | None = None) -> TrainingConfig:
     )
     parser.add_argument("--config", help="JSON file of options, which the command line overrides")
     first = Parser([], add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    first.add_argument("--preset")
-    first.add_argument("--method")
+    for name in ("config", "preset", "method", "process"):
+        first.add_argument(f"--{name}")
     chosen, _ = first.parse_known_args(arguments)
     try:
         options = _read_options(chosen.config) if chosen.config else {}
-        preset = chosen.preset or options.get("preset", TrainingConfig.preset)
-        method = chosen.method or options.get("method", TrainingConfig.method)
-        parser.set_defaults(**RECIPES.get(preset, {}) | _settings_of(method) | options)
+        recipe = RECIPES.get(chosen.preset or options.get("preset", TrainingConfig.preset), {})
+        asked = recipe | options | {name: value for name, value in vars(chosen).items() if value}
+        method = METHODS.get(asked.get("method", TrainingConfig.method))
+        process = PROCESSES.get(asked.get("process", TrainingConfig.process))
+        parser.set_defaults(**_settings_of(process) | recipe | _settings_of(method) | options)
         chosen = parser.parse_known_options(arguments)
         del chosen["config"]
         return TrainingConfig(**chosen)
@@ -346,7 +355,7 @@ def _read_options(path: str) -> dict:
     return options
 
 
-def _settings_of(method: str) -> dict:
-    """What a method changes; nothing, where it is not known yet."""
-    no_auxiliaries = {"auxiliary": ["none"]}
-    return no_auxiliaries | METHODS[method].settings if method in METHODS else {}
+def _settings_of(row: Method | ProcessRow | None) -> dict:
+    """What a method or a process changes; nothing, where it is not known yet."""
+    no_auxiliaries = {"auxiliary": ["none"]} if isinstance(row, Method) else {}
+    return no_auxiliaries | row.settings if row else {}

@@ -1,6 +1,5 @@
 """A trained pipeline as others get it: its model card, and its upload to the Hub."""
 
-import dataclasses
 import html
 import json
 import re
@@ -180,5 +179,5 @@ def _settings(config: TrainingConfig) -> dict[str, object]:
     )  # fmt: skip
     own = METHODS[config.method].options
     for row in (PROCESSES[config.process], *(AUXILIARIES[name] for name in config.auxiliaries)):
-        own += tuple(each.name for each in dataclasses.fields(row.options)) if row.options else ()
+        own += tuple(row.names())
     return {name: getattr(config, name) for name in (*names, *own)}

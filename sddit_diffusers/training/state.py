@@ -15,6 +15,7 @@ from ..launching import on_main_process, together
 from .checkpointing import by_names_of_today, choose_checkpoint, load_state, read_about, save_checkpoint
 from .engines import Engine, whole
 from .options import TrainingConfig
+from .processes import PROCESSES
 
 _PARTS = "objective", "optimizer", "ema", "scaler"
 
@@ -74,11 +75,15 @@ class RunState:
 
     def identity(self) -> dict:
         """What a run must have in common with the one that it goes on with."""
+        config = self.config
         identity = {
-            "method": self.config.method,
-            "process": self.config.process,
+            "method": config.method,
+            "process": config.process,
+            **(
+                {"prediction": config.prediction} if "prediction" in PROCESSES[config.process].names() else {}
+            ),
             "auxiliaries": [*self.objective.auxiliaries],
-            "seed": self.config.seed,
+            "seed": config.seed,
             "dataset": self.dataset.identity(),
             "global batch": self.sampler.global_batch,
             "model": self.objective.identity(),
