@@ -22,7 +22,7 @@ from urllib.parse import parse_qs
 from accelerate import Accelerator
 
 from sddit_diffusers.cli import Parser, check_options, one_line, one_line_errors, option
-from sddit_diffusers.pipelines.calls import MAX_GUIDANCE_SCALE, Made, call_of, code_of, make
+from sddit_diffusers.pipelines.calls import MAX_GUIDANCE_SCALE, Made, call_of, code_of, highest_level, make
 from sddit_diffusers.pipelines.loading import DTYPES, load_pipeline
 from sddit_diffusers.pipelines.pipeline_sddit import SDDiTPipeline, default_steps
 from sddit_diffusers.pipelines.sampling import class_name, image_size
@@ -227,7 +227,7 @@ def _inputs(page: Page) -> tuple[list, list]:
     guidance = gr.Slider(0, MAX_GUIDANCE_SCALE, 1, step=0.1, label="Guidance scale (1 is off)")
     with gr.Accordion("Guidance interval", open=False), gr.Row():
         low = gr.Number(0, label="Lowest sigma", min_width=100)
-        high = gr.Number(page.pipe.scheduler.config.sigma_max, label="Highest sigma", min_width=100)
+        high = gr.Number(highest_level(page.pipe), label="Highest sigma", min_width=100)
     with gr.Group():
         seed = gr.Number(0, label="Seed of the first image")
         another = gr.Button("Random seed", size="sm")

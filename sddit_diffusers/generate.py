@@ -61,13 +61,15 @@ class GenerateConfig:
     )
     guidance_scale: float = option(1.0, "1 is off")
     guidance_interval: list[float] = options(
-        [0.0, math.inf], "the lowest and highest sigma that are guided", low=0, infinite=True
+        [0.0, math.inf], "the lowest and highest noise level that are guided", low=0, infinite=True
     )
     s_churn: float = option(0.0, "EDM's stochastic sampler; 0 is off", low=0)
     s_tmin: float = option(0.0, "the lowest sigma at which noise is added", low=0)
     s_tmax: float = option(math.inf, "the highest", low=0, infinite=True)
     s_noise: float = option(1.0, "what the added noise is multiplied by", low=0)
-    scheduler: str = option("", "one of diffusers' EDM schedulers; the pipeline's own if not given")
+    scheduler: str = option(
+        "", "one of diffusers' that takes the place of the pipeline's: an EDM scheduler, a flow scheduler"
+    )
     scheduler_options: str = option("{}", "JSON of the scheduler's settings that differ from the pipeline's")
     dtype: str = option(
         "float32", "of the transformer: 'float32', 'bfloat16' or 'float16'", choices=tuple(DTYPES)

@@ -33,7 +33,7 @@ class PlotConfig:
     )
     guidance_scale: float = option(1.0, "1 is off")
     guidance_interval: list[float] = options(
-        [0.0, math.inf], "the lowest and highest sigma that are guided", low=0, infinite=True
+        [0.0, math.inf], "the lowest and highest noise level that are guided", low=0, infinite=True
     )
 
     def __post_init__(self):

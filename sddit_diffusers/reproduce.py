@@ -32,10 +32,10 @@ from .evaluation.probe import labelled_pictures, probe
 from .evaluation.studies import Results, as_json, markdown, read_study, slug
 from .files import locked, read_json, remove, written_aside
 from .launching import check_machine, on_main_process
-from .pipelines.loading import load_pipeline
+from .pipelines.loading import load_pipeline, scheduler_of
 from .pipelines.pipeline_sddit import SDDiTPipeline
 from .pipelines.sampling import image_size
-from .schedulers.scheduling_edm_heun import EDMHeunScheduler
+from .training.building import build_process
 from .training.checkpointing import find_checkpoints
 from .training.metrics import read_metrics
 from .training.options import TrainingConfig, parse
@@ -94,6 +94,10 @@ class Reproduction:
         self.configs = {
             (run, seed): self._configure(run, seed) for run in self.study.runs for seed in self.study.seeds
         }
+        for table in self.study.tables:
+            for sampling in table.samplings.values():
+                process = build_process(self.configs[table.run, self.study.seeds[0]])
+                scheduler_of(process, "", sampling.get("scheduler", {}))
         precisions = {config.mixed_precision for config in self.configs.values()}
         if len(precisions) > 1:
             raise ValueError(f"mixed_precision is {sorted(precisions)}; it must be the same in all runs.")
@@ -299,7 +303,7 @@ def score_training(
     """The score of a training's samples, made in another way."""
     pipe, name = load_training(folder, config, accelerator)
     arguments = {name: value for name, value in sampling.items() if name != "scheduler"}
-    pipe.scheduler = EDMHeunScheduler.from_config(pipe.scheduler.config, **sampling.get("scheduler", {}))
+    pipe.scheduler = scheduler_of(pipe.scheduler, "", sampling.get("scheduler", {}))
     judge = Judge(
         name, config.evaluation_extractor, (image_size(pipe),) * 2, config.evaluation_samples,
         config.image_column, config.label_column, accelerator,

@@ -5,6 +5,7 @@ A LATENT holds what ComfyUI's own VAE nodes take and make: the VAE's latents, no
 `[b, H, W, 3]` in 0..1, also of grey pictures.
 """
 
+import math
 import os
 import re
 from pathlib import Path
@@ -14,18 +15,27 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import io
-from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    SchedulerMixin,
+)
 
-from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline
+from sddit_diffusers import EDMHeunScheduler, InterpolantScheduler, SDDiTPipeline
+from sddit_diffusers.pipelines.calls import MAX_LEVEL
 from sddit_diffusers.pipelines.loading import SHORT_DTYPES, load_pipeline
+from sddit_diffusers.pipelines.pipeline_sddit import check_scheduler
 from sddit_diffusers.pipelines.sampling import generators
+from sddit_diffusers.schedulers.scheduling_interpolant import DIFFUSIONS
 
 Pipeline = io.Custom("SDDIT_PIPELINE")
 FROM_HUB = "(from the Hub)"
+# By name: schedulers of EDM's pipelines; of interpolants', and their settings.
 SAMPLERS = {
-    "heun": EDMHeunScheduler,
-    "euler": EDMEulerScheduler,
-    "dpmpp_2m": EDMDPMSolverMultistepScheduler,
+    "heun": (EDMHeunScheduler, InterpolantScheduler, {"solver": "heun"}),
+    "euler": (EDMEulerScheduler, InterpolantScheduler, {"solver": "euler"}),
+    "dpmpp_2m": (EDMDPMSolverMultistepScheduler, DPMSolverMultistepScheduler, {}),
 }
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL makes pictures grey
 
@@ -111,15 +121,48 @@ def number(
     )  # fmt: skip
 
 
+def scheduler_of(pipe: SDDiTPipeline, sampler: str, diffusion: str, diffusion_norm: float) -> SchedulerMixin:
+    """The scheduler of a sampler's name for a pipeline.
+
+    Raises:
+        ValueError: the pipeline has no such sampler.
+    """
+    edm, flow, settings = SAMPLERS[sampler]
+    config = pipe.scheduler.config
+    if "path" not in config:
+        if diffusion != "none":
+            raise ValueError(f"diffusion is {diffusion!r}; this pipeline is EDM's, whose noise is s_churn.")
+        return edm.from_config(config)
+    if flow is InterpolantScheduler:
+        settings = settings | {"diffusion": diffusion, "diffusion_norm": diffusion_norm}
+    elif diffusion != "none":
+        raise ValueError(
+            f"diffusion is {diffusion!r}; the samplers heun and euler have it, {sampler} has not."
+        )
+    scheduler = flow.from_config(config, **settings)
+    check_scheduler(scheduler)
+    return scheduler
+
+
 def churn_inputs() -> list:
-    """EDM's stochastic sampler."""
+    """The stochastic samplers, EDM's and the interpolants'."""
     inputs = (
         ("s_churn", 0, 1000, "EDM's S_churn: noise that each step adds, for heun and euler. 0 is off.", 1.0),
         ("s_tmin", 0, 1000, "The lowest noise level at which noise is added.", 0.01),
         ("s_tmax", 1000, 1000, "The highest noise level at which noise is added.", 1.0),
         ("s_noise", 1, 10, "Standard deviation of the noise that is added.", 0.001),
     )
-    return [number(*each, optional=True) for each in inputs]
+    return [
+        *(number(*each, optional=True) for each in inputs),
+        io.Combo.Input(
+            "diffusion",
+            options=list(DIFFUSIONS),
+            default="none",
+            optional=True,
+            tooltip="The SDE's noise, of an interpolant's pipeline, for heun and euler. none: the ODE.",
+        ),
+        number("diffusion_norm", 1, 100, "What the SDE's noise is multiplied by.", 0.1, optional=True),
+    ]
 
 
 class LoadPipeline(io.ComfyNode):
@@ -215,7 +258,7 @@ class Sample(io.ComfyNode):
                     "guidance_sigma_max",
                     1000,
                     1000,
-                    "The highest noise level that is guided; sampling begins at 80.",
+                    "The highest noise level that is guided; EDM's sampling begins at 80.",
                 ),  # fmt: skip
                 *churn_inputs(),
             ],
@@ -238,9 +281,11 @@ class Sample(io.ComfyNode):
         s_tmin: float = 0.0,
         s_tmax: float = 1000.0,
         s_noise: float = 1.0,
+        diffusion: str = "none",
+        diffusion_norm: float = 1.0,
     ) -> io.NodeOutput:
         # ComfyUI keeps the loaded pipeline for other nodes: this one shares its weights, not its state.
-        scheduler = SAMPLERS[sampler].from_config(pipeline.scheduler.config)
+        scheduler = scheduler_of(pipeline, sampler, diffusion, diffusion_norm)
         pipe = SDDiTPipeline(pipeline.transformer, scheduler, pipeline.vae, pipeline.id2label)
         labels = parse_classes(classes)
         generator = generators((seed + i) % 2**64 for i in range(len(labels) * images_per_class))
@@ -255,7 +300,10 @@ class Sample(io.ComfyNode):
         samples = pipe(
             labels,
             guidance_scale=guidance_scale,
-            guidance_interval=(guidance_sigma_min, guidance_sigma_max),
+            guidance_interval=(
+                guidance_sigma_min,
+                guidance_sigma_max if guidance_sigma_max < MAX_LEVEL else math.inf,
+            ),
             num_images_per_label=images_per_class,
             num_inference_steps=steps or None,
             generator=generator,

@@ -26,7 +26,7 @@ def encoder_features(pipe: SDDiTPipeline, noised: Tensor, sigma: float) -> dict[
 
     Args:
         noised: samples as the transformer was trained on them, with noise, `[b, c, h, w]`.
-        sigma: the noise's standard deviation.
+        sigma: how large the noise is beside the signal.
 
     Returns:
         "input", the noised sample itself `[b, c h w]`, "[CLS]", the encoded token `[b, D]`, of a model that
@@ -35,10 +35,10 @@ def encoder_features(pipe: SDDiTPipeline, noised: Tensor, sigma: float) -> dict[
     Raises:
         FloatingPointError: they are not finite.
     """
-    level = torch.tensor(sigma, dtype=torch.float64)
+    t = _time(pipe, sigma)
     tokens = pipe.transformer(
-        pipe.scheduler.precondition_inputs(noised, level).to(pipe.transformer.dtype),
-        pipe.scheduler.precondition_noise(level).float().to(noised.device),
+        pipe.scheduler.precondition_inputs(noised, t).to(pipe.transformer.dtype),
+        pipe.scheduler.precondition_noise(t).float().to(noised.device),
         class_labels=None,
     ).encoder_hidden_states.float()
     if not tokens.isfinite().all():
@@ -47,6 +47,10 @@ def encoder_features(pipe: SDDiTPipeline, noised: Tensor, sigma: float) -> dict[
     if hasattr(pipe.transformer, "cls_token"):
         features["[CLS]"], tokens = tokens[:, 0], tokens[:, 1:]
     return features | {"patches": tokens.mean(1)}
+
+
+def _time(pipe: SDDiTPipeline, sigma: float) -> Tensor:
+    return torch.tensor(pipe.scheduler.time_of(sigma), dtype=torch.float64)
 
 
 def labelled_pictures(
@@ -104,6 +108,7 @@ def probe(
     Args:
         pipe: whose transformer is probed, on its device.
         dataset: labelled pictures of the size that the pipeline makes.
+        sigmas: noise levels, as ratios of noise to signal.
         num_samples: pictures that are used at most, drawn at random; a fifth of them is held out.
         batch_size: pictures that are encoded at once. On a CPU the accuracies do not depend on it, for widths
             that are multiples of 16.
@@ -123,7 +128,7 @@ def probe(
     results = []
     for sigma in tqdm(sigmas, desc="probing", unit="noise level"):
         parts = []
-        for part in (x0 + sigma * noise).split(batch_size):
+        for part in pipe.scheduler.noised(x0, noise, _time(pipe, sigma)).split(batch_size):
             found = encoder_features(pipe, _filled(part).to(pipe.device), sigma)
             parts.append({name: features[: len(part)] for name, features in found.items()})
         for name in parts[0]:

@@ -25,6 +25,7 @@ from ..cli import shortened
 from ..files import read_json
 from ..pipelines.sampling import check_interval
 from ..schedulers.scheduling_edm_heun import EDMHeunScheduler
+from ..schedulers.scheduling_interpolant import InterpolantScheduler
 
 KINDS = ("steps", "speed", "setting", "metrics", "probe", "sampling")
 FIGURES = ("png", "svg")
@@ -164,14 +165,23 @@ def _check_sampling(sampling: dict) -> None:
             raise ValueError(f"{name} is {value}; it must be at least 0.")
     if "guidance_interval" in sampling:
         check_interval(sampling["guidance_interval"])
-    defaults = {name: each.default for name, each in inspect.signature(EDMHeunScheduler).parameters.items()}
-    for name, value in sampling.get("scheduler", {}).items():
+    _check_scheduler(sampling.get("scheduler", {}))
+
+
+def _check_scheduler(changes: dict) -> None:
+    """Raises a ValueError for settings of neither of the schedulers."""
+    kinds = {
+        kind: {name: each.default for name, each in inspect.signature(kind).parameters.items()}
+        for kind in (EDMHeunScheduler, InterpolantScheduler)
+    }
+    kind, defaults = max(kinds.items(), key=lambda each: len(changes.keys() & each[1].keys()))
+    for name, value in changes.items():
         if name not in defaults:
             raise ValueError(f"the scheduler has no {shortened(name)}; it has {', '.join(defaults)}.")
-        kind = type(defaults[name])
-        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+        usual = type(defaults[name])
+        if isinstance(value, bool) or not isinstance(value, (int, float) if usual is float else usual):
             raise ValueError(f"{name} is {shortened(value)}; it must be as {defaults[name]!r}.")
-    EDMHeunScheduler(**sampling.get("scheduler", {}))
+    kind(**changes)
 
 
 def slug(name: str) -> str:

@@ -12,6 +12,7 @@ from .pipeline_sddit import SDDiTPipeline
 from .sampling import class_name, generators, keep_denoised
 
 MAX_SEED, MAX_GUIDANCE_SCALE = 2**32 - 1, 20
+MAX_LEVEL = 1000.0  # of noise, of a scheduler that begins with noise alone
 
 
 def call_of(
@@ -21,13 +22,13 @@ def call_of(
 
     The values come from a browser, or from whoever speaks like one, so they may be of any type: classes are
     to be a list of numbers and names, empty for unconditional images; `low` and `high` are the guidance
-    interval in sigma, which is left out where it is all of 0..sigma_max. `limits` has `max_images` of a call
+    interval, which is left out where it is all of 0..[`highest_level`]. `limits` has `max_images` of a call
     and `max_steps`.
 
     Raises:
         ValueError: a value that the page does not offer; the message has the value and what is allowed.
     """
-    null, sigma_max = pipe.transformer.config.num_classes, pipe.scheduler.config.sigma_max
+    null, most = pipe.transformer.config.num_classes, highest_level(pipe)
     ids = pipe.get_label_ids(None if classes == [] else classes)
     images = int(_within("Images per class", images, 1, limits.max_images, whole=True))
     if len(ids) * images > limits.max_images:
@@ -41,12 +42,17 @@ def call_of(
         "num_inference_steps": int(_within("Steps", steps, 1, limits.max_steps, whole=True)),
         "guidance_scale": _within("Guidance scale", guidance, 0, MAX_GUIDANCE_SCALE),
     }
-    low = _within("Lowest sigma", low, 0, sigma_max)
-    high = _within("Highest sigma", high, low, sigma_max)
-    if (low, high) != (0, sigma_max):
+    low = _within("Lowest sigma", low, 0, most)
+    high = _within("Highest sigma", high, low, most)
+    if (low, high) != (0, most):
         arguments["guidance_interval"] = (low, high)
     seed = int(_within("Seed", seed, 0, MAX_SEED, whole=True))
     return arguments, range(seed, seed + len(ids) * images)
+
+
+def highest_level(pipe: SDDiTPipeline) -> float:
+    """The noise level at which sampling begins, or what stands for infinity."""
+    return pipe.scheduler.config.get("sigma_max", MAX_LEVEL)
 
 
 def _within(name: str, value, low: float, high: float, whole: bool = False) -> float:
@@ -80,8 +86,8 @@ class Made:
         captions: one an image.
         about: a sentence on them.
         stopped: whether the call was.
-        denoised: D(x; sigma), `[images, c, h, w]` on the CPU, by falling sigma; empty where the scheduler
-            does not tell it.
+        denoised: D, `[images, c, h, w]` on the CPU, by falling noise level; empty where the scheduler does
+            not tell it.
     """
 
     images: list[Image.Image]
@@ -139,4 +145,5 @@ def make(
     labels = [label for label in arguments["class_labels"] for _ in range(arguments["num_images_per_label"])]
     names = ["" if label is None else f"{class_name(pipe, label)}, " for label in labels]
     captions = [f"{name}seed {seed}" for name, seed in zip(names, seeds, strict=True)]
-    return Made(images, captions, about, stopped, {sigma: d.cpu() for sigma, d in denoised.items()})
+    falling = sorted(denoised, reverse=True)
+    return Made(images, captions, about, stopped, {level: denoised[level].cpu() for level in falling})

@@ -1,6 +1,7 @@
 """Pipelines, VAEs, schedulers and dtypes by name, and the hash of weights."""
 
 import hashlib
+import inspect
 import json
 import math
 
@@ -9,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel, ConfigMixin, SchedulerMixin
 
 from ..cli import one_line, shortened
-from .pipeline_sddit import SDDiTPipeline, default_steps
+from .pipeline_sddit import SDDiTPipeline, check_scheduler, default_steps
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT_DTYPES = dict(zip(("fp32", "bf16", "fp16"), DTYPES.values(), strict=True))  # accelerate's, ComfyUI's
@@ -66,33 +67,46 @@ def scheduler_of(
     """A scheduler with another one's settings.
 
     Args:
-        name: of one of diffusers' EDM schedulers; of the same kind if it is empty.
+        name: of one of diffusers' that takes its place; of the same kind if it is empty.
         changes: settings that differ.
         num_inference_steps: for which it is tried; those of a call that names none if None.
 
     Raises:
         ValueError: there is no such scheduler or setting, or its settings make no schedule.
     """
-    known = settings_of(scheduler)
+    kind, known = type(scheduler), settings_of(scheduler)
+    if name:
+        names = swappable(scheduler)
+        if name not in names:
+            family = "flow" if "path" in scheduler.config else "EDM"
+            raise ValueError(
+                f"There is no {family} scheduler {shortened(name)}; diffusers has {', '.join(names)}."
+            )
+        kind = getattr(diffusers, name)
+        own = inspect.signature(kind).parameters.values()
+        known = {each.name: each.default for each in own if each.default is not None} | known
     for setting, value in changes.items():
         if setting not in known:
             raise ValueError(f"The scheduler has no setting {shortened(setting)}; it has {', '.join(known)}.")
         if problem := _setting_problem(known[setting], value):
             raise ValueError(f"{setting} of scheduler_options is {shortened(value)}; {problem}.")
-    kind = type(scheduler)
-    if name:
-        kind = getattr(diffusers, name, None)
-        if not name.startswith("EDM") or kind is None:
-            names = ", ".join(name for name in dir(diffusers) if name.startswith("EDM"))
-            raise ValueError(f"There is no EDM scheduler {shortened(name)}; diffusers has {names}.")
     try:
         made = kind.from_config(scheduler.config, **changes)
+        check_scheduler(made)
         made.set_timesteps(num_inference_steps or default_steps(made))
     except Exception as error:  # whatever the schedulers' arithmetic raises
         raise ValueError(f"The scheduler's settings cannot be used: {one_line(error)}") from None
-    if not made.sigmas.isfinite().all() or not (made.sigmas.diff() <= 0).all():
+    goes_up = hasattr(made, "diffusion")  # an SDE's steps add noise
+    if not made.sigmas.isfinite().all() or not (goes_up or (made.sigmas.diff() <= 0).all()):
         raise ValueError("The scheduler's settings cannot be used: its noise levels do not fall.")
     return made
+
+
+def swappable(scheduler: SchedulerMixin) -> list[str]:
+    """Names of diffusers' schedulers that can take the place of one."""
+    if "path" in scheduler.config:
+        return ["DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"]
+    return [name for name in dir(diffusers) if name.startswith("EDM")]
 
 
 def settings_of(part: ConfigMixin) -> dict:

@@ -401,7 +401,11 @@ def default_steps(scheduler: SchedulerMixin) -> int:
 
 def is_flow(scheduler: SchedulerMixin) -> bool:
     """Whether it is one of diffusers' flow schedulers, whose sigma is t on the linear path."""
-    return bool(scheduler.config.get("use_flow_sigmas")) or type(scheduler).__name__.startswith("FlowMatch")
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        return True
+    # Other classes keep settings that they do not have.
+    knows = "use_flow_sigmas" in inspect.signature(type(scheduler)).parameters
+    return knows and bool(scheduler.config.get("use_flow_sigmas"))
 
 
 def noise_level(scheduler: SchedulerMixin, evaluation: int) -> float:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from ..seeds import generator_for
-from .pipeline_sddit import SDDiTPipeline
+from .pipeline_sddit import SDDiTPipeline, noise_level
 
 # Matrix products of a CPU round the rows of an odd remainder otherwise: batches are filled up there.
 MULTIPLE = 16
@@ -124,7 +124,7 @@ def draw_grid(
 
 
 def path_grid(pipe: SDDiTPipeline, columns: int = 10, labels: list | None = None, **arguments) -> Image.Image:
-    """A picture of how images come about: a row a label, the denoised D(x; sigma) from sigma_max to the last.
+    """A picture of how images come about: a row a label, the denoised D from the most noise to the least.
 
     Args:
         columns: noise levels that are shown, of those of the sampler's steps.
@@ -145,7 +145,7 @@ def path_grid(pipe: SDDiTPipeline, columns: int = 10, labels: list | None = None
 
     pipe(labels, generator=generators(range(len(labels))), output_type="latent", callback_on_step_end=keep,
          callback_on_step_end_tensor_inputs=["pred_original_sample"], **arguments)  # fmt: skip
-    levels = list(denoised)
+    levels = sorted(denoised, reverse=True)
     shown = [
         levels[i] for i in np.linspace(0, len(levels) - 1, min(columns, len(levels))).round().astype(int)
     ]
@@ -155,8 +155,8 @@ def path_grid(pipe: SDDiTPipeline, columns: int = 10, labels: list | None = None
 
 
 def keep_denoised(denoised: dict[float, torch.Tensor], pipe: SDDiTPipeline, i: int, tensors: dict) -> None:
-    """Puts the D(x; sigma) of evaluation i, among the `tensors` of a callback, beside those of other sigmas.
+    """Puts the denoised D of evaluation i, among the `tensors` of a callback, beside those of other levels.
 
     Of two evaluations at one level the second stays, which is of the corrected sample.
     """
-    denoised[float(pipe.scheduler.sigmas[i])] = tensors["pred_original_sample"]
+    denoised[noise_level(pipe.scheduler, i)] = tensors["pred_original_sample"]

@@ -54,7 +54,7 @@ def _vp_sigma(t: Tensor) -> Tensor:
 
 
 def _vp_time_of(ratio: Tensor) -> Tensor:
-    log = (ratio**2).log1p()  # -2 ln alpha
+    log = (ratio**2).log1p().clamp(max=1e6)  # -2 ln alpha, also where the ratio is infinite
     return 2 * log / (0.1 + (0.01 + 2 * 19.9 * log).sqrt())
 
 
@@ -317,8 +317,8 @@ class InterpolantScheduler(InterpolantSDE, SchedulerMixin, ConfigMixin):
         use_flow_sigmas: bool = True,
     ):
         check_config(self.config)
-        # Others that are made of this config get its defaults too.
-        self.register_to_config(_use_default_values=[])
+        # Others that are made of this config get its defaults too, and know whose the other settings are.
+        self.register_to_config(_use_default_values=[], _class_name=type(self).__name__)
         self.order = 1 + (solver == "heun")
         self.set_timesteps(num_inference_steps)
 
