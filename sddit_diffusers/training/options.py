@@ -25,6 +25,11 @@ RECIPES = {
     "SD-DiT-B/2": dict(max_train_steps=400_000, logging_steps=50),
     "SD-DiT-L/2": dict(max_train_steps=400_000, logging_steps=50),
     "SD-DiT-XL/2": dict(max_train_steps=2_400_000, logging_steps=50),
+    # SiT's figures are of 400,000 steps, XL/2's best of 7,000,000.
+    "SiT-S/2": dict(method="dit", process="linear", max_train_steps=400_000, logging_steps=50),
+    "SiT-B/2": dict(method="dit", process="linear", max_train_steps=400_000, logging_steps=50),
+    "SiT-L/2": dict(method="dit", process="linear", max_train_steps=400_000, logging_steps=50),
+    "SiT-XL/2": dict(method="dit", process="linear", max_train_steps=7_000_000, logging_steps=50),
     "digits": dict(
         dataset_name="digits",
         train_batch_size=128,

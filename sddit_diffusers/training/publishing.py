@@ -87,6 +87,7 @@ def write_card(
         repo=python_text(repo),
         method=name,
         preset=config.preset,
+        process=PROCESSES[config.process].title,
         source=markdown(source),
         images=len(dataset),
         classes=dataset.num_classes,

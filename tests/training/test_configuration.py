@@ -38,7 +38,7 @@ def test_network_may_be_an_object_in_the_file(tmp_path):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_a_network_and_a_recipe(preset):
     config = parse(["--preset", preset, "--dataset_name", "somewhere"])
-    assert config.output_dir == f"sddit-{preset.replace('/', '-')}"
+    assert config.output_dir == f"{config.method}-{preset.replace('/', '-')}"
     SDDiTTransformer2DModel(**config.network() | {"num_layers": 1, "num_decoder_layers": 1})
 
 
@@ -77,6 +77,37 @@ def test_mistakes_get_one_line(arguments, message, capsys):
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert re.search(message, error), error
+
+
+def test_a_process_brings_its_settings(tmp_path):
+    assert (parse([]).p_mean, parse([]).p_std) == (-1.2, 1.2)
+    config = parse(["--process", "gvp"])
+    assert (config.p_mean, config.p_std, config.time_distribution) == (0, 1, "lognormal")
+    assert parse(["--process", "linear", "--p_mean", "-0.5"]).p_mean == -0.5
+    (tmp_path / "c.json").write_text('{"process": "vp"}')
+    assert parse(["--config", str(tmp_path / "c.json")]).p_std == 1
+    assert parse(["--preset", "cifar10", "--process", "linear"]).time_distribution == "uniform"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prediction", "score"], "prediction is 'score'; the process edm has no such option"),
+        (["--loss_weighting", "velocity"], "loss_weighting is 'velocity'; the process edm has no such"),
+        (["--process", "linear", "--prediction", "v"], "prediction is 'v'; it must be 'velocity', 'score'"),
+        (["--process", "straight"], "process is 'straight'; it must be 'edm', 'linear', 'gvp' or 'vp'"),
+        (
+            ["--process", "vp", "--time_distribution", "uniform", "--p_std", "2"],
+            "p_std is 2.0; uniform time has no such option: leave it at 1.0",
+        ),
+        (["--process", "vp", "--p_mean", "nan"], "p_mean is nan"),
+    ],
+)
+def test_options_of_another_process_are_refused(options, message, capsys):
+    with pytest.raises((SystemExit, ValueError), match=None) as exit:
+        parse(options).check_choices()
+    said = capsys.readouterr().err if exit.type is SystemExit else str(exit.value)
+    assert message in said, said
 
 
 @pytest.mark.parametrize("content", [b"[1]", b"\xff\xfe", b"{"])

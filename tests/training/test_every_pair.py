@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 from bad_input import refusal
-from small_runs import HEAD, NETWORK, SMALL
+from small_runs import HEAD, NETWORK, SMALL, train
 
 import train_sddit
 from sddit_diffusers import SDDiTPipeline
@@ -13,7 +13,7 @@ from sddit_diffusers.training.auxiliaries import AUXILIARIES
 from sddit_diffusers.training.methods import METHODS
 from sddit_diffusers.training.metrics import read_metrics
 from sddit_diffusers.training.options import parse
-from sddit_diffusers.training.processes import PROCESSES
+from sddit_diffusers.training.processes import PREDICTIONS, PROCESSES
 
 # L_D compares [CLS] and patches of SD-DiT's encoder.
 REFUSED = {("discrimination", method) for method in METHODS if method != "sddit"}
@@ -40,3 +40,25 @@ def test_every_pair(method, process, auxiliary, tmp_path, capsys):
     assert pipe.scheduler.to_json_string() == PROCESSES[process].build(parse(options)).to_json_string()
     images = pipe([1, 2], num_inference_steps=2, output_type="pt").images
     assert images.shape == (2, 1, 8, 8) and images.isfinite().all() and images.std() > 0
+
+
+@pytest.mark.parametrize("weighting", ["none", "velocity", "likelihood"])
+@pytest.mark.parametrize(("process", "prediction"), [*product(["linear", "gvp", "vp"], PREDICTIONS)])
+def test_every_prediction(process, prediction, weighting, tmp_path):
+    options = [*SMALL[len(HEAD) :], "--method", "dit", "--process", process, "--prediction", prediction]
+    options += ["--loss_weighting", weighting, "--max_train_steps", "2", "--output_dir", str(tmp_path)]
+    network = METHODS["dit"].network(NETWORK)
+    train_sddit.main([*options, "--transformer", json.dumps(network)])
+    pipe = SDDiTPipeline.from_pretrained(tmp_path)
+    assert pipe.scheduler.config.prediction_type == PREDICTIONS[prediction]
+    images = pipe([1, 2], num_inference_steps=2, output_type="pt").images
+    assert images.isfinite().all() and images.std() > 0
+
+
+def test_a_run_goes_on_with_its_prediction_alone(tmp_path):
+    options = ["--method", "maskdit", "--process", "linear", "--prediction"]
+    train(tmp_path, *options, "noise", "--max_train_steps", 1, "--checkpointing_steps", 1)
+    going_on = ["--max_train_steps", 2, "--resume_from_checkpoint", "latest"]
+    with pytest.raises(SystemExit, match="prediction: noise there, velocity here"):
+        train(tmp_path, *options, "velocity", *going_on)
+    assert len(train(tmp_path, *options, "noise", *going_on)) == 2
