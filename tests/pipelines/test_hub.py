@@ -25,6 +25,7 @@ from loopback_hub import serve
 import sddit_diffusers
 from sddit_diffusers import (
     EDMHeunScheduler,
+    InterpolantScheduler,
     MaskDiTTransformer2DModel,
     SDDiTPipeline,
 )
@@ -105,6 +106,23 @@ def test_pushed_and_pulled_with_the_package_and_without(pipe, tmp_path):
     assert {name: (tmp_path / "again" / name).read_bytes() for name in CODE} == {n: pushed[n] for n in CODE}
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "again")
     assert type(loaded) is SDDiTPipeline and torch.equal(images(loaded), expected)
+
+
+INTERPOLANT = """
+folder, target = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+assert type(pipe.scheduler).__module__.startswith("diffusers_modules")
+save_images(pipe, "diffusers_modules", target)
+"""
+
+
+@pytest.mark.process
+def test_an_interpolant_needs_no_package_either(pipe, tmp_path):
+    pipe.scheduler = InterpolantScheduler(path="vp", diffusion="kl")
+    pipe.save_pretrained(tmp_path / "saved")
+    environment = {"HF_HOME": tmp_path / "home", "HF_HUB_OFFLINE": 1}
+    run(IMAGES + INTERPOLANT, tmp_path / "saved", tmp_path / "made.pt", without=True, **environment)
+    assert torch.equal(torch.load(tmp_path / "made.pt"), images(pipe))
 
 
 @pytest.mark.parametrize(
