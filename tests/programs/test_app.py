@@ -11,11 +11,11 @@ from bad_input import refusal
 from diffusers import EDMDPMSolverMultistepScheduler
 from page_values import VALUES, changed, pixels
 
-from sddit_diffusers import EDMHeunScheduler
+from sddit_diffusers import EDMHeunScheduler, InterpolantScheduler
 
 gr = pytest.importorskip("gradio")
 from sddit_diffusers import app  # noqa: E402
-from sddit_diffusers.app import AppConfig, Page, call_of, code_of, make  # noqa: E402
+from sddit_diffusers.app import AppConfig, Page, call_of, code_of, highest_level, make  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,6 +117,17 @@ def test_the_path_is_d_at_each_level(pipe):
     np.testing.assert_array_equal(pixels([image for image, _ in shown]), pixels(made.images))
     with pytest.raises(ValueError, match="Step: 5 is not a whole number from 1 to 4"):
         made.at(pipe, 5)
+
+
+def test_a_flow_begins_with_noise_alone(pipe):
+    pipe.scheduler = InterpolantScheduler(diffusion="sigma")
+    assert highest_level(pipe) == 1000
+    arguments, seeds = call_of(pipe, AppConfig(), *changed(high=1000))
+    assert "guidance_interval" not in arguments
+    made = make(pipe, arguments, seeds, goes_on)
+    levels = list(made.denoised)
+    assert levels[0] == float("inf") and levels == sorted(levels, reverse=True)
+    assert "σ = inf" in made.at(pipe, 1)[1] and made.at(pipe, made.positions)[0][0][0] is made.images[0]
 
 
 def test_without_d_there_is_no_path(pipe):

@@ -16,12 +16,17 @@ import pytest
 import torch
 from comfy_stand_ins import InterruptProcessingException, node_info, run
 from conftest import TINY, Touch, make_latent_pipe, randomize
-from diffusers import AutoencoderTiny, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+from diffusers import (
+    AutoencoderTiny,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+)
 from packaging.version import Version
 from PIL import Image
 
 import sddit_diffusers
-from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline, SDDiTTransformer2DModel
+from sddit_diffusers import EDMHeunScheduler, InterpolantScheduler, SDDiTPipeline, SDDiTTransformer2DModel
 
 PACK = Path(__file__).parents[2] / "pipelines/comfyui"
 WORKFLOW = json.loads((PACK / "example_workflows/sddit_digits.json").read_text())
@@ -151,6 +156,39 @@ def test_samplers_swap_in_and_progress_counts_evaluations(comfy, pipe, sampler, 
     assert pipe.scheduler is own and len(comfy.bars) == 1
     pipe.scheduler = scheduler.from_config(own.config)
     assert torch.equal(image, made_by(pipe, [1], [5]))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kind", "settings"),
+    [
+        ({"sampler": "heun"}, InterpolantScheduler, {"solver": "heun"}),
+        ({"sampler": "euler"}, InterpolantScheduler, {"solver": "euler"}),
+        (
+            {"sampler": "euler", "diffusion": "sigma", "diffusion_norm": 2.0},
+            InterpolantScheduler,
+            {"solver": "euler", "diffusion": "sigma", "diffusion_norm": 2.0},
+        ),
+        ({"sampler": "dpmpp_2m"}, DPMSolverMultistepScheduler, {}),
+    ],
+)
+def test_a_pipeline_of_an_interpolant_has_its_samplers(comfy, pipe, inputs, kind, settings):
+    pipe.scheduler = InterpolantScheduler()
+    image, _ = sample(comfy, pipe, guidance_sigma_min=0.0, guidance_sigma_max=1000.0, **inputs)
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **settings)
+    expected = made_by(pipe, [1], [5], guidance_interval=(0, float("inf")))  # pure noise is guided too
+    assert torch.equal(image, expected)
+
+
+def test_samplers_that_a_pipeline_has_not_are_refused(comfy, pipe):
+    with pytest.raises(ValueError, match="diffusion is 'kl'; this pipeline is EDM's"):
+        sample(comfy, pipe, diffusion="kl")
+    pipe.scheduler = InterpolantScheduler(path="gvp")
+    with pytest.raises(ValueError, match="diffusion is 'kl'; the samplers heun and euler have it"):
+        sample(comfy, pipe, sampler="dpmpp_2m", diffusion="kl")
+    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler does not sample the path 'gvp'"):
+        sample(comfy, pipe, sampler="dpmpp_2m")
+    with pytest.raises(ValueError, match="InterpolantScheduler has no churn"):
+        sample(comfy, pipe, s_churn=3.0)
 
 
 def test_stopped_it_raises_and_can_go_on(comfy, pipe):
