@@ -85,6 +85,12 @@ PATHS = {
         inner=(1e-5, 1.0),
     ),
 }
+
+
+def _tensor(value: float | Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
 PREDICTIONS = ("flow_prediction", "score", "epsilon", "sample")
 WEIGHTINGS = ("none", "velocity", "likelihood")
 DISTRIBUTIONS = ("uniform", "lognormal")
@@ -137,14 +143,14 @@ class InterpolantProcess:
     def time_of(self, ratio: float) -> float:
         """The time at which the noise is `ratio` times as large as the signal, in the interval."""
         low, high = self.interval
-        return min(max(self.path.time_of(torch.tensor(ratio, dtype=torch.float64)).item(), low), high)
+        return min(max(self.path.time_of(_tensor(ratio)).item(), low), high)
 
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t, `[b, c, h, w]`, of noise of unit variance and t `[b, 1, 1, 1]`."""
         return self.path.alpha(t) * x0 + self.path.sigma(t) * noise
 
     def error(self, model_output: Tensor, sample: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The weighted squared error of the network's output, `[b, c, h, w]`, in float32 (SiT, Sec. 2.2).
+        """The weighted squared error of the network's output, `[b, c, h, w]`, in float32 (SiT, Sec. 2).
 
         Of a score s it is that of sigma s, whose target is -eps. With the weight "velocity" the error of any
         prediction is that of the velocity which follows from it; with "likelihood" it is that times
@@ -169,8 +175,7 @@ class InterpolantProcess:
 
     def solve(self, model_output: Tensor, sample: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
         """The data x0 and the noise eps that the network's output stands for, both `[b, c, h, w]`."""
-        t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
-        alpha, sigma, d_alpha, d_sigma = self.path.at(t)
+        alpha, sigma, d_alpha, d_sigma = self.path.at(_tensor(t))
         prediction = self.config.prediction_type
         if prediction == "flow_prediction":
             det = alpha * d_sigma - d_alpha * sigma
@@ -183,8 +188,8 @@ class InterpolantProcess:
 
     def velocity(self, model_output: Tensor, sample: Tensor, t: float | Tensor) -> Tensor:
         """dx / dt of the probability-flow ODE, `[b, c, h, w]`."""
+        t = _tensor(t)
         x0, noise = self.solve(model_output, sample, t)
-        t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
         return self.path.d_alpha(t) * x0 + self.path.d_sigma(t) * noise
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
@@ -205,7 +210,7 @@ class InterpolantProcess:
 
     def precondition_noise(self, t: float | Tensor) -> Tensor:
         """The timestep that the network takes, t times `num_train_timesteps`."""
-        return self.config.num_train_timesteps * torch.as_tensor(t)
+        return self.config.num_train_timesteps * _tensor(t)
 
     def precondition_outputs(self, sample: Tensor, model_output: Tensor, t: float | Tensor) -> Tensor:
         """The denoised D(x; t)."""
@@ -213,7 +218,7 @@ class InterpolantProcess:
 
 
 class InterpolantSDE(InterpolantProcess):
-    """The SDEs with an interpolant's marginals: dx = (v - w s / 2) dt + sqrt(w) dW (SiT, Sec. 2.3)."""
+    """The SDEs with an interpolant's marginals: dx = (v - w s / 2) dt + sqrt(w) dW (SiT, Sec. 2)."""
 
     @property
     def _has_last_step(self) -> bool:
@@ -229,7 +234,7 @@ class InterpolantSDE(InterpolantProcess):
 
     def diffusion(self, t: float | Tensor) -> Tensor:
         """w(t), in the paper's convention; the noise of a time dt has the variance w dt."""
-        t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
+        t = _tensor(t)
         name, n = self.config.diffusion, self.config.diffusion_norm
         if name in ("kl", "kl-eta", "sbdm"):
             alpha, sigma, d_alpha, d_sigma = self.path.at(t)
@@ -269,7 +274,7 @@ class InterpolantScheduler(InterpolantSDE, SchedulerMixin, ConfigMixin):
     x0 dalpha + eps dsigma; the last step is Euler's, which ends in D: N or 2 N - 1 evaluations.
 
     Args:
-        path: "linear", "gvp" or "vp" (Sec. 2.2).
+        path: "linear", "gvp" or "vp".
         prediction_type: what the network gives: "flow_prediction", the velocity; "score"; "epsilon", the
             noise; "sample", the data.
         solver: "euler" or "heun".
@@ -280,7 +285,7 @@ class InterpolantScheduler(InterpolantSDE, SchedulerMixin, ConfigMixin):
         diffusion_eta: eta of "kl-eta", above 0: w / sqrt(1 + 2 eta w^2) of the w of "kl". # Paper silent: its
             eta; and the loss over time, by which it is divided there, counts as constant here.
         last_step: of an SDE, from `last_step_size` to the data: "none" for one like the others, "mean", their
-            drift alone, "tweedie", D, or "euler", the velocity's (Sec. 3.4).
+            drift alone, "tweedie", D, or "euler", the velocity's (SiT, Sec. 3).
         last_step_size: the time at which it begins, 0.04 in the paper.
         shift: of the steps' times, t becomes shift t / (1 + (shift - 1) t); 1 leaves them evenly spaced.
         num_train_timesteps: the network's timestep at t = 1.
@@ -406,9 +411,12 @@ class InterpolantScheduler(InterpolantSDE, SchedulerMixin, ConfigMixin):
     def _grid(self, n: int) -> Tensor:
         """The times at which n steps begin, float64."""
         high = self.interval[1]
-        end = self.config.last_step_size if self._has_last_step else high / n
+        end, shift = high / n, self.config.shift
+        if self._has_last_step:  # which is not shifted
+            size = self.config.last_step_size
+            end = size / (shift - (shift - 1) * size)
         t = torch.linspace(high, end, n, dtype=torch.float64, device="cpu")
-        return self.config.shift * t / (1 + (self.config.shift - 1) * t)
+        return shift * t / (1 + (shift - 1) * t)
 
     # The sampler
 

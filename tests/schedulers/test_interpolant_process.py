@@ -31,7 +31,7 @@ def times_of(path, count=41):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_paths_are_the_papers(path):
-    """SiT, Sec. 2.2 and its code, whose time is 1 - t here; the derivatives by automatic differentiation."""
+    """SiT, Sec. 2, and its code, whose time is 1 - t here; the derivatives by automatic differentiation."""
     t, here = times_of(path), PATHS[path]
     alpha, sigma = {
         "linear": lambda t: (1 - t, t),

@@ -108,7 +108,7 @@ def test_orders_of_convergence(solver, diffusion, order, monkeypatch):
 
 
 def test_the_sde_is_the_papers(monkeypatch):
-    """In small steps, with the same noise, it is Euler-Maruyama as written in Sec. 2.3, on x itself."""
+    """In small steps, with the same noise, it is Euler-Maruyama as the paper writes it, on x itself."""
     steps, end = 2000, 0.3
     generator = torch.Generator().manual_seed(4)
     z = torch.randn(steps, 64, 1, 1, 1, generator=generator, dtype=torch.float64)
@@ -139,7 +139,7 @@ def test_the_sde_is_the_papers(monkeypatch):
 
 
 def test_the_last_steps_are_the_papers():
-    """From t = 0.04, without noise: the drift, the denoised sample, the velocity (SiT, Sec. 3.4)."""
+    """From t = 0.04, without noise: the drift, the denoised sample, the velocity (SiT, Sec. 3)."""
     x, output = NOISE.double(), NOISE.flip(0).double()
     for path in PATHS:
         kept = {}
@@ -159,7 +159,7 @@ def test_the_last_steps_are_the_papers():
 
 
 def test_diffusion_coefficients_are_the_papers():
-    """SiT, Sec. 2.4 and its code, whose w is half of the paper's and whose time is 1 - t."""
+    """SiT, Sec. 2, and its code, whose w is half of the paper's and whose time is 1 - t."""
     t = torch.tensor([0.1, 0.35, 0.6, 0.9], dtype=torch.float64)
 
     def w(**settings):
@@ -276,6 +276,8 @@ def test_evaluations():
     sde = InterpolantScheduler(diffusion="sigma", num_inference_steps=5)
     torch.testing.assert_close(sde.timesteps[::2], torch.tensor([1000.0, 760, 520, 280, 40]))
     assert (sde.timesteps[1::2] < sde.timesteps[2::2]).all()  # below it, from where noise is added
+    shifted = InterpolantScheduler(diffusion="sigma", num_inference_steps=5, shift=3.0)
+    assert shifted.times[-1] == pytest.approx(0.04) and shifted.times[0] == 1
     score = InterpolantScheduler(prediction_type="score", solver="euler", num_inference_steps=4)
     assert score.timesteps[0] == pytest.approx(999) and score.init_noise_sigma == pytest.approx(0.999)
     score.set_timesteps(timesteps=[900, 500.0])
