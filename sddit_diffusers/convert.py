@@ -3,10 +3,12 @@
     python -m sddit_diffusers.convert PIPELINE model.safetensors
     python -m sddit_diffusers.convert DiT-XL-2-256x256.pt FOLDER
     python -m sddit_diffusers.convert 2000000.pt FOLDER --method maskdit --vae stabilityai/sd-vae-ft-mse
+    python -m sddit_diffusers.convert SiT-XL-2-256.pt FOLDER --origin sit --vae stabilityai/sd-vae-ft-ema
 
 The source is a pipeline of this package or a DiTPipeline of diffusers (a folder or a name on the Hub), the
-folder of their transformer, or a file: one that this program wrote, or a checkpoint of facebookresearch/DiT
-or Anima-Lab/MaskDiT. What those were trained for, and what not, is in `originals.py`.
+folder of their transformer, or a file: one that this program wrote, or a checkpoint of facebookresearch/DiT,
+Anima-Lab/MaskDiT, willisma/SiT or sihyun-yu/REPA. What those were trained for, and what not, is in
+`originals.py`.
 
 An output that ends in .safetensors holds the transformer with its config, for `from_single_file`. Any other
 is the folder of a pipeline, for `from_pretrained` and `train_sddit.py --pretrained_model_name_or_path`.
@@ -24,19 +26,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, DiTTransformer2DModel
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, SchedulerMixin
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 from torch import Tensor
 
 from .cli import Parser, check_options, one_line_errors, option, shortened
 from .files import parse_json, remove, save_tensors
-from .models.originals import translate
+from .models.originals import FLOWS, ORIGINS, origin_of, translate
 from .models.presets import read_changes
 from .models.transformer_sddit import PatchTransformer2DModel, read_single_file
 from .pipelines.loading import load_pipeline, load_vae
 from .pipelines.pipeline_sddit import SDDiTPipeline
 from .schedulers.scheduling_edm_heun import EDMHeunScheduler
+from .schedulers.scheduling_interpolant import InterpolantScheduler
 from .training.methods import METHODS
 
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin")
@@ -49,8 +52,14 @@ class ConvertConfig:
 
     method: str = option(
         "",
-        "the network: 'sddit', 'dit' or 'maskdit'; if not given the source's own, sddit for DiT and MaskDiT",
+        "the network: 'sddit', 'dit' or 'maskdit'; if not given the source's own, dit for SiT and REPA, "
+        "sddit for DiT and MaskDiT",
         choices=("", "sddit", "dit", "maskdit"),
+    )
+    origin: str = option(
+        "",
+        "whose weights others' are: 'dit', 'maskdit', 'sit' or 'repa'; names do not tell SiT's from DiT's",
+        choices=("", *ORIGINS),
     )
     transformer: str = option(
         "{}", "JSON of what weights do not tell: num_attention_heads, the size of a decoder that is new"
@@ -70,14 +79,14 @@ class Source:
 
     Attributes:
         weights: by the names of this package, or by their own where they have none.
-        network: arguments of the transformer; of a DiT or MaskDiT, those that are not in the shapes.
-        method: of a transformer of this package; None for a DiT or MaskDiT.
+        network: arguments of the transformer; of others' weights, those that are not in the shapes.
+        method: of a transformer of this package; None for others' weights.
     """
 
     weights: dict[str, Tensor]
     network: dict = field(default_factory=dict)
     method: str | None = None
-    scheduler: EDMHeunScheduler | None = None
+    scheduler: SchedulerMixin | None = None
     vae: ModelMixin | None = None
     id2label: dict | None = None
 
@@ -153,10 +162,8 @@ def check_network(network: dict, arguments: Mapping, weights: dict[str, Tensor])
         ValueError: one that no network of these weights has.
     """
     sizes = range(1, 1 << 16)
-    structure = {
-        f"{name}?": (None, sizes) if name == "out_channels" else float if name == "mlp_ratio" else sizes
-        for name in arguments
-    }
+    structure = {f"{name}?": (None, sizes) if name == "out_channels" else sizes for name in arguments}
+    structure |= {f"{name}?": float for name in ("mlp_ratio", "timestep_scale", "timestep_shift")}
     # An encoder alone has no decoder; no classes are 0.
     structure |= {f"{name}?": range(1 << 16) for name in ("num_decoder_layers", "num_classes")}
     parse_json(json.dumps(network), structure, "network", "the config")
@@ -192,6 +199,28 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     return {name: value for name, value in weights.items() if isinstance(value, Tensor)}
 
 
+def choose(source: Source, config: ConvertConfig) -> tuple[str, str]:
+    """Whose weights a source's are, '' for those of this package, and the method of their network.
+
+    Raises:
+        ValueError: settings that contradict the source or each other.
+    """
+    if source.method is not None:
+        if config.origin:
+            raise ValueError(f"origin is {config.origin!r}; the source is a transformer of this package.")
+        return "", config.method or source.method
+    origin = origin_of(source.weights, config.origin)
+    method = config.method or ("dit" if origin in FLOWS else "sddit")
+    if origin in FLOWS and method == "maskdit":
+        raise ValueError(f"method is 'maskdit'; {ORIGINS[origin]}'s weights are for 'dit' or 'sddit'.")
+    return origin, method
+
+
+def scheduler_for(transformer: PatchTransformer2DModel) -> SchedulerMixin:
+    """That of a transformer which came without: a time scale of its own is a flow's."""
+    return EDMHeunScheduler() if transformer.config.timestep_scale == 1 else InterpolantScheduler()
+
+
 def build(source: Source, config: ConvertConfig) -> tuple[PatchTransformer2DModel, list[str], list[str]]:
     """The transformer of a source.
 
@@ -202,7 +231,7 @@ def build(source: Source, config: ConvertConfig) -> tuple[PatchTransformer2DMode
     Raises:
         ValueError: settings that are not the source's, or that are missing.
     """
-    method = config.method or source.method or "sddit"
+    origin, method = choose(source, config)
     transformer = METHODS[method].transformer
     arguments = inspect.signature(transformer).parameters
     changes = read_changes(
@@ -211,7 +240,7 @@ def build(source: Source, config: ConvertConfig) -> tuple[PatchTransformer2DMode
     weights, network, origins = source.weights, source.network, {}
     if source.method is None:
         told = {"num_classes": config.num_classes} if config.num_classes else {}
-        weights, origins, network = translate(weights, changes | network | told)
+        weights, origins, network = translate(weights, changes | network | told, origin)
     for name, value in changes.items():
         if network.get(name, value) != value:
             raise ValueError(f"transformer: {name} is {value}; the weights are of {network[name]}.")
@@ -287,16 +316,19 @@ def convert(name: str, output: Path, config: ConvertConfig) -> str:
     source = read_source(name)
     transformer, missing, unused = build(source, config)
     vae = load_vae(config.vae) if config.vae else source.vae
+    scheduler = source.scheduler or scheduler_for(transformer)
     if single:
         save_single_file(transformer, output)
     else:
-        scheduler = source.scheduler or EDMHeunScheduler()
         save_pipeline(SDDiTPipeline(transformer, scheduler, vae=vae, id2label=source.id2label), output)
     sizes = ", ".join(
         f"{key} {transformer.config[key]}" for key in ("num_layers", "num_attention_heads", "num_classes")
     )
     count = f"{transformer.num_parameters() / 1e6:.1f}M parameters"
     lines = [f"{output}: {type(transformer).__name__}, {count}, {sizes}."]
+    if single and isinstance(scheduler, InterpolantScheduler):
+        settings = (f"{key}={scheduler.config[key]!r}" for key in ("path", "prediction_type"))
+        lines.append(f"It is sampled with InterpolantScheduler({', '.join(settings)}).")
     if missing:
         lines += [f"Not in {name}, so as initialised:", *summary(missing)]
     if unused:

@@ -1,4 +1,4 @@
-"""Weights of DiT and MaskDiT by the names of their authors, and their networks restated."""
+"""Weights of DiT, MaskDiT, SiT and REPA by the names of their authors, and their networks restated."""
 
 import math
 
@@ -108,3 +108,36 @@ def original_forward(w, image, t, label, heads=2, visible=None):
     x = adapted(x, *linear("final_layer.adaLN_modulation.1", F.silu(c)).chunk(2))
     patches = linear("final_layer.linear", x).view(4, 4, 2, 2, -1)  # rows, columns, both in the patch, c
     return torch.einsum("hwpqc->chpwq", patches).reshape(-1, 8, 8)
+
+
+def projectors(dim=16):
+    """Weights of REPA's projectors, an MLP of three layers for each frozen encoder."""
+    shapes = {"weight": (dim, dim), "bias": (dim,)}
+    layers = [f"projectors.{i}.{j}" for i in range(2) for j in (0, 2, 4)]
+    return {f"{layer}.{name}": torch.ones(shape) for layer in layers for name, shape in shapes.items()}
+
+
+def sit_velocity(w, x, t, label):
+    """SiT's dx/dt at x = t data + (1 - t) noise; the network gives twice the channels."""
+    return original_forward(w, x, t, label)[: len(x)]
+
+
+def sit_euler(w, x, label, steps, guidance):
+    """SiT's way from noise `[c, h, w]` to data, from time 0 to 1; the label 4 is the null class."""
+    for i in range(steps):
+        given, null = (sit_velocity(w, x, torch.tensor(i / steps), y) for y in (label, 4))
+        x = x + (null + guidance * (given - null)) / steps
+    return x
+
+
+def repa_velocity(w, x, t, label):
+    """REPA's dx/dt at x = (1 - t) data + t noise."""
+    return original_forward(w, x, t, label)
+
+
+def repa_euler(w, x, label, steps, guidance):
+    """REPA's way from noise `[c, h, w]` to data, from time 1 to 0; the label 4 is the null class."""
+    for i in range(steps, 0, -1):
+        given, null = (repa_velocity(w, x, torch.tensor(i / steps), y) for y in (label, 4))
+        x = x - (null + guidance * (given - null)) / steps
+    return x

@@ -1,10 +1,14 @@
-"""The weights of DiT and MaskDiT, as their authors and diffusers name them, by the names they have here.
+"""The weights of DiT, MaskDiT, SiT and REPA, as their authors and diffusers name them, by the names here.
 
-MaskDiT is EDM's raw network F, as all networks here: renamed, it computes what it did. DiT is not. It
-predicts the noise, and a variance that has no place here, at steps 0 to 999 of another diffusion. These
-networks take c_noise = ln(sigma) / 4, from -1.6 to 1.1, all of which DiT's time embedding takes for its first
-steps. Its weights are a start to be trained on, not a model to sample with. diffusers' DiT besides divides
-the frequencies of that embedding by 127, not 128, and has an epsilon of 1e-5 in half of its LayerNorms.
+MaskDiT is EDM's raw network F: renamed, it computes what it did. SiT and REPA are velocities on the linear
+path, and sample with `InterpolantScheduler`. SiT's time is 1 - t, and so its velocity the negative; of its
+outputs a half is not used. REPA (Yu et al. 2025) has time and velocity as here, and projectors for training.
+
+DiT is neither. It predicts the noise, and a variance that has no place here, at steps 0 to 999 of another
+diffusion. EDM's networks take c_noise = ln(sigma) / 4, from -1.6 to 1.1, all of which DiT's time embedding
+takes for its first steps. Its weights are a start to be trained on, not a model to sample with. diffusers'
+DiT besides divides the frequencies of that embedding by 127, not 128, and has an epsilon of 1e-5 in half of
+its LayerNorms.
 
 Shapes are those of `transformer_sddit.py`.
 """
@@ -12,13 +16,14 @@ Shapes are those of `transformer_sddit.py`.
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from .presets import PRESETS
-from .transformer_sddit import SinCosPositions
+from .transformer_baselines import PlainDiTTransformer2DModel
+from .transformer_sddit import SinCosPositions, differing_names
 
 # What stands in names there, as a pattern, and here.
 _NAMES = (
@@ -49,6 +54,16 @@ _NAMES = (
     (r"^proj_out_1\.", "norm_out.linear."),
     (r"^proj_out_2\.", "proj_out."),
 )
+ORIGINS = {"dit": "DiT", "maskdit": "MaskDiT", "sit": "SiT", "repa": "REPA"}
+# What these networks make of a timestep 1000 t, and the sign of their velocity here.
+FLOWS = {
+    "sit": (dict(timestep_scale=-1e-3, timestep_shift=1.0), -1),
+    "repa": (dict(timestep_scale=1e-3, timestep_shift=0.0), 1),
+}
+# Names that only one of them has.
+_MARKS = {
+    "maskdit": "decoder_layer.linear.weight", "repa": "projectors.0.0.weight", "dit": "pos_embed.proj.weight"
+}  # fmt: skip
 _POSITIONS = ("pos_embed", "decoder_pos_embed")
 # Heads by width: of the paper's encoders, which are DiT's, and of its decoder, which is MaskDiT's.
 _HEADS = {
@@ -61,11 +76,29 @@ _HEADS = {
 }
 
 
-def translate(theirs: dict[str, Tensor], told: dict) -> tuple[dict[str, Tensor], dict[str, str], dict]:
-    """Weights of DiT or MaskDiT for the networks here.
+def origin_of(theirs: Iterable[str], given: str = "") -> str:
+    """Whose weights these are, a key of ORIGINS: as their names tell, else as is given, else DiT's.
+
+    Raises:
+        ValueError: the names tell otherwise than is given.
+    """
+    for origin, mark in _MARKS.items():
+        if any(f".{name}".endswith(f".{mark}") for name in theirs):
+            if given not in ("", origin):
+                whose = f"{ORIGINS[origin]}'s: they have {mark}"
+                raise ValueError(f"origin is {given!r}; the weights are {whose}.")
+            return origin
+    return given or "dit"
+
+
+def translate(
+    theirs: dict[str, Tensor], told: dict, origin: str = "dit"
+) -> tuple[dict[str, Tensor], dict[str, str], dict]:
+    """Others' weights for the networks here.
 
     Args:
         theirs: the state dict, whatever stands before all of its names.
+        origin: whose they are, a key of ORIGINS.
         told: arguments of the network that shapes do not tell, as `num_attention_heads`.
 
     Returns:
@@ -73,19 +106,21 @@ def translate(theirs: dict[str, Tensor], told: dict) -> tuple[dict[str, Tensor],
         their network.
 
     Raises:
-        ValueError: they are of no DiT, or `told` lacks something.
+        ValueError: they are of no DiT, of another network than SiT's or REPA's, or `told` lacks something.
     """
     prefixes = [re.match(r"(.*)(x_embedder|pos_embed)\.proj\.weight$", name) for name in theirs]
     prefix = next((match[1] for match in prefixes if match), None)
     if prefix is None:
         raise ValueError("These weights are of no DiT: x_embedder.proj.weight is missing.")
     theirs = {name.removeprefix(prefix): weight for name, weight in theirs.items() if name.startswith(prefix)}
+    if origin == "repa":
+        theirs = _in_one_row(theirs)
     weights, origins = {}, {}
     for name, weight in theirs.items():
         if not _is_repeated(name, theirs):
             for ours, part in _rename(name, weight, has_decoder="decoder_layer.linear.weight" in theirs):
                 weights[ours], origins[ours] = part, name
-    weights["label_embed.weight"] = _label_table(weights, told.get("num_classes"))
+    weights["label_embed.weight"] = _label_table(weights, told.get("num_classes"), origin)
     if "decoder.proj_in.weight" in weights and "mask_token" not in weights:
         # MaskDiT without L_MAE fills the masked places with zeros.
         weights["mask_token"] = torch.zeros(1, 1, len(weights["decoder.proj_in.weight"]))
@@ -95,10 +130,39 @@ def translate(theirs: dict[str, Tensor], told: dict) -> tuple[dict[str, Tensor],
     for name in _POSITIONS:
         if name in weights and _is_sincos(weights[name]):
             del weights[name]
+    if origin in FLOWS:
+        _check_flow(weights, origins, network, origin)
+        times, sign = FLOWS[origin]
+        network |= times
+        for name in ("proj_out.weight", "proj_out.bias"):
+            weights[name] = sign * weights[name]
     return weights, origins, network
 
 
-def _label_table(weights: dict[str, Tensor], classes: int | None) -> Tensor:
+def _in_one_row(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """REPA's earlier files number the blocks behind the projectors anew, as `decoder_blocks`."""
+    first = _count(theirs, "blocks")
+    return {
+        re.sub(r"^decoder_blocks\.(\d+)", lambda match: f"blocks.{first + int(match[1])}", name): weight
+        for name, weight in theirs.items()
+    }
+
+
+def _check_flow(weights: dict[str, Tensor], origins: dict[str, str], network: dict, origin: str) -> None:
+    """Raises a ValueError for weights that are not those, or not only those, of SiT's or REPA's network."""
+    if origin == "repa" and "proj_out.weight (variance)" in weights:
+        raise ValueError("These weights are not REPA's: they give twice the channels that they take.")
+    with torch.device("meta"):
+        plain = PlainDiTTransformer2DModel(**network).state_dict()
+    unused = [name for name in weights if name.startswith("projectors.") or name.endswith(" (variance)")]
+    others = differing_names(plain, {name: weights[name] for name in weights if name not in unused})
+    if others:
+        shown = ", ".join(origins.get(name, name) for name in others[:4])
+        whose = f"{ORIGINS[origin]}'s: they differ in {shown}"
+        raise ValueError(f"These weights are of another network than {whose}.")
+
+
+def _label_table(weights: dict[str, Tensor], classes: int | None, origin: str) -> Tensor:
     """The embedding of the labels, `[classes + 1, D]`, the null class last.
 
     MaskDiT's `[D, classes]` is a matrix for one-hot labels, and zeros are its null class. DiT has a row for
@@ -111,11 +175,12 @@ def _label_table(weights: dict[str, Tensor], classes: int | None) -> Tensor:
     stem = weights["patch_embed.weight"]
     width, channels, patch_size, _ = stem.shape
     table = weights.get("label_embed.weight", stem.new_zeros(width, 0))
-    has_decoder = "decoder.proj_in.weight" in weights
     last = weights.get("proj_out.weight")
     # MaskDiT has no variance, which tells its table from DiT's where both are square.
-    plain = last is not None and len(last) == patch_size**2 * channels
-    if has_decoder or table.shape[1] != width or (len(table) == width and plain):
+    plain = origin == "dit" and last is not None and len(last) == patch_size**2 * channels
+    if width not in table.shape:
+        raise ValueError(f"The labels' table is {tuple(table.shape)}; one side must be the width, {width}.")
+    if origin == "maskdit" or table.shape[1] != width or (len(table) == width and plain):
         table = torch.cat([table.T, table.new_zeros(1, width)])
         rows = len(table)
     else:

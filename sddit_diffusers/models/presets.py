@@ -1,18 +1,20 @@
-"""The networks by name: SD-DiT's sizes, and those for a laptop."""
+"""The networks by name: SD-DiT's and SiT's sizes, and those for a laptop."""
 
 from ..cli import MOST_WIDTH, Limits, json_object, shortened
 
 
-def _network(size, patch, channels, layers, heads, head_dim, decoder, classes):
+def _network(size, patch, channels, layers, heads, head_dim, decoder, classes, **others):
     """One row of PRESETS; `decoder` is (layers, heads, head dim)."""
     return dict(
         sample_size=size, patch_size=patch, in_channels=channels,
         num_layers=layers, num_attention_heads=heads, attention_head_dim=head_dim,
         num_decoder_layers=decoder[0], decoder_num_attention_heads=decoder[1],
-        decoder_attention_head_dim=decoder[2], num_classes=classes,
+        decoder_attention_head_dim=decoder[2], num_classes=classes, **others,
     )  # fmt: skip
 
 
+# SiT's networks embed 1 - t of a flow's timestep 1000 t, unscaled (Ma et al. 2024, its code).
+_SIT = dict(timestep_scale=-1e-3, timestep_shift=1.0)
 # Arguments of SDDiTTransformer2DModel by name; other methods take those that they have.
 # fmt: off
 PRESETS = {
@@ -21,11 +23,20 @@ PRESETS = {
     "SD-DiT-B/2":  _network(  32,   2,   4,    12,   12,  64, (8, 16, 32),   1000),
     "SD-DiT-L/2":  _network(  32,   2,   4,    24,   16,  64, (8, 16, 32),   1000),
     "SD-DiT-XL/2": _network(  32,   2,   4,    28,   16,  72, (8, 16, 32),   1000),
+    "SiT-S/2":     _network(  32,   2,   4,    12,    6,  64, (8, 16, 32),   1000, **_SIT),
+    "SiT-B/2":     _network(  32,   2,   4,    12,   12,  64, (8, 16, 32),   1000, **_SIT),
+    "SiT-L/2":     _network(  32,   2,   4,    24,   16,  64, (8, 16, 32),   1000, **_SIT),
+    "SiT-XL/2":    _network(  32,   2,   4,    28,   16,  72, (8, 16, 32),   1000, **_SIT),
     "digits":      _network(   8,   2,   1,     4,    4,  24, (2,  4, 24),     10),
     "cifar10":     _network(  32,   2,   3,     8,    4,  64, (4,  6, 32),     10),
     "cifar10-latent": _network(8,   2,   4,     8,    4,  64, (2,  6, 32),     10),
 }
 # fmt: on
+
+# Settings that are no whole numbers.
+_FRACTIONS = {
+    "mlp_ratio": Limits(low=0, high=64), "timestep_scale": Limits(), "timestep_shift": Limits()
+}  # fmt: skip
 
 
 def read_changes(text: str, network: dict) -> dict:
@@ -39,16 +50,16 @@ def read_changes(text: str, network: dict) -> dict:
         ValueError: another setting, or a value that is no number of its type and range.
     """
     changes = json_object("transformer", text)
-    known = [name for name in network if name != "num_classes"] + ["mlp_ratio"]
+    known = dict.fromkeys([name for name in network if name != "num_classes"] + [*_FRACTIONS])
     for name in changes:
         if name not in known:
             raise ValueError(f"transformer has no setting {shortened(name)}; there are {', '.join(known)}.")
     for name in filter(changes.__contains__, known):
-        value, ratio = changes[name], name == "mlp_ratio"
-        if type(value) is not int and not (ratio and type(value) is float):
-            problem = "it must be a number" if ratio else "it must be a whole number"
-        elif not (problem := Limits(low=0 if ratio else 1, high=64 if ratio else MOST_WIDTH).problem(value)):
-            empty = ratio and int(_narrowest(network | changes) * value) == 0
+        value, is_fraction = changes[name], name in _FRACTIONS
+        if type(value) is not int and not (is_fraction and type(value) is float):
+            problem = "it must be a number" if is_fraction else "it must be a whole number"
+        elif not (problem := _FRACTIONS.get(name, Limits(low=1, high=MOST_WIDTH)).problem(value)):
+            empty = name == "mlp_ratio" and int(_narrowest(network | changes) * value) == 0
             problem = "it must leave the MLPs a width" * empty
         if problem:
             raise ValueError(f"transformer: {name} is {shortened(value)}; {problem}.")

@@ -27,7 +27,8 @@ class PlainDiTTransformer2DModel(PatchTransformer2DModel):
 
     Args:
         sample_size, patch_size, in_channels, out_channels, num_layers, num_attention_heads,
-            attention_head_dim, mlp_ratio, num_classes: as of `SDDiTTransformer2DModel`.
+            attention_head_dim, mlp_ratio, num_classes, timestep_scale, timestep_shift: as of
+            `SDDiTTransformer2DModel`.
     """
 
     @register_to_config
@@ -42,6 +43,8 @@ class PlainDiTTransformer2DModel(PatchTransformer2DModel):
         attention_head_dim: int = 72,
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
+        timestep_scale: float = 1.0,
+        timestep_shift: float = 0.0,
     ):
         super().__init__()
         dim = self._build_encoder(
@@ -74,7 +77,8 @@ class MaskDiTTransformer2DModel(PatchTransformer2DModel):
     Args:
         sample_size, patch_size, in_channels, out_channels, num_layers, num_attention_heads,
             attention_head_dim, mlp_ratio, num_decoder_layers, decoder_num_attention_heads,
-            decoder_attention_head_dim, num_classes: as of `SDDiTTransformer2DModel`.
+            decoder_attention_head_dim, num_classes, timestep_scale, timestep_shift: as of
+            `SDDiTTransformer2DModel`.
     """
 
     @register_to_config
@@ -92,6 +96,8 @@ class MaskDiTTransformer2DModel(PatchTransformer2DModel):
         decoder_num_attention_heads: int = 16,
         decoder_attention_head_dim: int = 32,
         num_classes: int = 1000,
+        timestep_scale: float = 1.0,
+        timestep_shift: float = 0.0,
     ):
         super().__init__()
         dim = self._build_encoder(
@@ -134,7 +140,7 @@ class MDTTransformer2DModel(PatchTransformer2DModel):
 
     Args:
         sample_size, patch_size, in_channels, out_channels, num_attention_heads, attention_head_dim,
-            mlp_ratio, num_classes: as of `SDDiTTransformer2DModel`.
+            mlp_ratio, num_classes, timestep_scale, timestep_shift: as of `SDDiTTransformer2DModel`.
         num_layers: blocks of encoder and decoder together.
         num_decoder_layers: those of them that are the decoder.
 
@@ -155,6 +161,8 @@ class MDTTransformer2DModel(PatchTransformer2DModel):
         mlp_ratio: float = 4.0,
         num_decoder_layers: int = 2,
         num_classes: int = 1000,
+        timestep_scale: float = 1.0,
+        timestep_shift: float = 0.0,
     ):
         super().__init__()
         dim = self._build_encoder(

@@ -2,7 +2,8 @@
 2).
 
 The model is EDM's raw network F (supplementary, Eq. 1): it takes the input scaled by c_in and the timestep
-c_noise. The scheduler turns its output into the denoised image D. This file imports only torch, diffusers and
+c_noise. The scheduler turns its output into the denoised image D. A flow's network is the same, of x_t and
+1000 t. This file imports only torch, diffusers and
 safetensors, so a plain copy of it beside the weights is enough to load them. Nobody mends such copies:
 private names of diffusers are imported where they are used.
 
@@ -343,9 +344,10 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixi
     def _condition(
         self, timestep: Tensor | float, class_labels: Tensor | None, hidden_states: Tensor
     ) -> Tensor:
-        """c = MLP(sinusoid(c_noise)) + label embedding, `[b, D]`; the sinusoid is always float32."""
+        """c = MLP(sinusoid(time)) + label embedding, `[b, D]`; time and sinusoid are always float32."""
         batch, device = hidden_states.shape[0], hidden_states.device
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=device).expand(batch)
+        timestep = self.config.timestep_scale * timestep + self.config.timestep_shift
         if class_labels is None:
             class_labels = torch.full((batch,), self.config.num_classes, device=device)
         sinusoid = self.time_proj(timestep).to(hidden_states.dtype)
@@ -367,6 +369,8 @@ class SDDiTTransformer2DModel(PatchTransformer2DModel):
         decoder_num_attention_heads, decoder_attention_head_dim: the same for the decoder, of width E.
         num_classes: classes; the embedding has one row more for the null class, whose index is `num_classes`.
             0 for a model without classes.
+        timestep_scale, timestep_shift: the time that is embedded is scale * timestep + shift. A flow's
+            timestep is 1000 t; SiT embeds 1 - t (-0.001 and 1), REPA t (0.001 and 0).
 
     Raises:
         ValueError: a number out of its range, a width that sine-cosine positions cannot have, or a size that
@@ -388,6 +392,8 @@ class SDDiTTransformer2DModel(PatchTransformer2DModel):
         decoder_num_attention_heads: int = 16,
         decoder_attention_head_dim: int = 32,
         num_classes: int = 1000,
+        timestep_scale: float = 1.0,
+        timestep_shift: float = 0.0,
     ):
         super().__init__()
         dim = self._build_encoder(
@@ -415,7 +421,8 @@ class SDDiTTransformer2DModel(PatchTransformer2DModel):
 
         Args:
             hidden_states: the sample scaled by c_in, `[b, in_channels, h, w]`.
-            timestep: c_noise = ln(sigma) / 4, one for all or one each, `[b]`; kept in float32.
+            timestep: what the scheduler gives, c_noise = ln(sigma) / 4 of EDM and 1000 t of a flow; one for
+                all or one each, `[b]`; kept in float32.
             class_labels: integers `[b]` in 0..num_classes, where num_classes is the null class; None: all
                 null.
             visible_ids: indices of the patches that the encoder sees, `[b, k]`, without repeats; None: all.
@@ -461,6 +468,8 @@ def check_config(config: dict) -> None:
         elif name in ("num_decoder_layers", "num_classes"):
             check_number(name, value, low=0, kind=Integral)
     check_number("mlp_ratio", config["mlp_ratio"], above=0)
+    for name in ("timestep_scale", "timestep_shift"):
+        check_number(name, config[name])
     for name, prefix in (("encoder", ""), ("decoder", "decoder_")):
         if prefix + "num_attention_heads" in config:
             width = config[prefix + "num_attention_heads"] * config[prefix + "attention_head_dim"]

@@ -204,6 +204,9 @@ class Objective(nn.Module):
     def identity(self) -> dict:
         """What a resumed run must have in common with the one that it goes on with."""
         network = {name: value for name, value in self.transformer.config.items() if not name.startswith("_")}
+        for name, neutral in (("timestep_scale", 1), ("timestep_shift", 0)):  # 0.1.0 did not have them
+            if network[name] == neutral:
+                del network[name]
         for auxiliary in self.auxiliaries.values():
             network |= auxiliary.identity()
         return network

@@ -60,6 +60,10 @@ def one_clear_line(error, *words):
         ("mlp_ratio", 0, "above 0"),
         ("mlp_ratio", NAN, "a finite number"),
         ("mlp_ratio", INF, "a finite number"),
+        ("timestep_scale", NAN, "a finite number"),
+        ("timestep_scale", "1", "a finite number"),
+        ("timestep_shift", -INF, "a finite number"),
+        ("timestep_shift", None, "a finite number"),
     ],
 )
 def test_networks(network, name, value, allowed):

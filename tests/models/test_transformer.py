@@ -4,7 +4,7 @@ import re
 import pytest
 import torch
 from accelerate import infer_auto_device_map
-from conftest import TINY, randomize
+from conftest import NETWORKS, TINY, randomize
 from diffusers.hooks import (
     FirstBlockCacheConfig,
     MagCacheConfig,
@@ -16,6 +16,7 @@ from diffusers.models.attention_dispatch import attention_backend
 from peft import LoraConfig
 
 from sddit_diffusers import SDDiTTransformer2DModel
+from sddit_diffusers.training.methods import METHODS
 
 VISIBLE = torch.tensor([[5, 0, 11, 7, 2], [14, 15, 1, 3, 8]])
 
@@ -153,6 +154,17 @@ def test_without_classes():
 def test_no_labels_are_null_labels(transformer, inputs):
     x, t, _ = inputs
     assert torch.equal(transformer(x, t).sample, transformer(x, t, torch.tensor([4, 4])).sample)
+
+
+@pytest.mark.parametrize("method", NETWORKS)
+def test_time_is_embedded_as_others_have_it(method, inputs):
+    kind, network = METHODS[method].transformer, NETWORKS[method]
+    settings = {"timestep_scale": -1e-3, "timestep_shift": 1.0}
+    plain, scaled = (randomize(kind(**network | changes)) for changes in ({}, settings))
+    x, _, labels = inputs
+    t = torch.tensor([0.25, 1.0])
+    expected = plain(x, 1 - t, labels).sample
+    torch.testing.assert_close(scaled(x, 1000 * t, labels).sample, expected, rtol=0, atol=1e-5)
 
 
 def test_starts_as_zero_with_every_block_an_identity():

@@ -8,7 +8,7 @@ from conftest import NETWORKS, TINY, Touch, randomize
 from diffusers import AutoencoderKL
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from their_networks import HEADS, originals, run
+from their_networks import HEADS, originals, projectors, run
 
 from sddit_diffusers import (
     EDMHeunScheduler,
@@ -163,6 +163,44 @@ def test_sources_that_are_no_sources_have_one_line(name, write, message, tmp_pat
     write(tmp_path / name)
     assert re.search(message, refusal(capsys, tmp_path / name, tmp_path / "out"))
     assert {path.name for path in tmp_path.iterdir()} <= {name}
+
+
+QK_NORM = {f"blocks.{i}.attn.{name}_norm.weight": torch.ones(8) for i in range(3) for name in "qk"}
+LEARNED = {"pos_embed": torch.randn(1, 16, 16)}
+MASKDIT = originals(decoder=12, out_channels=3)
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "message"),
+    [
+        (originals() | QK_NORM, ["sit"], "another network than SiT's: they differ in blocks.0.attn.k_norm"),
+        (originals(out_channels=3) | projectors() | QK_NORM, [""], "another network than REPA's: .*k_norm"),
+        (originals() | LEARNED, ["sit"], "another network than SiT's: they differ in pos_embed"),
+        (originals() | projectors(), [""], "not REPA's: they give twice the channels"),
+        (originals(out_channels=9), ["sit"], "differ in final_layer.linear.weight"),
+        ({name: w for name, w in originals().items() if "blocks.1" not in name}, ["sit"],
+         "differ in transformer_blocks.1"),
+        (originals(out_channels=3) | projectors(), ["dit"],
+         "origin is 'dit'; the weights are REPA's: they have projectors.0.0.weight"),
+        (originals(out_channels=3) | projectors(), ["sit"], "origin is 'sit'; the weights are REPA's"),
+        (MASKDIT, ["sit"], "origin is 'sit'; the weights are MaskDiT's: they have decoder_layer.linear"),
+        (originals(), ["sit", "--method", "maskdit"], "method is 'maskdit'; SiT's weights are for 'dit' or"),
+        (originals(), ["SiT"], "origin is 'SiT'; it must be 'dit', 'maskdit', 'sit' or 'repa'"),
+        (originals() | {"y_embedder.embedding_table.weight": torch.ones(5, 7)}, ["sit"],
+         r"labels' table is \(5, 7\); one side must be the width, 16"),
+        ({"conv.weight": torch.ones(1)}, ["sit"], "are of no DiT: x_embedder.proj.weight is missing"),
+    ],
+)  # fmt: skip
+def test_weights_that_are_not_of_their_origin_have_one_line(weights, options, message, tmp_path, capsys):
+    torch.save({"ema": weights}, tmp_path / "source.pt")
+    command = [tmp_path / "source.pt", tmp_path / "out", "--transformer", HEADS, "--origin", *options]
+    assert re.search(message, refusal(capsys, *command))
+    assert {path.name for path in tmp_path.iterdir()} == {"source.pt"}
+
+
+def test_transformers_of_this_package_have_no_other_origin(saved, tmp_path, capsys):
+    command = [tmp_path / "pipeline", tmp_path / "out", "--origin", "sit"]
+    assert "origin is 'sit'; the source is a transformer of this package" in refusal(capsys, *command)
 
 
 def test_positions_that_are_missing_must_be_told(tmp_path, capsys):
