@@ -28,10 +28,10 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, SchedulerMixin
 from diffusers.models.modeling_utils import ModelMixin
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .cli import Parser, check_options, one_line_errors, option, shortened
+from .cli import Parser, check_options, one_line, one_line_errors, option, shortened
 from .files import parse_json, remove, save_tensors
 from .models.originals import FLOWS, ORIGINS, origin_of, translate
 from .models.presets import read_changes
@@ -43,6 +43,7 @@ from .schedulers.scheduling_interpolant import InterpolantScheduler
 from .training.methods import METHODS
 
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+SCHEDULERS = {kind.__name__: kind for kind in (EDMHeunScheduler, InterpolantScheduler)}
 _METHODS = {method.transformer.__name__: name for name, method in METHODS.items()}
 
 
@@ -122,7 +123,22 @@ def _read_file(path: Path) -> Source:
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} must end in .safetensors, {', '.join(_PICKLES)}, or be a folder.")
     weights, config = read_single_file(path)
-    return _ours(weights, config) if config else Source(weights)
+    if not config:
+        return Source(weights)
+    source = _ours(weights, config)
+    source.scheduler = _read_scheduler(path)
+    return source
+
+
+def _read_scheduler(path: Path) -> SchedulerMixin | None:
+    """The scheduler whose config a single file has beside the transformer's; None without."""
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get("scheduler", "null")
+    try:
+        config = json.loads(text)
+        return config and SCHEDULERS[config["_class_name"]].from_config(config)
+    except Exception as error:  # whatever the settings of somebody's file make of a scheduler
+        raise ValueError(f"{path} has no scheduler of this package: {one_line(error)}") from None
 
 
 def _read_transformer(kind: str, name: str | Path, subfolder: str | None) -> Source:
@@ -269,13 +285,20 @@ def config_of(transformer: PatchTransformer2DModel) -> dict:
     return {name: value for name, value in config.items() if name != "_name_or_path"}
 
 
-def save_single_file(transformer: PatchTransformer2DModel, path: Path) -> None:
+def save_single_file(
+    transformer: PatchTransformer2DModel, path: Path, scheduler: SchedulerMixin | None = None
+) -> None:
     """Writes what `from_single_file` reads: the weights, with the config in the metadata.
+
+    The scheduler's config is beside it, for a conversion back into a pipeline.
 
     Raises:
         OSError: the disk is full, or cannot be written.
     """
-    save_tensors(path, transformer.state_dict(), format="pt", config=json.dumps(config_of(transformer)))
+    about = {"config": json.dumps(config_of(transformer))}
+    if type(scheduler).__name__ in SCHEDULERS:
+        about["scheduler"] = scheduler.to_json_string()
+    save_tensors(path, transformer.state_dict(), format="pt", **about)
 
 
 def save_pipeline(pipe: SDDiTPipeline, folder: Path) -> None:
@@ -318,7 +341,7 @@ def convert(name: str, output: Path, config: ConvertConfig) -> str:
     vae = load_vae(config.vae) if config.vae else source.vae
     scheduler = source.scheduler or scheduler_for(transformer)
     if single:
-        save_single_file(transformer, output)
+        save_single_file(transformer, output, scheduler)
     else:
         save_pipeline(SDDiTPipeline(transformer, scheduler, vae=vae, id2label=source.id2label), output)
     sizes = ", ".join(

@@ -1,5 +1,6 @@
 """The program that converts: single files, and what it refuses."""
 
+import json
 import re
 
 import pytest
@@ -12,6 +13,7 @@ from their_networks import HEADS, originals, projectors, run
 
 from sddit_diffusers import (
     EDMHeunScheduler,
+    InterpolantScheduler,
     MaskDiTTransformer2DModel,
     PlainDiTTransformer2DModel,
     SDDiTPipeline,
@@ -57,8 +59,31 @@ def test_a_single_file_is_the_pipeline_s_transformer_to_the_bit_and_back(saved, 
         assert str(tmp_path) not in str(file.metadata())
 
     run(tmp_path / "model.safetensors", tmp_path / "again")
-    again = SDDiTPipeline.from_pretrained(tmp_path / "again").transformer
-    assert all(weight.equal(loaded.state_dict()[name]) for name, weight in again.state_dict().items())
+    again = SDDiTPipeline.from_pretrained(tmp_path / "again")
+    assert again.scheduler.config.sigma_max == 70
+    again = again.transformer.state_dict()
+    assert all(weight.equal(loaded.state_dict()[name]) for name, weight in again.items())
+
+
+def test_a_single_file_knows_its_process(transformer, tmp_path, capsys):
+    SDDiTPipeline(transformer, InterpolantScheduler(path="gvp", prediction_type="epsilon")).save_pretrained(
+        tmp_path / "pipeline"
+    )
+    run(tmp_path / "pipeline", tmp_path / "model.safetensors")
+    assert "InterpolantScheduler(path='gvp', prediction_type='epsilon')" in capsys.readouterr().out
+    run(tmp_path / "model.safetensors", tmp_path / "again")
+    scheduler = SDDiTPipeline.from_pretrained(tmp_path / "again").scheduler
+    assert type(scheduler) is InterpolantScheduler and scheduler.config.prediction_type == "epsilon"
+    for config in (
+        '{"_class_name": "DDIMScheduler"}',
+        '{"_class_name": "InterpolantScheduler", "path": 1}',
+        "[",
+    ):
+        tensors = transformer.state_dict()
+        about = {"config": json.dumps(convert.config_of(transformer)), "scheduler": config}
+        save_file(tensors, tmp_path / "other.safetensors", metadata=about)
+        said = refusal(capsys, tmp_path / "other.safetensors", tmp_path / "none")
+        assert "has no scheduler of this package" in said
 
 
 def test_a_pipeline_s_other_parts_stay_with_it(pipe, tmp_path):
