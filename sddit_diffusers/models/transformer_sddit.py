@@ -3,9 +3,8 @@
 
 The model is EDM's raw network F (supplementary, Eq. 1): it takes the input scaled by c_in and the timestep
 c_noise. The scheduler turns its output into the denoised image D. A flow's network is the same, of x_t and
-1000 t. This file imports only torch, diffusers and
-safetensors, so a plain copy of it beside the weights is enough to load them. Nobody mends such copies:
-private names of diffusers are imported where they are used.
+1000 t. This file imports only torch, diffusers and safetensors, so a plain copy of it beside the weights is
+enough to load them. Nobody mends such copies: private names of diffusers are imported where they are used.
 
 Shapes: b batch, c channels, h x w pixels of the sample, n patches, k visible patches (k = n without a mask),
 D encoder width, E decoder width, p patch size. Token 0 of the encoder is [CLS].
