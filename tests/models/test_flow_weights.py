@@ -77,6 +77,17 @@ def test_velocity_is_theirs(origin, pipe, noise):
             torch.testing.assert_close(actual[i], expected, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_sit_s_outputs_need_not_be_doubled(noise, tmp_path):
+    weights = originals(out_channels=3)
+    save(weights, tmp_path / "a.pt")
+    run(tmp_path / "a.pt", tmp_path / "a.safetensors", "--origin", "sit", "--transformer", HEADS)
+    model = PlainDiTTransformer2DModel.from_single_file(tmp_path / "a.safetensors")
+    expected = -sit_velocity(weights, noise[0], torch.tensor(0.7), 2)
+    actual = model(noise[:1], 300.0, torch.tensor([2])).sample[0]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
 def test_samples_are_theirs(origin, pipe, noise):
     actual = euler(pipe, noise)
     sampler = {"sit": sit_euler, "repa": repa_euler}[origin]
