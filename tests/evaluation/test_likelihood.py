@@ -156,8 +156,7 @@ def test_it_is_that_of_dequantized_pictures_drawn_by_row():
     normal = torch.distributions.Normal(0.0, 2 * STD)
     for row, found in zip(rows.tolist(), bits, strict=True):
         uniform = torch.rand(1, 4, 4, generator=generator_for(0, 2, row)).double()
-        pixels = torch.full((1, 4, 4), row / 5 - 1, dtype=torch.float64)
-        x0 = pixels + (uniform - 0.5) * 2 / 255
+        x0 = row * 20 / 127.5 - 1 + (uniform - 0.5) * 2 / 255
         expected = -normal.log_prob(x0).mean() / math.log(2) + math.log2(255 / 2)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert evaluations > 7
