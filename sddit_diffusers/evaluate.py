@@ -70,13 +70,12 @@ class EvaluateConfig:
         10_000, "pictures that the probe uses at most; a fifth of them is held out", low=5
     )
     probe_sigmas: list[float] = options([0.002, 0.1, 0.3, 1.0, 3.0], "noise levels of the probe")
-
     likelihood: str = option(
-        "", "a pipeline of pixels, whose likelihood of the pictures of DATASET is told instead"
+        "", "a pipeline of pixels, whose likelihoods of the pictures of DATASET are told instead"
     )
-    likelihood_samples: int = option(1000, "pictures that it is told of at most", low=2)
-    unconditional: bool = option(False, "by the null class in place of the pictures' own")
-    rtol: float = option(RTOL, "relative tolerance of the solver, dopri5", low=1e-12, high=1)
+    likelihood_samples: int = option(1000, "pictures whose likelihood is told at most", low=2)
+    unconditional: bool = option(False, "likelihoods by the null class in place of the pictures' own")
+    rtol: float = option(RTOL, "relative tolerance of the likelihood's solver, dopri5", low=1e-12, high=1)
     atol: float = option(ATOL, "its absolute tolerance", low=1e-12, high=1)
 
     def __post_init__(self):
@@ -302,8 +301,8 @@ def run_likelihood(config: EvaluateConfig, dataset_name: str) -> None:
         ValueError: there is no such pipeline of pixels, or no such dataset.
     """
     pipe = load_pipeline(config.likelihood)
-    is_told = pipe.transformer.config.num_classes > 0 and not config.unconditional
-    label_column = (config.label_column or "label") if is_told else ""
+    by_class = pipe.transformer.config.num_classes > 0 and not config.unconditional
+    label_column = (config.label_column or "label") if by_class else ""
     dataset = labelled_pictures(pipe, dataset_name, config.image_column, label_column, config.split)
     pipe.transformer.requires_grad_(False)
     pipe.to(Accelerator().device)
@@ -312,13 +311,13 @@ def run_likelihood(config: EvaluateConfig, dataset_name: str) -> None:
     mean, error = bits.mean().item(), (bits.std() / len(bits) ** 0.5).item()
     print(
         f"\n{config.likelihood} on {len(bits):,} pictures of {dataset_name}, {dataset.levels} levels, "
-        f"{'given their classes' if is_told else 'unconditional'}: {mean:.3f} \u00b1 {error:.3f} bits a "
+        f"{'given their classes' if by_class else 'unconditional'}: {mean:.3f} \u00b1 {error:.3f} bits a "
         f"dimension (standard error), in {evaluations:.0f} evaluations"
     )
     if config.output:
         record = {
             "pipeline": config.likelihood, "dataset": dataset_name, "pictures": len(bits),
-            "levels": dataset.levels, "conditional": is_told, "bits_per_dim": mean, "standard_error": error,
+            "levels": dataset.levels, "conditional": by_class, "bits_per_dim": mean, "standard_error": error,
             "evaluations": evaluations, "noise": "signs", **tolerances, "batch_size": config.batch_size,
         }  # fmt: skip
         with written_aside(Path(config.output), "w") as file:

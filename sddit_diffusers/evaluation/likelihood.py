@@ -1,4 +1,4 @@
-"""Likelihoods in bits a dimension, by the probability-flow ODE (Song et al. 2021, App. D.2).
+"""Likelihoods in bits a dimension, by the probability-flow ODE (Song et al. 2021, App. D).
 
 The ODE takes a picture at the lowest time to noise at the highest, and
 ln p(x0) = ln N(x_T; 0, sigma_T^2) + the integral of the velocity's divergence over time. The divergence is

@@ -102,6 +102,23 @@ def test_the_solver_is_exact_both_ways_and_stays_within():
     assert min(asked) == 0.5 and max(asked) == 4.0
 
 
+def test_steps_end_where_the_derivative_jumps():
+    """x' = 1 before 0.3 and -1 after."""
+    asked = []
+
+    def derivative(t, x):
+        asked.append(t.item())
+        return torch.where(t < 0.3, 1.0, -1.0) * torch.ones_like(x)
+
+    counts = []
+    for jumps in ([0.3], []):
+        asked.clear()
+        found = dopri5(derivative, torch.zeros(2, dtype=torch.float64), 0.0, 1.0, 1e-9, 1e-9, jumps)
+        torch.testing.assert_close(found, torch.full_like(found, -0.4), rtol=0, atol=1e-6)
+        counts.append(len(asked))
+    assert counts[0] < counts[1] / 2
+
+
 def test_the_last_step_is_to_the_data_where_the_scheduler_ends_there():
     images = {}
     for final in ("zero", "sigma_min"):
