@@ -134,10 +134,15 @@ def dopri5(
     """
     device = (state if isinstance(state, Tensor) else state[0]).device
     times = torch.tensor([start, end], dtype=torch.float64, device=device)
+    low, high = sorted((start, end))
+
+    def within(t, state):  # the first try of a step may be too long
+        return derivative(t.clamp(low, high), state)
+
     # Without a step that ends there the last one goes beyond, where a noise level may be negative.
     options = {"step_t": times[1:], "jump_t": times.new_tensor(jumps)}
     try:
-        found = _odeint()(derivative, state, times, rtol=rtol, atol=atol, method="dopri5", options=options)
+        found = _odeint()(within, state, times, rtol=rtol, atol=atol, method="dopri5", options=options)
     except AssertionError:  # a step below the resolution of time
         raise FloatingPointError(
             f"dopri5 finds no step that keeps to rtol {rtol:g} and atol {atol:g}; take larger ones."
