@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "sddit_diffusers/__init__.py").read_text()).group(1)
 GRADIO = "gradio>=6.31"
+TORCHDIFFEQ = "torchdiffeq>=0.2.3"  # dopri5
 
 setup(
     name="sddit-diffusers",
@@ -37,6 +38,7 @@ setup(
     ],
     extras_require={
         "app": [GRADIO],
+        "ode": [TORCHDIFFEQ],
         "deepspeed": ["deepspeed>=0.19.8"],  # the oldest whose gradients were seen right
         # playwright drives a Chromium that is there; it brings none.
         "test": [
@@ -50,6 +52,7 @@ setup(
             "onnxruntime",
             "ruff",
             GRADIO,
+            TORCHDIFFEQ,
             "playwright>=1.65",
         ],
     },

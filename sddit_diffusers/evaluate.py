@@ -1,8 +1,9 @@
-"""Scores images as ADM's evaluator does, or probes what an encoder has learnt.
+"""Scores images as ADM's evaluator does, probes what an encoder has learnt, or tells likelihoods.
 
     python -m sddit_diffusers.evaluate SAMPLES REFERENCE
     python -m sddit_diffusers.evaluate IMAGES --save_stats FILE.npz
     python -m sddit_diffusers.evaluate --probe PIPELINE DATASET
+    python -m sddit_diffusers.evaluate --likelihood PIPELINE DATASET
 
 SAMPLES and REFERENCE are folders of pictures, `.npz` files with images, what `generate` left, or datasets; a
 REFERENCE may also be ADM's reference batch, or statistics of EDM (`.npz`) or EDM2 (`.pkl`). Inception's
@@ -28,12 +29,14 @@ from .evaluation.extractors import DinoExtractor, Extractor, InceptionExtractor
 from .evaluation.features import Features, default_cache, features_of_set
 from .evaluation.image_sets import open_images
 from .evaluation.judge import Reference, build_extractor, open_reference, score
+from .evaluation.likelihood import likelihoods
 from .evaluation.probe import labelled_pictures, probe
 from .evaluation.scores import inception_score
 from .evaluation.statistics import save_statistics
 from .files import read_json, sha256_of, written_aside
 from .launching import check_machine
 from .pipelines.loading import load_pipeline
+from .pipelines.ode import ATOL, RTOL
 
 
 @dataclass
@@ -67,9 +70,18 @@ class EvaluateConfig:
         10_000, "pictures that the probe uses at most; a fifth of them is held out", low=5
     )
     probe_sigmas: list[float] = options([0.002, 0.1, 0.3, 1.0, 3.0], "noise levels of the probe")
+    likelihood: str = option(
+        "", "a pipeline of pixels, whose likelihoods of the pictures of DATASET are told instead"
+    )
+    likelihood_samples: int = option(1000, "pictures whose likelihood is told at most", low=2)
+    unconditional: bool = option(False, "likelihoods by the null class in place of the pictures' own")
+    rtol: float = option(RTOL, "relative tolerance of the likelihood's solver, dopri5", low=1e-12, high=1)
+    atol: float = option(ATOL, "its absolute tolerance", low=1e-12, high=1)
 
     def __post_init__(self):
         check_options(self)
+        if self.probe and self.likelihood:
+            raise ValueError("probe and likelihood were both given; one at a time.")
         if self.fd_dinov2 and self.metrics and "fd_dinov2" not in self.metrics:
             self.metrics = [*self.metrics, "fd_dinov2"]
         self.fd_dinov2 = self.fd_dinov2 or "fd_dinov2" in self.metrics
@@ -282,9 +294,39 @@ def run_probe(config: EvaluateConfig, dataset_name: str) -> None:
             file.write(json.dumps(record, indent=1) + "\n")
 
 
+def run_likelihood(config: EvaluateConfig, dataset_name: str) -> None:
+    """Prints and saves a pipeline's likelihood of pictures.
+
+    Raises:
+        ValueError: there is no such pipeline of pixels, or no such dataset.
+    """
+    pipe = load_pipeline(config.likelihood)
+    by_class = pipe.transformer.config.num_classes > 0 and not config.unconditional
+    label_column = (config.label_column or "label") if by_class else ""
+    dataset = labelled_pictures(pipe, dataset_name, config.image_column, label_column, config.split)
+    pipe.transformer.requires_grad_(False)
+    pipe.to(Accelerator().device)
+    tolerances = {"rtol": config.rtol, "atol": config.atol}
+    bits, evaluations = likelihoods(pipe, dataset, config.likelihood_samples, config.batch_size, **tolerances)
+    mean, error = bits.mean().item(), (bits.std() / len(bits) ** 0.5).item()
+    print(
+        f"\n{config.likelihood} on {len(bits):,} pictures of {dataset_name}, {dataset.levels} levels, "
+        f"{'given their classes' if by_class else 'unconditional'}: {mean:.3f} \u00b1 {error:.3f} bits a "
+        f"dimension (standard error), in {evaluations:.0f} evaluations"
+    )
+    if config.output:
+        record = {
+            "pipeline": config.likelihood, "dataset": dataset_name, "pictures": len(bits),
+            "levels": dataset.levels, "conditional": by_class, "bits_per_dim": mean, "standard_error": error,
+            "evaluations": evaluations, "noise": "signs", **tolerances, "batch_size": config.batch_size,
+        }  # fmt: skip
+        with written_aside(Path(config.output), "w") as file:
+            file.write(json.dumps(record, indent=1) + "\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(EvaluateConfig, prog="evaluate", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("samples", nargs="?", help="images; with --probe a labelled dataset")
+    parser.add_argument("samples", nargs="?", help="images; with --probe or --likelihood a dataset")
     parser.add_argument("reference", nargs="?", help="images or statistics that they are scored against")
     with one_line_errors("evaluate"):
         try:
@@ -297,6 +339,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(str(error))
         if config.probe:
             run_probe(config, samples)
+        elif config.likelihood:
+            run_likelihood(config, samples)
         else:
             Evaluation(config, samples, reference).run()
 

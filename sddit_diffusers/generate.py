@@ -6,8 +6,9 @@ Image i has a seed of its own, `seed` + i, from which its noise and, where label
 follow, as in EDM. So the images do not depend on the batch size or the number of processes, and the image of
 a seed is `pipe(label, generator=torch.Generator().manual_seed(seed))`. On a CPU that is so to the byte, for
 widths that are multiples of 16, as all presets'; on a GPU other kernels may round a few values to the next
-byte. Every batch is kept as it is done; a run that was stopped goes on with those that are missing, and ends
-with the files of one that was not.
+byte. With `--solver dopri5` the images of a batch share their steps, so that the batch size decides too.
+Every batch is kept as it is done; a run that was stopped goes on with those that are missing, and ends with
+the files of one that was not.
 """
 
 import dataclasses
@@ -28,16 +29,19 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from PIL import Image
 
-from .cli import Parser, check_options, differences, json_object, one_line_errors, option, options
+from .cli import Parser, check_options, differences, json_object, one_line_errors, option, options, shortened
 from .data.generated import ARRAYS, BATCHES, RECORD, Batches
 from .files import LOCK, locked, read_json, remove, sha256_of, written_aside
 from .launching import check_machine, on_main_process, progress_bar
 from .pipelines.loading import DTYPES, load_pipeline, scheduler_of, settings_of, sha256_of_weights
+from .pipelines.ode import ATOL, RTOL, Dopri5Sampler
 from .pipelines.pipeline_sddit import SDDiTPipeline, default_steps
 from .pipelines.sampling import UINT8_RULE, check_interval, class_of, image_size, sample
 
 _MOST_SEED = 2**63 - 1
 _STEPS = "num_inference_steps"
+_CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise")
+_SOLVER = ("solver", "rtol", "atol", "batch_size")
 
 
 @dataclass
@@ -71,6 +75,9 @@ class GenerateConfig:
         "", "one of diffusers' that takes the place of the pipeline's: an EDM scheduler, a flow scheduler"
     )
     scheduler_options: str = option("{}", "JSON of the scheduler's settings that differ from the pipeline's")
+    solver: str = option("", "'dopri5' solves the ODE in steps of its own choice", choices=("", "dopri5"))
+    rtol: float = option(RTOL, "its relative tolerance", low=1e-12, high=1)
+    atol: float = option(ATOL, "its absolute tolerance", low=1e-12, high=1)
     dtype: str = option(
         "float32", "of the transformer: 'float32', 'bfloat16' or 'float16'", choices=tuple(DTYPES)
     )
@@ -89,16 +96,23 @@ class GenerateConfig:
         check_interval(self.guidance_interval)
         if self.s_tmin > self.s_tmax:
             raise ValueError(f"s_tmin is {self.s_tmin}; it must be at most s_tmax, {self.s_tmax}.")
+        for name in (_STEPS, "s_churn", "scheduler", "scheduler_options") if self.solver else ():
+            if (value := getattr(self, name)) != getattr(type(self), name):  # the default
+                raise ValueError(
+                    f"{name} is {shortened(value)}; {self.solver} takes no {name}, for it chooses its steps "
+                    "itself, on the ODE of the pipeline's own scheduler."
+                )
 
     @property
     def churn(self) -> dict[str, float]:
         """The arguments of the stochastic sampler; none where it is off."""
-        names = ("s_churn", "s_tmin", "s_tmax", "s_noise") if self.s_churn else ()
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (_CHURN if self.s_churn else ())}
 
     def decisive(self) -> dict:
-        """The settings that decide the images, except for the model's weights; of churn, if it is on."""
-        others = ("model", "output_dir", "batch_size", "s_churn", "s_tmin", "s_tmax", "s_noise")
+        """The settings that decide the images, except for the model's weights; of churn and of a solver, if
+        there is any.
+        """
+        others = ("model", "output_dir", *_CHURN, *(() if self.solver else _SOLVER))
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
         settings |= {name: str(value) for name, value in self.churn.items()}  # JSON has no inf
         settings["guidance_interval"] = [str(sigma) for sigma in self.guidance_interval]
@@ -115,7 +129,16 @@ class Generation:
         self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
         check_machine(self.accelerator)
         self.pipe = pipe = self._load()
-        self.num_inference_steps = config.num_inference_steps or default_steps(pipe.scheduler)
+        self.sampling = {
+            "guidance_scale": config.guidance_scale,
+            "guidance_interval": tuple(config.guidance_interval),
+        }
+        if config.solver:
+            self.sampler, self.num_inference_steps = Dopri5Sampler(pipe, config.rtol, config.atol), None
+        else:
+            self.sampler = pipe
+            self.num_inference_steps = config.num_inference_steps or default_steps(pipe.scheduler)
+            self.sampling |= {_STEPS: self.num_inference_steps} | config.churn
         labels = config.class_labels
         self.labels = [class_of(pipe, labels, config.seed, i) for i in range(config.num_samples)]
         side, vae = image_size(pipe), pipe.vae
@@ -216,15 +239,11 @@ class Generation:
             self.accelerator, "generating", unit="image", total=total, initial=max(0, done)
         ) as progress:
             for batch in mine:
-                images = sample(
-                    self.pipe,
-                    [config.seed + i for i in batch],
-                    [self.labels[i] for i in batch],
-                    num_inference_steps=self.num_inference_steps,
-                    guidance_scale=config.guidance_scale,
-                    guidance_interval=tuple(config.guidance_interval),
-                    **config.churn,
-                )
+                seeds, labels = [config.seed + i for i in batch], [self.labels[i] for i in batch]
+                images = sample(self.sampler, seeds, labels, **self.sampling)
+                if config.solver:
+                    with written_aside(self.batches_dir / f"{batch.start}.evaluations", "w") as file:
+                        file.write(str(self.sampler.evaluations))
                 self.batches.save(batch, images)
                 progress.update(len(batch))
         self.accelerator.wait_for_everyone()
@@ -268,6 +287,7 @@ class Generation:
             "seeds": [self.config.seed, self.config.seed + self.config.num_samples - 1],
             "uint8": UINT8_RULE,
             "files_sha256": files,
+            **self._evaluations(),
             "made_with": {
                 "device": self._device_name(),
                 "processes": self.accelerator.num_processes,
@@ -277,6 +297,11 @@ class Generation:
         }
         with written_aside(self.output_dir / RECORD, "w") as file:
             file.write(json.dumps(record, indent=1) + "\n")
+
+    def _evaluations(self) -> dict[str, float]:
+        """The mean number of evaluations of a batch, where the solver chose it."""
+        found = [int(path.read_text()) for path in self.batches_dir.glob("*.evaluations")]
+        return {"evaluations": sum(found) / len(found)} if found else {}
 
     def _device_name(self) -> str:
         device = self.accelerator.device

@@ -47,6 +47,7 @@ class ImageDataset(Dataset):
     Attributes:
         num_classes: 0 without labels.
         id2label: names of the classes by number, None where there are none.
+        levels: values that a pixel can have, evenly spaced in -1..1.
         source: what the pictures are called.
         vae: what made latents of them: nothing did.
 
@@ -70,6 +71,7 @@ class ImageDataset(Dataset):
         self.num_workers = num_workers
         self.name = self.source = name
         self.mode, self.size = _MODES[channels], size
+        self.levels = 17 if name == "digits" and size == 8 else 256
         rows = _load(name, split)
         if len(rows) == 0:
             raise ValueError(f"{name} is empty.")

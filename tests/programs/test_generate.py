@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from processes import launch
 from sddit_diffusers import SDDiTPipeline, SDDiTTransformer2DModel, files, generate
 from sddit_diffusers.evaluation.image_sets import open_images
 from sddit_diffusers.pipelines.loading import sha256_of_weights
+from sddit_diffusers.pipelines.ode import Dopri5Sampler
 from sddit_diffusers.pipelines.sampling import class_of
 from sddit_diffusers.seeds import generator_for
 
@@ -30,6 +32,13 @@ def model(pipe, tmp_path):
 
 def run(model, folder, *options):
     options = ["--model", model, "--output_dir", folder, "--num_inference_steps", 3, *options]
+    generate.main([str(option) for option in options])
+    return folder
+
+
+def run_solver(model, folder, *options):
+    """As [`run`], without a number of steps."""
+    options = ["--model", model, "--output_dir", folder, *options]
     generate.main([str(option) for option in options])
     return folder
 
@@ -217,8 +226,8 @@ def test_two_generations_in_one_folder(model, tmp_path, capsys, monkeypatch):
     ]  # fmt: skip
 
 
-def stopped_after_two_batches(model, folder, *options):
-    """A generation that was killed when images 0 to 7 were made, four at a time."""
+def stopped_after_two_batches(model, folder, *options, run=run):
+    """A generation that was killed when two batches were made, by default images 0 to 7."""
     made = []
 
     def killed(*arguments, **keywords):
@@ -322,6 +331,56 @@ def test_churn_changes_the_images(model, tmp_path):
         folder = run(model, tmp_path / name, "--num_samples", 20, *options)
         images[name] = np.load(folder / "samples.npz")["arr_0"].tobytes()
     assert images["on"] == images["7"] != images["off"]
+
+
+def test_dopri5_makes_the_images_of_the_odes_solver(model, tmp_path):
+    """The batch's size decides too, and the evaluations of all batches are told, those before a stop too."""
+    options = ["--num_samples", 12, "--batch_size", 5, "--solver", "dopri5", "--rtol", 0.1]
+    folder = run_solver(model, tmp_path / "whole", *options)
+    record = json.loads((folder / "generation.json").read_text())
+    images = np.load(folder / "samples.npz")["arr_0"]
+    sampler, evaluations = Dopri5Sampler(SDDiTPipeline.from_pretrained(model), rtol=0.1), []
+    for i in (0, 5, 10):
+        seeds = range(i, min(i + 5, 12))
+        labels = [class_of(sampler.pipe, ["random"], 0, seed) for seed in seeds]
+        assert (sample(sampler, seeds, labels) == images[i : i + 5]).all()
+        evaluations.append(sampler.evaluations)
+    assert record["evaluations"] == sum(evaluations) / 3 > 7
+    settings = record["settings"]
+    assert (settings["solver"], settings["rtol"], settings["atol"]) == ("dopri5", 0.1, 1e-6)
+    assert settings["batch_size"] == 5 and settings["num_inference_steps"] is None
+
+    batches = stopped_after_two_batches(model, tmp_path / "stopped", *options[2:], run=run_solver)
+    (batches / "0.evaluations").write_text(str(evaluations[0] + 3))
+    assert content(run_solver(model, tmp_path / "stopped", *options)) == content(folder)
+    resumed = json.loads((tmp_path / "stopped/generation.json").read_text())
+    assert resumed == record | {"evaluations": record["evaluations"] + 1}
+
+
+def test_without_a_solver_its_settings_are_not_recorded(model, tmp_path):
+    record = json.loads((run(model, tmp_path / "out", "--num_samples", 1) / "generation.json").read_text())
+    assert not {"solver", "rtol", "atol", "batch_size"} & set(record["settings"])
+    assert "evaluations" not in record
+
+
+def test_what_dopri5_does_not_take(model, tmp_path, capsys, monkeypatch):
+    dopri5 = ["--num_samples", 2, "--solver", "dopri5"]
+    for options, message in (
+        (["--num_inference_steps", 3], "num_inference_steps is 3; dopri5 takes no num_inference_steps"),
+        (["--s_churn", 40], "s_churn is 40.0; dopri5 takes no s_churn"),
+        (["--scheduler", "EDMEulerScheduler"], "dopri5 takes no scheduler,"),
+        (["--scheduler_options", '{"rho": 5}'], "dopri5 takes no scheduler_options"),
+        (["--rtol", 0], "rtol is 0.0; it must be in"),
+        (["--solver", "rk4"], "solver is 'rk4'; it must be 'dopri5'"),
+    ):
+        with refusal(capsys, message, untouched=tmp_path):
+            run_solver(model, tmp_path / "out", *dopri5, *options)
+    run_solver(model, tmp_path / "out", *dopri5, "--batch_size", 2)
+    with refusal(capsys, "holds other images (batch_size: 2 there, 1 here)", untouched=tmp_path):
+        run_solver(model, tmp_path / "out", *dopri5, "--batch_size", 1)
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    with refusal(capsys, "dopri5 needs torchdiffeq: pip install", untouched=tmp_path):
+        run_solver(model, tmp_path / "other", *dopri5)
 
 
 def test_folders_with_letters_of_patterns(model, tmp_path):
