@@ -82,6 +82,9 @@ class EvaluateConfig:
         check_options(self)
         if self.probe and self.likelihood:
             raise ValueError("probe and likelihood were both given; one at a time.")
+        for name in () if self.likelihood else ("unconditional", "rtol", "atol"):
+            if (value := getattr(self, name)) != getattr(type(self), name):
+                raise ValueError(f"{name} is {value}; it is an option of --likelihood, which is not chosen.")
         if self.fd_dinov2 and self.metrics and "fd_dinov2" not in self.metrics:
             self.metrics = [*self.metrics, "fd_dinov2"]
         self.fd_dinov2 = self.fd_dinov2 or "fd_dinov2" in self.metrics

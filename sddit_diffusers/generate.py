@@ -96,6 +96,11 @@ class GenerateConfig:
         check_interval(self.guidance_interval)
         if self.s_tmin > self.s_tmax:
             raise ValueError(f"s_tmin is {self.s_tmin}; it must be at most s_tmax, {self.s_tmax}.")
+        for name in () if self.solver else ("rtol", "atol"):
+            if (value := getattr(self, name)) != getattr(type(self), name):
+                raise ValueError(
+                    f"{name} is {value}; it is a tolerance of --solver dopri5, which is not chosen."
+                )
         for name in (_STEPS, "s_churn", "scheduler", "scheduler_options") if self.solver else ():
             if (value := getattr(self, name)) != getattr(type(self), name):  # the default
                 raise ValueError(

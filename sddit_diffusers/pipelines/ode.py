@@ -75,9 +75,7 @@ class VelocityField:
         self.labels = torch.as_tensor(labels, device=pipe.device)
         self.guidance_scale = guidance_scale
         self.interval = low, high = self.scheduler.interval
-        self._guided = [
-            self.scheduler.time_of(ratio) if ratio < math.inf else math.inf for ratio in guidance_interval
-        ]
+        self._guided = [self.scheduler.time_of(ratio) for ratio in guidance_interval]
         self.jumps = [t for t in dict.fromkeys(self._guided) if guidance_scale != 1 and low < t < high]
         self.evaluations = 0
 

@@ -1,5 +1,6 @@
 """What a configuration asks for: the network, its objective and the weights to begin with."""
 
+import json
 from pathlib import Path
 
 from ..models.attention_cpu import use_cpu_attention
@@ -13,6 +14,8 @@ from .methods import METHODS
 from .objective import Objective
 from .options import TrainingConfig
 from .processes import PROCESSES
+
+TIMES = {"timestep_scale": 1.0, "timestep_shift": 0.0}  # settings of networks that weights do not tell
 
 
 def build_process(config: TrainingConfig) -> Process:
@@ -64,10 +67,15 @@ def load_weights(transformer: PatchTransformer2DModel, name: str) -> None:
         state = load_state(choose_checkpoint(Path(name).parent, name), "objective")["objective"]
         prefix = "transformer."
         weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    elif name.endswith(".safetensors"):
-        weights = type(transformer).from_single_file(name).state_dict()
     else:
-        weights = load_pipeline(name).transformer.state_dict()
+        is_file = name.endswith(".safetensors")
+        theirs = type(transformer).from_single_file(name) if is_file else load_pipeline(name).transformer
+        weights = theirs.state_dict()
+        times = {key: theirs.config.get(key, usual) for key, usual in TIMES.items()}
+        if times != {key: transformer.config[key] for key in TIMES}:
+            raise ValueError(
+                f"The weights of {name} embed another time: train with --transformer '{json.dumps(times)}'."
+            )
     fresh = transformer.state_dict()
     if (
         "label_embed.weight" in weights

@@ -127,7 +127,7 @@ CHANGED = {
 
 # Read where they are used, or of no influence on what is learnt.
 READ = {
-    "preset", "process", "image_column",
+    "preset", "process", "prediction", "time_distribution", "loss_weighting", "image_column",
     "vae", "mixed_precision", "gradient_checkpointing", "compile", "allow_tf32",
     "mask_ratio_schedule", "mae_weight", "evaluation_steps", "evaluation_samples", "evaluation_reference",
     "evaluation_extractor", "validation_steps", "num_validation_images", "checkpointing_steps",
