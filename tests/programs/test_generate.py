@@ -375,6 +375,8 @@ def test_what_dopri5_does_not_take(model, tmp_path, capsys, monkeypatch):
     ):
         with refusal(capsys, message, untouched=tmp_path):
             run_solver(model, tmp_path / "out", *dopri5, *options)
+    with refusal(capsys, "rtol is 0.1; it is a tolerance of --solver dopri5", untouched=tmp_path):
+        run_solver(model, tmp_path / "out", "--num_samples", 2, "--rtol", 0.1)
     run_solver(model, tmp_path / "out", *dopri5, "--batch_size", 2)
     with refusal(capsys, "holds other images (batch_size: 2 there, 1 here)", untouched=tmp_path):
         run_solver(model, tmp_path / "out", *dopri5, "--batch_size", 1)

@@ -263,6 +263,18 @@ def test_weights_of_another_network_are_refused(tmp_path):
         make_trainer(tmp_path / "b", *options("dit", "--pretrained_model_name_or_path", tmp_path / "none"))
 
 
+def test_weights_that_embed_another_time_are_refused(tmp_path):
+    network = SMALL_NETWORKS["dit"] | {"timestep_scale": 1e-3}
+    train(tmp_path / "a", "--method", "dit", "--transformer", json.dumps(network), "--max_train_steps", 1)
+    begin = ["--pretrained_model_name_or_path", tmp_path / "a"]
+    asked = (
+        r"embed another time: train with --transformer '{\"timestep_scale\": 0.001, \"timestep_shift\": 0.0}'"
+    )
+    with pytest.raises(ValueError, match=asked):
+        make_trainer(tmp_path / "b", *options("dit", *begin))
+    make_trainer(tmp_path / "b", "--method", "dit", "--transformer", json.dumps(network), *begin)
+
+
 def test_weights_are_loaded_for_other_classes(tmp_path):
     train(tmp_path / "a", "--transformer", json.dumps(NETWORK), "--max_train_steps", 1)
     begin = ["--pretrained_model_name_or_path", tmp_path / "a", "--label_column", ""]
