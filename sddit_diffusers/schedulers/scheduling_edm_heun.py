@@ -69,9 +69,18 @@ class EDMProcess:
         """The lowest and the highest time of sampling."""
         return self.config.sigma_min, self.config.sigma_max
 
+    def solve(self, model_output: Tensor, sample: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
+        """The data D and the noise (x - D) / sigma that the output stands for, both `[b, c, h, w]`."""
+        denoised = self.precondition_outputs(sample, model_output, t)
+        return denoised, (sample - denoised) / t
+
     def velocity(self, model_output: Tensor, sample: Tensor, t: float | Tensor) -> Tensor:
-        """dx / dsigma of the probability-flow ODE, `[b, c, h, w]`."""
-        return (sample - self.precondition_outputs(sample, model_output, t)) / t
+        """dx / dsigma of the probability-flow ODE, which is the noise, `[b, c, h, w]`."""
+        return self.solve(model_output, sample, t)[1]
+
+    def moved(self, sample: Tensor, x0: Tensor, noise: Tensor, t: Tensor, end: Tensor) -> Tensor:
+        """The sample at another time, as far as the noise stays what it is: Euler's step."""
+        return sample + (end - t) * noise
 
     # Preconditioning (EDM, Table 1, last column; supplementary, Eq. 1)
 
@@ -98,7 +107,8 @@ class EDMHeunScheduler(EDMProcess, SchedulerMixin, ConfigMixin):
     correction.
 
     `timesteps` and `sigmas` list the 2N - 1 evaluations in their order: sigma_0, then sigma_1 .. sigma_{N-1}
-    twice each, and a last sigma of the end point that is not evaluated. `step` takes them one at a time.
+    twice each, and a last sigma of the end point that is not evaluated. `step` takes them one at a time. With
+    the solver "euler" there is no correction, and N evaluations.
 
     Args:
         sigma_min, sigma_max: the ends of the schedule, 0.002 and 80; in 1e-6..1e6.
@@ -109,7 +119,8 @@ class EDMHeunScheduler(EDMProcess, SchedulerMixin, ConfigMixin):
         rho: curvature of the "karras" schedule, 7; in 0.1..1000.
         final_sigmas_type: the end point, "zero" or "sigma_min".
         p_mean, p_std: of training's noise levels, ln(sigma) ~ N(p_mean, p_std^2) (supplementary, Eq. 2).
-        num_inference_steps: Heun steps of a pipeline that is not told how many.
+        num_inference_steps: steps of a pipeline that is not told how many.
+        solver: "heun" or "euler".
 
     Raises:
         ValueError: an unknown `sigma_schedule`, `prediction_type` or `final_sigmas_type`, a number out of its
@@ -132,9 +143,11 @@ class EDMHeunScheduler(EDMProcess, SchedulerMixin, ConfigMixin):
         p_mean: float = -1.2,
         p_std: float = 1.2,
         num_inference_steps: int = 40,
+        solver: str = "heun",
     ):
         check_config(self.config)
         check_steps("num_train_timesteps", num_train_timesteps)
+        self.order = 1 + (solver == "heun")
         self.set_timesteps(num_inference_steps)
 
     # The schedule
@@ -155,12 +168,12 @@ class EDMHeunScheduler(EDMProcess, SchedulerMixin, ConfigMixin):
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begins at another evaluation, one that opens a Heun step: an even index.
+        """Begins at another evaluation, one that opens a step: with Heun's method an even index.
 
         Raises:
             ValueError: `begin_index` is the second half of a step, or past the end.
         """
-        if begin_index not in range(0, len(self.timesteps), 2):
+        if begin_index not in range(0, len(self.timesteps), self.order):
             raise ValueError(
                 f"begin_index is {begin_index!r:.80}; a Heun step begins at the even indices below "
                 f"{len(self.timesteps)}."
@@ -177,7 +190,7 @@ class EDMHeunScheduler(EDMProcess, SchedulerMixin, ConfigMixin):
         """Lays out the evaluations of a run.
 
         Args:
-            num_inference_steps: Heun steps N; the network is evaluated 2N - 1 times.
+            num_inference_steps: steps N; Heun's evaluate the network 2N - 1 times.
             device: where `timesteps` live; `sigmas` stay on the CPU, so that reading them never waits for a
                 GPU.
             sigmas: the N noise levels themselves, decreasing and positive, in place of the configured
@@ -200,7 +213,7 @@ class EDMHeunScheduler(EDMProcess, SchedulerMixin, ConfigMixin):
             raise ValueError(f"sigmas must be finite, decrease and stay above 0; got {given!r:.200}.")
         self.num_inference_steps = len(sigmas)
         final = sigmas[-1:] if self.config.final_sigmas_type == "sigma_min" else sigmas.new_zeros(1)
-        evaluated = torch.cat([sigmas[:1], sigmas[1:].repeat_interleave(2)])  # 2N - 1
+        evaluated = torch.cat([sigmas[:1], sigmas[1:].repeat_interleave(self.order)])  # 2N - 1, or N
         self.sigmas = torch.cat([evaluated, final])
         self.timesteps = self.precondition_noise(evaluated).to(device=device, dtype=torch.float32)
         self._begin_index = None
@@ -265,7 +278,8 @@ class EDMHeunScheduler(EDMProcess, SchedulerMixin, ConfigMixin):
         first_half = self._interval is None
         if first_half:
             prev_sample = sample + (sigma_next - sigma) * slope  # line 8
-            completed = self.step_index + 1 == len(self.timesteps)  # the last step is Euler's alone
+            # The last step is Euler's alone.
+            completed = self.order == 1 or self.step_index + 1 == len(self.timesteps)
             if not completed:
                 self._interval = (sample, slope, sigma_next - sigma)
         else:
@@ -310,6 +324,7 @@ def check_config(config: Mapping) -> None:
         ("sigma_schedule", ("karras", "exponential")),
         ("prediction_type", ("epsilon", "v_prediction")),
         ("final_sigmas_type", ("zero", "sigma_min")),
+        ("solver", ("heun", "euler")),
     ):
         if config[name] not in allowed:
             raise ValueError(

@@ -197,7 +197,7 @@ class InterpolantProcess:
         t = (timestep.to(sample.device) / self.config.num_train_timesteps).view(-1, *[1] * (sample.ndim - 1))
         return self.noised(sample, noise, t)
 
-    def _moved(self, sample: Tensor, x0: Tensor, noise: Tensor, t: Tensor, end: Tensor) -> Tensor:
+    def moved(self, sample: Tensor, x0: Tensor, noise: Tensor, t: Tensor, end: Tensor) -> Tensor:
         """The sample at another time, as far as x0 and eps stay what they are."""
         path = self.path
         return sample + (path.alpha(end) - path.alpha(t)) * x0 + (path.sigma(end) - path.sigma(t)) * noise
@@ -458,14 +458,14 @@ class InterpolantScheduler(InterpolantSDE, SchedulerMixin, ConfigMixin):
             prev_sample = self._last_step(sample, x0, noise, t)
         elif self.order == 2 and self._first_half is None and not is_last:
             self._first_half = sample, x0, noise, t
-            prev_sample = self._moved(sample, x0, noise, t, self._downs[place])
+            prev_sample = self.moved(sample, x0, noise, t, self._downs[place])
         else:
             start, d0, d1, begin = sample, x0, noise, t
             if self._first_half is not None:
                 start, d0, d1, begin = self._first_half
                 d0, d1 = (d0 + x0) / 2, (d1 + noise) / 2
                 self._first_half = None
-            prev_sample = self._moved(start, d0, d1, begin, self._downs[place])
+            prev_sample = self.moved(start, d0, d1, begin, self._downs[place])
             if self.config.diffusion != "none" and not is_last:
                 z = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=dtype)
                 step = self._downs[place], self._ends[place], self._decays[place]
