@@ -158,6 +158,11 @@ class EDMHeunScheduler(EDMProcess, SchedulerMixin, ConfigMixin):
         return self.sigmas[self.begin_index or 0].item()
 
     @property
+    def times(self) -> Tensor:
+        """Noise levels of the evaluations."""
+        return self.sigmas[:-1]
+
+    @property
     def step_index(self) -> int:
         """The evaluation that comes next, an index into `timesteps`."""
         return self._step_index

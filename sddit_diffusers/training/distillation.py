@@ -137,7 +137,7 @@ class SelfDistillation(Objective):
 
 
 class ImplicitSelfDistillation(SelfDistillation):
-    """iSSD (Algorithm 2): with some of what its layers made of x_s, the student is to say the teacher's of x_t.
+    """iSSD (Algorithm 2): of x_t, and with what its layers made of x_s, the student says what the teacher does.
 
     Each block's own contribution, its output less its input, is mixed with that of the pass over x_s, which
     has no gradient (Eq. 6). # Paper silent: the place of the mix; the running stream itself, mixed block by

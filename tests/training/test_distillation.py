@@ -1,0 +1,184 @@
+"""Self-distillation: the losses against the seed's algorithms, written out image by image."""
+
+import pytest
+import torch
+from conftest import NETWORKS, randomize
+
+from sddit_diffusers import EDMHeunScheduler, InterpolantScheduler
+from sddit_diffusers.models.transformer_sddit import SDDiTBlock
+from sddit_diffusers.training.distillation import ImplicitSelfDistillation, SelfDistillation
+from sddit_diffusers.training.methods import METHODS
+
+PROCESSES = {
+    "edm": lambda: EDMHeunScheduler(solver="euler", num_inference_steps=5, sigma_min=0.02, sigma_max=10.0),
+    "linear": lambda: InterpolantScheduler(solver="euler", num_inference_steps=5),
+    "gvp": lambda: InterpolantScheduler(path="gvp", num_inference_steps=5),
+    "vp noise": lambda: InterpolantScheduler(path="vp", prediction_type="epsilon", num_inference_steps=5),
+}
+
+
+def make(kind=SelfDistillation, method="sddit", process="linear", **arguments):
+    student = randomize(METHODS[method].transformer(**NETWORKS[method])).double()
+    objective = kind(student, PROCESSES[process](), **{"mix": 0.3} | arguments)
+    randomize(objective.teacher, seed=1)
+    return objective
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(3, 3, 8, 8, generator=generator, dtype=torch.float64), torch.tensor([0, 3, 1])
+
+
+def draw(objective):
+    draws = objective.draw((3, 3, 8, 8), torch.Generator().manual_seed(0))
+    wide = lambda tensor: tensor.double() if tensor.is_floating_point() else tensor  # noqa: E731
+    step = draws.auxiliaries["step"]
+    return draws._replace(
+        t=wide(draws.t), noise=wide(draws.noise), auxiliaries={"step": type(step)(*map(wide, step))}
+    )
+
+
+def velocity(process, network, x, t, label, scale=None):
+    """dx/dt of one image, by the definitions of the processes."""
+
+    def once(label):
+        if isinstance(process, EDMHeunScheduler):
+            f = network(x[None] / (t**2 + 0.25) ** 0.5, t.log() / 4, torch.tensor([label])).sample[0]
+            denoised = 0.25 / (t**2 + 0.25) * x + 0.5 * t / (t**2 + 0.25) ** 0.5 * f
+            return (x - denoised) / t
+        output = network(x[None], 1000 * t, torch.tensor([label])).sample[0]
+        if process.config.prediction_type == "epsilon":
+            alpha, sigma, d_alpha, d_sigma = process.path.at(t)
+            output = d_alpha * (x - sigma * output) / alpha + d_sigma * output
+        return output
+
+    return once(label) if scale is None else once(4) + scale * (once(label) - once(4))
+
+
+def euler(process, x, v, s, t):
+    """From s to t, as far as data and noise stay what they are."""
+    if isinstance(process, EDMHeunScheduler):
+        return x + (t - s) * v
+    alpha, sigma, d_alpha, d_sigma = process.path.at(s)
+    x0, noise = torch.linalg.solve(
+        torch.stack([alpha, sigma, d_alpha, d_sigma]).view(2, 2), torch.stack([x, v]).flatten(1)
+    ).view(2, *x.shape)
+    return process.path.alpha(t) * x0 + process.path.sigma(t) * noise
+
+
+@pytest.mark.parametrize("guidance", [None, "of the step", "learnt"])
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("method", METHODS)
+def test_ssd_is_algorithm_1(method, process, guidance, batch):
+    arguments = {} if guidance is None else {"guidance_scales": (1.5, 3.0)}
+    objective = make(method=method, process=process, distil_guidance=guidance == "learnt", **arguments)
+    process, teacher, (x0, labels), draws = objective.scheduler, objective.teacher, batch, draw(objective)
+    losses = []
+    with torch.no_grad():
+        for i in range(3):
+            s, t = draws.t[i].flatten()[0], draws.auxiliaries["step"].t[i].flatten()[0]
+            w = draws.auxiliaries["step"].guidance_scale[i].item() if guidance else None
+            label = 4 if draws.label_dropped[i] else labels[i].item()
+            x_s = process.noised(x0[i], draws.noise[i], s)
+            v_s, guided = (velocity(process, teacher, x_s, s, label, scale) for scale in (None, w))
+            x_t = euler(process, x_s, guided, s, t)
+            learnt = w if guidance == "learnt" else None
+            v_t = velocity(process, teacher, x_t, t, label, learnt)
+            target = 0.7 * (guided if guidance == "learnt" else v_s) + 0.3 * v_t
+            losses.append((velocity(process, objective.transformer, x_s, s, label) - target).square().mean())
+    actual = objective(x0, labels, draws)["loss"]
+    torch.testing.assert_close(actual.double(), torch.stack(losses).mean(), rtol=2e-4, atol=0)
+    assert draws.label_dropped.any() or objective.label_dropout < 0.5
+
+
+@pytest.mark.parametrize("process", ["edm", "linear"])
+@pytest.mark.parametrize("method", METHODS)
+def test_issd_is_algorithm_2(method, process, batch):
+    objective = make(ImplicitSelfDistillation, method=method, process=process)
+    process, student, (x0, labels), draws = objective.scheduler, objective.transformer, batch, draw(objective)
+    blocks = [module for module in student.modules() if isinstance(module, SDDiTBlock)]
+    forwards = {block: block.forward for block in blocks}
+    losses, added = [], {}
+
+    def first(block):
+        def forward(h, temb):
+            added[block] = forwards[block](h, temb) - h
+            return h + added[block]
+
+        return forward
+
+    def second(block):
+        return lambda h, temb: h + 0.7 * (forwards[block](h, temb) - h) + 0.3 * added[block]
+
+    with torch.no_grad():
+        for i in range(3):
+            s, t = draws.t[i].flatten()[0], draws.auxiliaries["step"].t[i].flatten()[0]
+            label = 4 if draws.label_dropped[i] else labels[i].item()
+            x_s = process.noised(x0[i], draws.noise[i], s)
+            x_t = euler(process, x_s, velocity(process, objective.teacher, x_s, s, label), s, t)
+            found = []
+            for kind, (x, time) in ((first, (x_s, s)), (second, (x_t, t))):
+                for block in blocks:
+                    block.forward = kind(block)
+                found.append(velocity(process, student, x, time, label))
+            for block in blocks:
+                block.forward = forwards[block]
+            target = velocity(process, objective.teacher, x_t, t, label)
+            losses.append((found[1] - target).square().mean())
+    actual = objective(x0, labels, draws)["loss"]
+    torch.testing.assert_close(actual.double(), torch.stack(losses).mean(), rtol=2e-4, atol=0)
+
+
+def test_without_a_mix_the_start_is_no_loss(batch):
+    """The target is the teacher's own output, and the fused pass the plain one."""
+    for kind in (SelfDistillation, ImplicitSelfDistillation):
+        objective = make(kind, mix=0.0)
+        objective.teacher.load_state_dict(objective.transformer.state_dict())
+        assert objective(*batch, draw(objective))["loss"] < 1e-10
+        objective = make(kind, mix=0.3)
+        objective.teacher.load_state_dict(objective.transformer.state_dict())
+        assert objective(*batch, draw(objective))["loss"] > 1e-6
+
+
+def test_only_the_student_learns_and_the_kept_layers_give_no_gradient(batch):
+    objective = make(ImplicitSelfDistillation, mix=1.0)  # all that a block adds is kept
+    objective(*batch, draw(objective))["loss"].backward()
+    assert all(weight.grad is None for weight in objective.teacher.parameters())
+    inside = objective.transformer.transformer_blocks[1].ff[0].weight
+    assert inside.grad is None or not inside.grad.any()
+    assert objective.transformer.decoder.proj_out.weight.grad.any()
+
+
+def test_steps_are_the_samplers():
+    objective = make(process="linear")
+    draws = objective.draw((400, 3, 8, 8), torch.Generator().manual_seed(0))
+    pairs = {
+        (round(s.item(), 4), round(t.item(), 4))
+        for s, t in zip(draws.t, draws.auxiliaries["step"].t, strict=True)
+    }
+    assert pairs == {(1.0, 0.8), (0.8, 0.6), (0.6, 0.4), (0.4, 0.2)}
+
+
+def test_the_teacher_stays_or_follows(batch):
+    for momentum in (1.0, 0.9):
+        objective = make(teacher_momentum=momentum)
+        before = objective.teacher.cls_token.clone()
+        objective.after_step()
+        student = objective.transformer.cls_token
+        torch.testing.assert_close(objective.teacher.cls_token, momentum * before + (1 - momentum) * student)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"mix": 1.5}, "mix is 1.5"), ({"mix": float("nan")}, "mix is nan"), ({"teacher_momentum": -1}, "-1")],
+)
+def test_bad_input_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(**arguments)
+
+
+def test_one_step_is_too_few():
+    student = METHODS["dit"].transformer(**NETWORKS["dit"])
+    with pytest.raises(ValueError, match="num_inference_steps is 1; self-distillation needs at least 2"):
+        SelfDistillation(student, InterpolantScheduler(num_inference_steps=1), mix=0.3)
