@@ -369,9 +369,11 @@ class SDDiTPipeline(DiffusionPipeline):
         if churn == _NO_CHURN:
             return {}
         if "s_churn" not in inspect.signature(self.scheduler.step).parameters:
+            is_interpolant = "path" in self.scheduler.config
+            instead = "sample with a diffusion in its config" if is_interpolant else "take EDMHeunScheduler"
             raise ValueError(
                 f"{type(self.scheduler).__name__} has no churn; leave out s_churn, s_tmin, s_tmax and "
-                "s_noise, or take EDMHeunScheduler."
+                f"s_noise, or {instead}."
             )
         return churn
 
