@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from sddit_diffusers.cli import one_line_errors
-from sddit_diffusers.training.building import build_objective, build_process
+from sddit_diffusers.training.building import build_objective
 from sddit_diffusers.training.memory import memory_lines
 from sddit_diffusers.training.objective import Objective
 from sddit_diffusers.training.options import CHECKPOINTING, TrainingConfig, parse
@@ -23,11 +23,11 @@ def dry_run(config: TrainingConfig) -> None:
     """Prints the memory that a step takes."""
     accelerator = Accelerator(mixed_precision=config.mixed_precision or None)
     device, dtype = accelerator.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}
-    network, process = config.network(), build_process(config)
+    network = config.network()
 
     def build(checkpointing: str) -> Objective:
         changed = dataclasses.replace(config, gradient_checkpointing=checkpointing)
-        return build_objective(changed, network, process, device)
+        return build_objective(changed, network, device)
 
     accelerator.print(
         f"{config.preset}, {network['sample_size']} x {network['sample_size']}, "

@@ -23,8 +23,8 @@ def build_process(config: TrainingConfig) -> Process:
     return PROCESSES[config.process].build(config)
 
 
-def build_objective(config: TrainingConfig, network: dict, process: Process, device: str) -> Objective:
-    """The configured method's network and what trains it, on a kind of device.
+def build_objective(config: TrainingConfig, network: dict, device: str) -> Objective:
+    """The configured method's network and what trains it on the configured process, on a kind of device.
 
     Args:
         network: its arguments.
@@ -43,7 +43,7 @@ def build_objective(config: TrainingConfig, network: dict, process: Process, dev
     auxiliaries = {name: AUXILIARIES[name].build(transformer, config) for name in config.auxiliaries}
     objective = method.objective(
         transformer,
-        process,
+        build_process(config),
         {name: auxiliary for name, auxiliary in auxiliaries.items() if auxiliary is not None},
         mask_ratio=config.mask_ratio,
         mask_ratio_schedule=config.mask_ratio_schedule,

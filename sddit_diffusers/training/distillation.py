@@ -137,7 +137,7 @@ class SelfDistillation(Objective):
 
 
 class ImplicitSelfDistillation(SelfDistillation):
-    """iSSD (Algorithm 2): the student, helped by what its layers made of x_s, says of x_t what the teacher does.
+    """iSSD (Algorithm 2): helped by its layers' work on x_s, the student says of x_t what the teacher does.
 
     Each block's own contribution, its output less its input, is mixed with that of the pass over x_s, which
     has no gradient (Eq. 6). # Paper silent: the place of the mix; the running stream itself, mixed block by

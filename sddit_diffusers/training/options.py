@@ -260,6 +260,39 @@ class OutputOptions:
             )
 
 
+@dataclass
+class RunConfig(DataOptions, OptimizerOptions, EvaluationOptions, OutputOptions):
+    """The settings of a run of any stage; a stage adds its own, and what they say of the model."""
+
+    @property
+    def title(self) -> str:
+        """What is trained, for people."""
+        raise NotImplementedError
+
+    @property
+    def trial_steps(self) -> int:
+        """Steps of the sampler, while a run is not at its end."""
+        return TRIAL_STEPS
+
+    def network(self) -> dict:
+        """The arguments of the network, but for num_classes, which is the dataset's."""
+        raise NotImplementedError
+
+    def identity(self) -> dict:
+        """What a resumed run must have in common with the one that it goes on with, of these settings."""
+        raise NotImplementedError
+
+    def own(self) -> list[str]:
+        """Names of the settings that a model card tells, beside the optimizer's."""
+        raise NotImplementedError
+
+    def save(self, path: Path) -> None:
+        """Writes the resolved settings as a file that `--config` reads."""
+        with written_aside(path, "w") as file:
+            settings = dataclasses.asdict(self) | {"overwrite_output_dir": False}  # once is enough
+            file.write(json.dumps(settings, indent=2) + "\n")
+
+
 GROUPS = [
     DataOptions,
     NetworkOptions,

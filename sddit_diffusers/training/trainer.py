@@ -23,12 +23,12 @@ from ..data.pictures import ImageDataset
 from ..data.shards import find_latents
 from ..launching import check_machine, main_first, on_main_process
 from ..seeds import generator_for
-from .building import build_objective, build_process
+from .building import build_objective
 from .checkpointing import find_checkpoints
 from .engines import check_engine, prepare, whole
 from .metrics import MetricsLog
-from .objective import Draws
-from .options import TrainingConfig
+from .objective import Draws, Objective
+from .options import RunConfig
 from .output import Records, alone_in, prepare_folder
 from .publishing import open_repo
 from .results import Results, open_vae
@@ -37,17 +37,24 @@ from .state import RunState
 from .step import Step, train_step
 
 T = TypeVar("T")
+Builder = Callable[[RunConfig, dict, str], Objective]
 
 
 class Trainer:
     """A run.
 
+    Args:
+        config: of the stage that is trained.
+        build: makes the objective of the configuration, the network's arguments and the kind of device.
+
     Raises:
         ValueError: the settings are wrong, or an earlier run's model or checkpoints are in the way.
     """
 
-    def __init__(self, config: TrainingConfig, accelerator: Accelerator | None = None):
-        self.config = config
+    def __init__(
+        self, config: RunConfig, accelerator: Accelerator | None = None, build: Builder | None = None
+    ):
+        self.config, self.builder = config, build or build_objective
         self.output_dir = Path(config.output_dir)
         self.accelerator = accelerator or open_accelerator(config)
         on_main_process(lambda: prepare_folder(self.output_dir, config), self.accelerator)
@@ -77,10 +84,7 @@ class Trainer:
         """Makes the network of these arguments, what trains it, and the averages."""
         config, device = self.config, self.accelerator.device.type
         set_seed(config.seed)
-        process = build_process(config)
-        self.objective = main_first(
-            lambda: build_objective(config, network, process, device), self.accelerator
-        )
+        self.objective = main_first(lambda: self.builder(config, network, device), self.accelerator)
         if config.compile:
             self.objective.compile_blocks()
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
@@ -119,8 +123,9 @@ class Trainer:
         log = on_main_process(
             lambda: self.records.begin(self.config, self.sampler.start_step), self.accelerator
         )
-        settings = dataclasses.asdict(self.config) | {"auxiliary": " ".join(self.config.auxiliary)}
-        self.accelerator.init_trackers("sddit", config=settings)
+        settings = dataclasses.asdict(self.config)
+        flat = {name: " ".join(map(str, value)) for name, value in settings.items() if isinstance(value, list)}
+        self.accelerator.init_trackers("sddit", config=settings | flat)
         self.describe()
         try:
             with self.signals.caught():
@@ -239,7 +244,7 @@ class Trainer:
         """Says what is about to be trained."""
         count = sum(parameter.numel() for parameter in self.objective.parameters() if parameter.requires_grad)
         self.accelerator.print(
-            f"{self.config.method} {self.config.preset}: {count / 1e6:.1f}M trained parameters, "
+            f"{self.config.title}: {count / 1e6:.1f}M trained parameters, "
             f"{len(self.dataset)} {self.dataset.kind} "
             f"of {self.dataset.num_classes} classes, "
             f"global batch {self.sampler.global_batch}, "
@@ -260,7 +265,7 @@ class Trainer:
             tracker.finish()
 
 
-def open_dataset(config: TrainingConfig, network: dict) -> ImageDataset | LatentDataset:
+def open_dataset(config: RunConfig, network: dict) -> ImageDataset | LatentDataset:
     """Latents where the name is that of a folder of latents, pictures otherwise.
 
     Raises:
@@ -283,7 +288,7 @@ def open_dataset(config: TrainingConfig, network: dict) -> ImageDataset | Latent
     return dataset
 
 
-def open_accelerator(config: TrainingConfig) -> Accelerator:
+def open_accelerator(config: RunConfig) -> Accelerator:
     """What joins the processes.
 
     Raises:
@@ -310,8 +315,8 @@ def open_accelerator(config: TrainingConfig) -> Accelerator:
 
 
 @contextmanager
-def training(config: TrainingConfig) -> Iterator[Trainer]:
-    """A trainer, in whose output folder no other run may write.
+def training(config: RunConfig, build: Builder | None = None) -> Iterator[Trainer]:
+    """A trainer, in whose output folder no other run may write; the arguments are the trainer's.
 
     Raises:
         ValueError: the settings are wrong, or another run has the folder.
@@ -320,4 +325,4 @@ def training(config: TrainingConfig) -> Iterator[Trainer]:
     accelerator, folder = open_accelerator(config), Path(config.output_dir)
     with ExitStack() as held:
         on_main_process(lambda: held.enter_context(alone_in(folder)), accelerator)
-        yield Trainer(config, accelerator)
+        yield Trainer(config, accelerator, build)
