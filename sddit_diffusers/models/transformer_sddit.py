@@ -29,6 +29,9 @@ from diffusers.utils import BaseOutput
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+# A network's settings that leave the timestep as it is. Weights do not tell them, and 0.1.0 had none.
+PLAIN_TIME = {"timestep_scale": 1.0, "timestep_shift": 0.0}
+
 
 @dataclass
 class SDDiTTransformer2DOutput(BaseOutput):

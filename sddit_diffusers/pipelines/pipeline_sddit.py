@@ -351,12 +351,9 @@ class SDDiTPipeline(DiffusionPipeline):
         if sigmas is None:
             self.scheduler.set_timesteps(num_inference_steps, device=device)
         else:
-            name, parameters = (
-                type(self.scheduler).__name__,
-                inspect.signature(self.scheduler.set_timesteps).parameters,
-            )
+            name = type(self.scheduler).__name__
             is_ramp = name.startswith("EDM") and name != "EDMHeunScheduler"  # of diffusers' EDM schedulers
-            if is_ramp or "sigmas" not in parameters:
+            if is_ramp or "sigmas" not in inspect.signature(self.scheduler.set_timesteps).parameters:
                 raise ValueError(f"{name} takes no sigmas; EDMHeunScheduler and InterpolantScheduler do.")
             self.scheduler.set_timesteps(sigmas=sigmas, device=device)
         self.scheduler.set_begin_index(0)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from ..models.attention_cpu import use_cpu_attention
-from ..models.transformer_sddit import PatchTransformer2DModel, differing_names
+from ..models.transformer_sddit import PLAIN_TIME, PatchTransformer2DModel, differing_names
 from ..pipelines.loading import load_pipeline
 from .auxiliaries import AUXILIARIES
 from .auxiliary import Process
@@ -14,8 +14,6 @@ from .methods import METHODS
 from .objective import Objective
 from .options import TrainingConfig
 from .processes import PROCESSES
-
-TIMES = {"timestep_scale": 1.0, "timestep_shift": 0.0}  # settings of networks that weights do not tell
 
 
 def build_process(config: TrainingConfig) -> Process:
@@ -71,8 +69,8 @@ def load_weights(transformer: PatchTransformer2DModel, name: str) -> None:
         is_file = name.endswith(".safetensors")
         theirs = type(transformer).from_single_file(name) if is_file else load_pipeline(name).transformer
         weights = theirs.state_dict()
-        times = {key: theirs.config.get(key, usual) for key, usual in TIMES.items()}
-        if times != {key: transformer.config[key] for key in TIMES}:
+        times = {key: theirs.config.get(key, usual) for key, usual in PLAIN_TIME.items()}
+        if times != {key: transformer.config[key] for key in PLAIN_TIME}:
             raise ValueError(
                 f"The weights of {name} embed another time: train with --transformer '{json.dumps(times)}'."
             )

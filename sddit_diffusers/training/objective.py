@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.order import Batch
-from ..models.transformer_sddit import PatchTransformer2DModel, SDDiTBlock, check_number
+from ..models.transformer_sddit import PLAIN_TIME, PatchTransformer2DModel, SDDiTBlock, check_number
 from .auxiliary import AuxiliaryLoss, Process, View, network_inputs
 from .discrimination import Discrimination
 
@@ -204,8 +204,8 @@ class Objective(nn.Module):
     def identity(self) -> dict:
         """What a resumed run must have in common with the one that it goes on with."""
         network = {name: value for name, value in self.transformer.config.items() if not name.startswith("_")}
-        for name, neutral in (("timestep_scale", 1), ("timestep_shift", 0)):  # 0.1.0 did not have them
-            if network[name] == neutral:
+        for name, plain in PLAIN_TIME.items():
+            if network.get(name) == plain:
                 del network[name]
         for auxiliary in self.auxiliaries.values():
             network |= auxiliary.identity()

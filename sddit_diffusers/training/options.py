@@ -393,6 +393,8 @@ def _read_options(path: str) -> dict:
             raise ValueError(
                 f"config {path}: {name} is {shortened(value)}; it must be of type {types[name].__name__}."
             )
+        elif isinstance(value, list) and not all(isinstance(item, str) for item in value):
+            raise ValueError(f"config {path}: {name} is {shortened(value)}; it must be a list of texts.")
     return options
 
 

@@ -126,6 +126,7 @@ def test_a_file_that_holds_no_options_is_named(tmp_path, content, capsys):
         ({"sead": 1}, "unknown option sead; nearest are seed"),
         ({"seed": "1"}, "seed is '1'; it must be of type int"),
         ({"compile": 1}, "compile is 1; it must be of type bool"),
+        ({"auxiliary": [[]]}, "auxiliary is [[]]; it must be a list of texts"),
     ],
 )
 def test_mistakes_in_a_file_name_it(tmp_path, options, message, capsys):
