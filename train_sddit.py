@@ -13,9 +13,10 @@ from accelerate import Accelerator
 
 from sddit_diffusers.cli import one_line_errors
 from sddit_diffusers.training.building import build_objective
+from sddit_diffusers.training.configuration import CHECKPOINTING
 from sddit_diffusers.training.memory import memory_lines
 from sddit_diffusers.training.objective import Objective
-from sddit_diffusers.training.options import CHECKPOINTING, TrainingConfig, parse
+from sddit_diffusers.training.options import TrainingConfig, parse
 from sddit_diffusers.training.trainer import training
 
 

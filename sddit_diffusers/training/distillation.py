@@ -8,15 +8,14 @@ Shapes: b batch, c channels, h x w pixels of the sample.
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..data.order import Batch
-from ..models.transformer_sddit import PatchTransformer2DModel, SDDiTBlock, check_number
+from ..models.transformer_sddit import check_number
 from .auxiliary import Process, View, network_inputs
 from .objective import Draws, Objective
 
@@ -36,35 +35,43 @@ class SelfDistillation(Objective):
 
     Args:
         transformer: the student, which begins as the teacher.
-        scheduler: the process and, by its steps, the sampler for which it is trained.
-        mix: lambda, in 0..1.
-        guidance_scales: the range from which the guidance of the step from x_s to x_t is drawn; 1 is off.
+        scheduler: the process and, by its steps and solver, the sampler for which it is trained.
+        fusion_weight: lambda, in 0..1.
+        guidance_scales: the range from which the guidance of the step from x_s to x_t is drawn; (1, 1) is
+            off.
         distil_guidance: whether the student learns the guided prediction itself.
+        apart: whether the prediction without a label is learnt beside that with it in each step (A.2); no
+            label is dropped then.
         teacher_momentum: of the teacher's averages; 1 keeps it as it was.
         label_dropout: as of [`Objective`].
 
     Raises:
-        ValueError: a number out of its range, or fewer than two steps of the sampler.
+        ValueError: a number out of its range, fewer than two steps of the sampler, or `apart`
+            without classes.
     """
 
     def __init__(
         self,
-        transformer: PatchTransformer2DModel,
+        transformer: nn.Module,
         scheduler: Process,
         *,
-        mix: float,
+        fusion_weight: float,
         guidance_scales: tuple[float, float] = (1.0, 1.0),
         distil_guidance: bool = False,
+        apart: bool = False,
         teacher_momentum: float = 1.0,
         label_dropout: float = 0.1,
     ):
-        check_number("mix", mix, low=0, high=1)
+        check_number("fusion_weight", fusion_weight, low=0, high=1)
         check_number("teacher_momentum", teacher_momentum, low=0, high=1)
-        super().__init__(transformer, scheduler, label_dropout=label_dropout)
+        if apart and not transformer.config.num_classes:
+            raise ValueError("The model has no classes, so there is nothing to learn apart from them.")
+        super().__init__(transformer, scheduler, label_dropout=0.0 if apart else label_dropout)
+        self._no_split_modules = [*transformer._no_split_modules]
         self.times = scheduler.times[:: scheduler.order]  # at which the sampler's steps begin
         if len(self.times) < 2:
             raise ValueError(f"num_inference_steps is {len(self.times)}; self-distillation needs at least 2.")
-        self.mix, self.guidance_scales = mix, guidance_scales
+        self.fusion_weight, self.guidance_scales, self.apart = fusion_weight, guidance_scales, apart
         self.distil_guidance, self.teacher_momentum = distil_guidance, teacher_momentum
         self.teacher = copy.deepcopy(transformer).requires_grad_(False).eval()
 
@@ -76,55 +83,82 @@ class SelfDistillation(Objective):
         draws = super().draw(shape, generator, device)
         options = dict(generator=generator, device=device)
         place = (torch.rand(len(draws.t), **options) * (len(self.times) - 1)).long().cpu()
-        s, t = (self.times[i].to(draws.t).view(-1, 1, 1, 1) for i in (place, place + 1))
+        s, t = (self.times[i].to(draws.noise).view(-1, 1, 1, 1) for i in (place, place + 1))
         low, high = self.guidance_scales
         scale = low + (high - low) * torch.rand(len(draws.t), 1, 1, 1, **options)
-        return draws._replace(t=s, auxiliaries={"step": StepDraws(t, scale)})
+        return draws._replace(t=s, visible_ids=None, auxiliaries={"step": StepDraws(t, scale)})
 
     def denoise(self, batch: Batch, draws: Draws) -> tuple[dict[str, Tensor], View]:
         """The loss of the student's prediction, and what auxiliary losses would see."""
-        s, (t, scale) = draws.t, draws.auxiliaries["step"]
+        s, (t, scale), labels = draws.t, draws.auxiliaries["step"], batch.labels
         x_s = self.scheduler.noised(batch.x0, draws.noise, s)
         with torch.no_grad():
-            v_s, x_t = self.step(x_s, batch.labels, s, t, scale)
-            v_t = self.predict(self.teacher, x_t, t, batch.labels, scale)
-            target = v_s + self.mix * (v_t - v_s)
-        output = self.evaluate(x_s, s, batch.labels, None)
-        loss = (self.scheduler.velocity(output.sample.float(), x_s, s) - target).square().mean()
-        return self.told(loss), self.view(batch, draws, output.encoder_hidden_states)
+            at_s, x_t = self.step(x_s, labels, s, t, scale)
+            at_t = self.predict(self.teacher, x_t, t, labels, scale)
+            target = at_s + self.fusion_weight * (at_t - at_s)
+        output = self.evaluate(*self.doubled(x_s, s, labels), None)
+        return self.loss(output, x_s, s, target), self.view(batch, draws, output.encoder_hidden_states)
+
+    def loss(self, output, x: Tensor, t: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """The mean squared difference of dx/dt from the target."""
+        (x, t, _) = self.doubled(x, t, None)
+        loss = (self.scheduler.velocity(output.sample.float(), x, t) - target).square().mean()
+        return {"loss": loss, "loss_generative": loss}
+
+    def doubled(self, x: Tensor, t: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A batch as the student sees it: twice, without labels the second time, where both are learnt."""
+        if not self.apart:
+            return x, t, labels
+        return x.repeat(2, 1, 1, 1), t.repeat(2, 1, 1, 1), None if labels is None else self.both(labels)
+
+    def both(self, labels: Tensor) -> Tensor:
+        """The labels, and the null class as many times."""
+        return torch.cat([labels, torch.full_like(labels, self.transformer.config.num_classes)])
 
     def step(
         self, x_s: Tensor, labels: Tensor | None, s: Tensor, t: Tensor, scale: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The teacher's prediction at s, and the sample at t to which one step of Euler's leads."""
-        output = self._output(self.teacher, x_s, s, labels)
-        guided = self._guided(self.teacher, output, x_s, s, labels, scale)
-        x_t = self.scheduler.moved(x_s, *self.scheduler.solve(guided, x_s, s), s, t)
-        learnt = guided if self.distil_guidance else output
-        return self.scheduler.velocity(learnt, x_s, s), x_t
+        """What is learnt of the teacher at s, and the sample at t to which one step of the solver leads."""
+        process = self.scheduler
+        at_s, guided = self.outputs(self.teacher, x_s, s, labels, scale, stepping=True)
+        x0, noise = process.solve(guided, x_s, s)
+        x_t = process.moved(x_s, x0, noise, s, t)
+        if process.order == 2:
+            guided = self.outputs(self.teacher, x_t, t, labels, scale, stepping=True)[1]
+            x0_t, noise_t = process.solve(guided, x_t, t)
+            x_t = process.moved(x_s, (x0 + x0_t) / 2, (noise + noise_t) / 2, s, t)
+        return self.velocity(at_s, x_s, s), x_t
 
     def predict(
         self, network: nn.Module, x: Tensor, t: Tensor, labels: Tensor | None, scale: Tensor
     ) -> Tensor:
-        """dx/dt as a network has it, guided where guidance is learnt; `[b, c, h, w]`."""
-        output = self._output(network, x, t, labels)
+        """dx/dt as a network has it, of what is learnt: `[b, c, h, w]`, or `[2 b, c, h, w]` apart."""
+        return self.velocity(self.outputs(network, x, t, labels, scale)[0], x, t)
+
+    def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """dx/dt of outputs for a batch, or for a batch twice."""
+        times = len(output) // len(x)
+        return self.scheduler.velocity(output, x.repeat(times, 1, 1, 1), t.repeat(times, 1, 1, 1))
+
+    def outputs(
+        self, network: nn.Module, x: Tensor, t: Tensor, labels: Tensor | None, scale: Tensor,
+        stepping: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """A network's output that is learnt, and the one by which the sampler steps."""
+        is_guided = labels is not None and self.guidance_scales != (1.0, 1.0)
+        if not self.apart and not (is_guided and (stepping or self.distil_guidance)):
+            output = self.output(network, x, t, labels)
+            return output, output
+        twice = self.output(network, x.repeat(2, 1, 1, 1), t.repeat(2, 1, 1, 1), self.both(labels))
+        output, null = twice.chunk(2)
+        guided = null + scale * (output - null) if is_guided else output
         if self.distil_guidance:
-            output = self._guided(network, output, x, t, labels, scale)
-        return self.scheduler.velocity(output, x, t)
+            return torch.cat([guided, null]) if self.apart else guided, guided
+        return twice if self.apart else output, guided
 
-    def _output(self, network: nn.Module, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+    def output(self, network: nn.Module, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        """What a network gives for samples `[b, c, h, w]`."""
         return network(*network_inputs(self.scheduler, x, t), labels).sample.float()
-
-    def _guided(
-        self, network: nn.Module, output: Tensor, x: Tensor, t: Tensor, labels: Tensor | None, scale: Tensor
-    ) -> Tensor:
-        if labels is None or self.guidance_scales == (1.0, 1.0):
-            return output
-        null = self._output(network, x, t, torch.full_like(labels, self.transformer.config.num_classes))
-        return null + scale * (output - null)
-
-    def told(self, loss: Tensor) -> dict[str, Tensor]:
-        return {"loss": loss, "loss_generative": loss}
 
     def after_step(self, reduce: Callable[[Tensor], Tensor] = torch.clone, moved: bool = True) -> None:
         """Moves the teacher towards the student, where it is no fixed one."""
@@ -142,56 +176,43 @@ class ImplicitSelfDistillation(SelfDistillation):
     Each block's own contribution, its output less its input, is mixed with that of the pass over x_s, which
     has no gradient (Eq. 6). # Paper silent: the place of the mix; the running stream itself, mixed block by
     block, makes the child worse.
+
+    Raises:
+        ValueError: the network has no blocks of one stream, and as of [`SelfDistillation`].
     """
+
+    def __init__(self, transformer: nn.Module, scheduler: Process, **arguments):
+        super().__init__(transformer, scheduler, **arguments)
+        names = getattr(transformer, "stream_blocks", transformer._no_split_modules)
+        blocks = [module for module in transformer.modules() if type(module).__name__ in names]
+        if not blocks:
+            raise ValueError("objective is 'issd'; this network has no blocks of one stream, so take 'ssd'.")
+        self.stored: dict[nn.Module, Tensor] = {}  # what each block adds at s
+        self.stores = False
+        for block in blocks:  # they stay: activation checkpoints come by again in the backward pass
+            block.register_forward_hook(self.fuse, with_kwargs=True)
+
+    def fuse(self, block: nn.Module, inputs: tuple, named: dict, output: Tensor) -> Tensor | None:
+        """Stores a block's contribution, or mixes it with the stored one."""
+        before = inputs[0] if inputs else named["hidden_states"]
+        if self.stores:
+            self.stored[block] = output - before
+        elif block in self.stored:
+            return output + self.fusion_weight * (self.stored[block] - (output - before))
+        return None
 
     def denoise(self, batch: Batch, draws: Draws) -> tuple[dict[str, Tensor], View]:
         """As of [`SelfDistillation`]."""
-        s, (t, scale) = draws.t, draws.auxiliaries["step"]
-        x_s, kept = self.scheduler.noised(batch.x0, draws.noise, s), {}
+        s, (t, scale), labels = draws.t, draws.auxiliaries["step"], batch.labels
+        x_s = self.scheduler.noised(batch.x0, draws.noise, s)
         with torch.no_grad():
-            with fused(self.transformer, keep, kept):
-                self.evaluate(x_s, s, batch.labels, None)
-            _, x_t = self.step(x_s, batch.labels, s, t, scale)
-            target = self.predict(self.teacher, x_t, t, batch.labels, scale)
-        with fused(self.transformer, mixed(self.mix), kept):
-            output = self.evaluate(x_t, t, batch.labels, None)
-        loss = (self.scheduler.velocity(output.sample.float(), x_t, t) - target).square().mean()
-        return self.told(loss), self.view(batch, draws, output.encoder_hidden_states)
-
-
-@contextmanager
-def fused(network: nn.Module, change: Callable, kept: dict[nn.Module, Tensor]) -> Iterator[None]:
-    """Lets `change` see, and change, what each block adds to its input.
-
-    Args:
-        change: of the block, its contribution and `kept`; gives the contribution.
-    """
-
-    def hook(block: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        return inputs[0] + change(block, output - inputs[0], kept)
-
-    blocks = [module for module in network.modules() if isinstance(module, SDDiTBlock)]
-    handles = [block.register_forward_hook(hook) for block in blocks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def keep(block: nn.Module, contribution: Tensor, kept: dict[nn.Module, Tensor]) -> Tensor:
-    """Keeps the contribution, and leaves it as it is."""
-    kept[block] = contribution.detach()
-    return contribution
-
-
-def mixed(share: float) -> Callable:
-    """A change to (1 - share) of the contribution and `share` of the kept one."""
-
-    def change(block: nn.Module, contribution: Tensor, kept: dict[nn.Module, Tensor]) -> Tensor:
-        return contribution + share * (kept[block] - contribution)
-
-    return change
+            self.stores = True
+            self.evaluate(*self.doubled(x_s, s, labels), None)
+            self.stores = False
+            _, x_t = self.step(x_s, labels, s, t, scale)
+            target = self.predict(self.teacher, x_t, t, labels, scale)
+        output = self.evaluate(*self.doubled(x_t, t, labels), None)
+        return self.loss(output, x_t, t, target), self.view(batch, draws, output.encoder_hidden_states)
 
 
 OBJECTIVES = {"ssd": SelfDistillation, "issd": ImplicitSelfDistillation}

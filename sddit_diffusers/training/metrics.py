@@ -74,10 +74,15 @@ def draw_curves(metrics: list[dict], path: Path) -> None:
     """Draws the metrics over steps: the values pale, their mean over 2 % of the run around a step on top."""
     scores = {name for row in metrics for name in row if name in METRICS}
     panels = [*_PANELS]
-    for title, kinds in _SCORE_PANELS if scores else ():
+    for title, kinds in _SCORE_PANELS:
         panels.append((title, tuple(sorted(name for name in scores if METRICS[name][0] in kinds))))
-    figure, axes = plt.subplots(2, len(panels) // 2, figsize=(2.5 * len(panels), 7), layout="constrained")
-    for axis, (title, names) in zip(axes.flat, panels, strict=True):
+    there = {name for row in metrics for name in row}
+    panels = [panel for panel in panels if there.intersection(panel[1])] or panels[:1]
+    columns = -(-len(panels) // 2)
+    figure, axes = plt.subplots(2, columns, figsize=(5 * columns, 7), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (title, names) in zip(axes.flat, panels, strict=False):
         for color, name in zip(("tab:blue", "tab:orange"), names, strict=False):
             points = [(row["step"], row[name]) for row in metrics if name in row]
             if not points:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..data.order import Batch
 from ..models.transformer_sddit import PLAIN_TIME, PatchTransformer2DModel, SDDiTBlock, check_number
+from ..pipelines.pipeline_sddit import SDDiTPipeline
 from .auxiliary import AuxiliaryLoss, Process, View, network_inputs
 from .discrimination import Discrimination
 
@@ -174,6 +175,15 @@ class Objective(nn.Module):
         """What the auxiliary losses see."""
         has_cls = hasattr(self.transformer, "cls_token")
         return View(batch, batch.labels, draws.t, draws.visible_ids, tokens, has_cls)
+
+    def pipeline(
+        self, weights: dict[str, Tensor], vae: nn.Module | None, id2label: dict | None
+    ) -> SDDiTPipeline:
+        """What samples, with other weights of the network, such as their averages."""
+        transformer = type(self.transformer).from_config(self.transformer.config)
+        transformer.load_state_dict(weights)
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        return SDDiTPipeline(transformer, scheduler, vae=vae, id2label=id2label)
 
     def drop_labels(self, class_labels: Tensor | None, draws: Draws) -> Tensor | None:
         """Labels `[b]`, of which some are the null class now."""

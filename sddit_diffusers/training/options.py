@@ -4,17 +4,21 @@ A setting comes from, in rising order: Table A1 (the defaults), the preset's rec
 the JSON file of `--config`, the command line.
 """
 
-import dataclasses
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import get_origin
 
-from ..cli import Parser, check_options, option, options, shortened, unknown_option
-from ..evaluation.catalogue import EXTRACTORS
-from ..files import read_json, written_aside
+from ..cli import Parser, check_options, option, options, shortened
 from ..models.presets import PRESETS, read_changes
 from .auxiliaries import AUXILIARIES
+from .configuration import (
+    BELOW_1,
+    DataOptions,
+    EvaluationOptions,
+    OptimizerOptions,
+    OutputOptions,
+    RunConfig,
+    check_groups,
+    read_options,
+)
 from .methods import METHODS, Method
 from .objective import MASK_SCHEDULES
 from .processes import PROCESSES, ProcessRow
@@ -82,25 +86,6 @@ RECIPES = {
     ),
 }
 
-_BELOW_1 = 1 - 2**-53  # the largest number
-CHECKPOINTING = ("none", "selective", "full")
-TRIAL_STEPS = 18  # of the sampler, while a run is not at its end
-
-
-@dataclass
-class DataOptions:
-    """What is trained on."""
-
-    _argument_group_name = "data"
-
-    dataset_name: str = option(
-        "", "'digits', or a folder, a URL or a dataset on the Hub, of latents or of images with labels"
-    )
-    image_column: str = option("image", "column of the images, if they are no latents")
-    label_column: str = option("label", "column of their labels; '' trains without classes")
-    vae: str = option("", "decodes latents; the one that made them if not given, 'none' goes without samples")
-    dataloader_num_workers: int = option(0, "processes that read images ahead", low=0, high=1024)
-
 
 @dataclass
 class NetworkOptions:
@@ -128,7 +113,7 @@ class NetworkOptions:
         0.2,
         "share of the patches hidden from the student's encoder; 0.5 for maskdit, 0.3 for mdt",
         low=0,
-        high=_BELOW_1,
+        high=BELOW_1,
     )
     mask_ratio_schedule: str = option(
         "constant",
@@ -175,124 +160,6 @@ class NetworkOptions:
         self.network()
 
 
-@dataclass
-class OptimizerOptions:
-    """How its weights are moved."""
-
-    _argument_group_name = "optimizer"
-
-    seed: int = option(0, "seed of weights, data order and noise", low=0, high=2**32 - 1)
-    max_train_steps: int = option(400_000, "optimizer steps", low=1)
-    train_batch_size: int = option(256, "images a process and micro-batch; the paper's total is 256", low=1)
-    gradient_accumulation_steps: int = option(1, "micro-batches an optimizer step", low=1)
-    learning_rate: float = option(1e-4, "of AdamW", low=0)
-    lr_warmup_steps: int = option(
-        0, "steps of linear warm-up to the learning rate, constant afterwards", low=0
-    )
-    adam_beta1: float = option(0.9, "of AdamW", low=0, high=_BELOW_1)
-    adam_beta2: float = option(0.999, "of AdamW", low=0, high=_BELOW_1)
-    adam_weight_decay: float = option(0.0, "of AdamW", low=0)
-    max_grad_norm: float = option(0.0, "gradients are scaled down to this norm; 0: never", low=0)
-    ema_decay: float = option(0.9999, "of the weights that sample", low=0, high=1)
-    mixed_precision: str = option(
-        "",
-        "'no', 'bf16' or 'fp16'; as accelerate is configured if not given",
-        choices=("", "no", "bf16", "fp16"),
-    )
-    gradient_checkpointing: str = option(
-        "none",
-        "save memory: backward computes again what is cheap ('selective') or all of a block ('full')",
-        choices=CHECKPOINTING,
-    )
-    compile: bool = option(False, "compile the blocks with torch.compile")
-    allow_tf32: bool = option(True, "let GPUs round the factors of float32 products to TF32, as DiT does")
-
-
-@dataclass
-class EvaluationOptions:
-    """What is looked at on the way."""
-
-    _argument_group_name = "evaluation"
-
-    evaluation_steps: int = option(0, "score the averaged weights every so many steps; 0: never", low=0)
-    evaluation_samples: int = option(
-        10_000, f"images that are made for it, in {TRIAL_STEPS} steps of the sampler", low=2
-    )
-    evaluation_reference: str = option(
-        "",
-        "a REFERENCE of sddit_diffusers.evaluate; the pictures trained on if not given",
-    )
-    evaluation_extractor: str = option(
-        "inception", "'inception'; without downloads 'classifier', 'pixels'", choices=tuple(EXTRACTORS)
-    )
-    validation_steps: int = option(0, "sample a grid every so many steps; 0: at the end only", low=0)
-    num_validation_images: int = option(100, "images of a grid, in rows of ten", low=0, high=10_000)
-
-
-@dataclass
-class OutputOptions:
-    """What is left, and where."""
-
-    _argument_group_name = "output"
-
-    output_dir: str = option(
-        "", "where the pipeline goes; sddit-PRESET if not given, METHOD-PRESET of others"
-    )
-    overwrite_output_dir: bool = option(
-        False, "begin anew where a model or checkpoints are; it is replaced once the new one is complete"
-    )
-    checkpointing_steps: int = option(0, "save a checkpoint every so many steps; 0: none", low=0)
-    checkpoints_total_limit: int = option(0, "checkpoints that are kept, the newest ones; 0: all", low=0)
-    resume_from_checkpoint: str = option(
-        "", "a checkpoint folder, or 'latest', which begins where there is none"
-    )
-    logging_steps: int = option(1, "write the metrics every so many steps", low=1)
-    report_to: str = option("", "'tensorboard', 'wandb' or 'all', beside metrics.jsonl")
-    dry_run: bool = option(False, "tell the memory that a step takes, and train nothing")
-    push_to_hub: bool = option(False, "upload the pipeline with its card at the end, never a checkpoint")
-    hub_model_id: str = option("", "where to, USER/NAME or NAME; the output folder's name if not given")
-
-    def check(self) -> None:
-        """Raises a ValueError for a run that would both begin anew and go on."""
-        if self.overwrite_output_dir and self.resume_from_checkpoint:
-            raise ValueError(
-                "overwrite_output_dir begins anew, and resume_from_checkpoint goes on: choose one."
-            )
-
-
-@dataclass
-class RunConfig(DataOptions, OptimizerOptions, EvaluationOptions, OutputOptions):
-    """The settings of a run of any stage; a stage adds its own, and what they say of the model."""
-
-    @property
-    def title(self) -> str:
-        """What is trained, for people."""
-        raise NotImplementedError
-
-    @property
-    def trial_steps(self) -> int:
-        """Steps of the sampler, while a run is not at its end."""
-        return TRIAL_STEPS
-
-    def network(self) -> dict:
-        """The arguments of the network, but for num_classes, which is the dataset's."""
-        raise NotImplementedError
-
-    def identity(self) -> dict:
-        """What a resumed run must have in common with the one that it goes on with, of these settings."""
-        raise NotImplementedError
-
-    def own(self) -> list[str]:
-        """Names of the settings that a model card tells, beside the optimizer's."""
-        raise NotImplementedError
-
-    def save(self, path: Path) -> None:
-        """Writes the resolved settings as a file that `--config` reads."""
-        with written_aside(path, "w") as file:
-            settings = dataclasses.asdict(self) | {"overwrite_output_dir": False}  # once is enough
-            file.write(json.dumps(settings, indent=2) + "\n")
-
-
 GROUPS = [
     DataOptions,
     NetworkOptions,
@@ -305,7 +172,7 @@ GROUPS = [
 
 
 @dataclass
-class TrainingConfig(*GROUPS):
+class TrainingConfig(*GROUPS, RunConfig):
     """The settings of a run; the defaults are the paper's (Table A1 and Sec. 4.1)."""
 
     def __post_init__(self):
@@ -316,9 +183,7 @@ class TrainingConfig(*GROUPS):
             raise ValueError(
                 f"The preset {self.preset} needs --dataset_name, a folder or a dataset on the Hub."
             )
-        for group in GROUPS:
-            if hasattr(group, "check"):
-                group.check(self)
+        check_groups(self, GROUPS)
 
     def check_choices(self) -> None:
         """Holds options of what was not chosen against the preset's values.
@@ -346,11 +211,21 @@ class TrainingConfig(*GROUPS):
                     f"{name} is {shortened(value)}; {others[name]} has no such option: leave it at {left!r}."
                 )
 
-    def save(self, path: Path) -> None:
-        """Writes the resolved settings as a file that `--config` reads."""
-        with written_aside(path, "w") as file:
-            settings = dataclasses.asdict(self) | {"overwrite_output_dir": False}  # once is enough
-            file.write(json.dumps(settings, indent=2) + "\n")
+    @property
+    def title(self) -> str:
+        return f"{self.method} {self.preset}"
+
+    def identity(self) -> dict:
+        prediction = (
+            {"prediction": self.prediction} if "prediction" in PROCESSES[self.process].names() else {}
+        )
+        return {"method": self.method, "process": self.process, **prediction}
+
+    def own(self) -> list[str]:
+        names = ["mask_ratio", "mask_ratio_schedule", *METHODS[self.method].options]
+        for row in (PROCESSES[self.process], *(AUXILIARIES[name] for name in self.auxiliaries)):
+            names += row.names()
+        return names
 
 
 def parse(arguments: list[str] | None = None) -> TrainingConfig:
@@ -367,7 +242,7 @@ def parse(arguments: list[str] | None = None) -> TrainingConfig:
         first.add_argument(f"--{name}")
     chosen, _ = first.parse_known_args(arguments)
     try:
-        options = _read_options(chosen.config) if chosen.config else {}
+        options = read_options(chosen.config, TrainingConfig) if chosen.config else {}
         recipe = RECIPES.get(chosen.preset or options.get("preset", TrainingConfig.preset), {})
         asked = recipe | options | {name: value for name, value in vars(chosen).items() if value}
         method = METHODS.get(asked.get("method", TrainingConfig.method))
@@ -378,24 +253,6 @@ def parse(arguments: list[str] | None = None) -> TrainingConfig:
         return TrainingConfig(**chosen)
     except ValueError as error:
         parser.error(str(error))
-
-
-def _read_options(path: str) -> dict:
-    """The options of a JSON file, each of its field's type."""
-    options = read_json(Path(path), dict, "file of options")
-    types = {f.name: get_origin(f.type) or f.type for f in dataclasses.fields(TrainingConfig)}
-    for name, value in options.items():
-        if name not in types:
-            raise ValueError(f"config {path}: {unknown_option(name, list(types))}")
-        if name == "transformer" and isinstance(value, dict):
-            options[name] = json.dumps(value)
-        elif type(value) is not types[name] and not (types[name] is float and type(value) is int):
-            raise ValueError(
-                f"config {path}: {name} is {shortened(value)}; it must be of type {types[name].__name__}."
-            )
-        elif isinstance(value, list) and not all(isinstance(item, str) for item in value):
-            raise ValueError(f"config {path}: {name} is {shortened(value)}; it must be a list of texts.")
-    return options
 
 
 def _settings_of(row: Method | ProcessRow | None) -> dict:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ..files import locked, remove
 from .checkpointing import find_checkpoints, set_aside
+from .configuration import RunConfig
 from .metrics import MetricsLog
-from .options import TrainingConfig
 
 UNFINISHED = "unfinished"  # the log of a run in a folder that has a model already
 
@@ -23,7 +23,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def prepare_folder(folder: Path, config: TrainingConfig) -> None:
+def prepare_folder(folder: Path, config: RunConfig) -> None:
     """Makes sure, before anything is trained, that there is a folder and that nothing in it is lost.
 
     Raises:
@@ -60,7 +60,7 @@ class Records:
         beside, model = output_dir / UNFINISHED, output_dir / "model_index.json"
         self.folder = beside if beside.is_dir() or model.is_file() else output_dir
 
-    def begin(self, config: TrainingConfig, start_step: int) -> MetricsLog:
+    def begin(self, config: RunConfig, start_step: int) -> MetricsLog:
         """Prepares the folder, once nothing stands against the run."""
         for folder in set_aside(self.output_dir, start_step):
             print(f"Left behind by this run, and set aside: {folder}", flush=True)

@@ -20,10 +20,10 @@ from ..launching import on_main_process
 from ..pipelines.loading import load_vae, sha256_of_weights
 from ..pipelines.pipeline_sddit import SDDiTPipeline
 from ..pipelines.sampling import sample_grid
+from .configuration import RunConfig
 from .engines import whole_weights
 from .metrics import MetricsLog, draw_curves, read_metrics
 from .objective import Objective
-from .options import TRIAL_STEPS, TrainingConfig
 from .output import Records
 from .publishing import python_text, upload, write_card
 
@@ -40,7 +40,7 @@ class Results:
     """
 
     def __init__(
-        self, config: TrainingConfig, accelerator: Accelerator, objective: Objective, ema: EMAModel,
+        self, config: RunConfig, accelerator: Accelerator, objective: Objective, ema: EMAModel,
         dataset: ImageDataset | LatentDataset, vae: AutoencoderKL | AutoencoderTiny | None,
     ):  # fmt: skip
         self.config, self.accelerator, self.objective, self.ema = config, accelerator, objective, ema
@@ -62,28 +62,24 @@ class Results:
 
     def averaged_pipeline(self) -> SDDiTPipeline:
         """A pipeline with a copy of the averaged weights; all processes call it."""
-        trained = self.objective.transformer
-        transformer = type(trained).from_config(trained.config)
-        transformer.load_state_dict(whole_weights(trained, self.ema.shadow_params))
-        scheduler = type(self.objective.scheduler).from_config(self.objective.scheduler.config)
-        pipe = SDDiTPipeline(
-            transformer.to(self.accelerator.device), scheduler, vae=self.vae, id2label=self.dataset.id2label
-        )
+        weights = whole_weights(self.objective.transformer, self.ema.shadow_params)
+        pipe = self.objective.pipeline(weights, self.vae, self.dataset.id2label)
         pipe.set_progress_bar_config(disable=True)
-        return pipe
+        return pipe.to(self.accelerator.device)
 
     def validate(self, name: str) -> None:
         """Draws a grid of samples with the averaged weights, in fewer steps than the last one."""
         pipe = self.averaged_pipeline()
         path = Path(self.config.output_dir) / name
         on_main_process(
-            lambda: self.draw_samples(pipe, path, num_inference_steps=TRIAL_STEPS), self.accelerator
+            lambda: self.draw_samples(pipe, path, num_inference_steps=self.config.trial_steps),
+            self.accelerator,
         )
 
     def evaluate(self) -> dict[str, float]:
         """The scores of the averaged weights, on all processes."""
         pipe = self.averaged_pipeline()
-        scores = self.judge(pipe, self.config.train_batch_size, num_inference_steps=TRIAL_STEPS)
+        scores = self.judge(pipe, self.config.train_batch_size, num_inference_steps=self.config.trial_steps)
         return broadcast_object_list([scores])[0]
 
     def draw_samples(self, pipe: SDDiTPipeline, path: Path, **arguments) -> bool:
@@ -159,7 +155,7 @@ def save_weights(pipe: SDDiTPipeline, folder: Path) -> None:
 
 
 def open_vae(
-    config: TrainingConfig, dataset: ImageDataset | LatentDataset, device: torch.device
+    config: RunConfig, dataset: ImageDataset | LatentDataset, device: torch.device
 ) -> AutoencoderKL | AutoencoderTiny | None:
     """The VAE that decodes the latents; None for pictures, and where none is wanted.
 

@@ -13,9 +13,8 @@ from ..data.order import BatchSampler
 from ..data.pictures import ImageDataset
 from ..launching import on_main_process, together
 from .checkpointing import by_names_of_today, choose_checkpoint, load_state, read_about, save_checkpoint
+from .configuration import RunConfig
 from .engines import Engine, whole
-from .options import TrainingConfig
-from .processes import PROCESSES
 
 _PARTS = "objective", "optimizer", "ema", "scaler"
 
@@ -29,7 +28,7 @@ class RunState:
     """
 
     def __init__(
-        self, config: TrainingConfig, accelerator: Accelerator, engine: Engine, ema: EMAModel,
+        self, config: RunConfig, accelerator: Accelerator, engine: Engine, ema: EMAModel,
         dataset: ImageDataset | LatentDataset, sampler: BatchSampler,
     ):  # fmt: skip
         self.config, self.accelerator, self.output_dir = config, accelerator, Path(config.output_dir)
@@ -75,15 +74,9 @@ class RunState:
 
     def identity(self) -> dict:
         """What a run must have in common with the one that it goes on with."""
-        config = self.config
-        identity = {
-            "method": config.method,
-            "process": config.process,
-            **(
-                {"prediction": config.prediction} if "prediction" in PROCESSES[config.process].names() else {}
-            ),
+        identity = self.config.identity() | {
             "auxiliaries": [*self.objective.auxiliaries],
-            "seed": config.seed,
+            "seed": self.config.seed,
             "dataset": self.dataset.identity(),
             "global batch": self.sampler.global_batch,
             "model": self.objective.identity(),
@@ -113,7 +106,9 @@ class RunState:
             raise ValueError(f"max_train_steps is {steps}; {folder} is of step {about['step']} already.")
         self.compare(folder, about.get("settings", {}))
         state = together(lambda: load_state(folder, *_PARTS), self.accelerator)
-        self.engine.scatter(by_names_of_today(state), self.ema)
+        if "discrimination" in self.objective.auxiliaries:
+            state = by_names_of_today(state)
+        self.engine.scatter(state, self.ema)
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.sampler.start_step = about["step"]
@@ -127,10 +122,10 @@ class RunState:
         settings = dataclasses.asdict(self.config)
         of_a_start = ("resume_from_checkpoint", "overwrite_output_dir")
         saved = settings | saved | {name: settings[name] for name in of_a_start}
-        weights = "pretrained_model_name_or_path"
-        if saved[weights] != settings[weights]:
-            raise ValueError(
-                f"{weights} is {settings[weights]!r}; the run of {folder} began with {saved[weights]!r}."
-            )
+        for name in {"pretrained_model_name_or_path", "model"} & settings.keys():
+            if saved[name] != settings[name]:
+                raise ValueError(
+                    f"{name} is {settings[name]!r}; the run of {folder} began with {saved[name]!r}."
+                )
         if changed := differences(saved, settings):
             self.accelerator.print(f"Changed since {folder.name}: {'; '.join(changed)}.")

@@ -25,10 +25,10 @@ from ..launching import check_machine, main_first, on_main_process
 from ..seeds import generator_for
 from .building import build_objective
 from .checkpointing import find_checkpoints
+from .configuration import RunConfig
 from .engines import check_engine, prepare, whole
 from .metrics import MetricsLog
 from .objective import Draws, Objective
-from .options import RunConfig
 from .output import Records, alone_in, prepare_folder
 from .publishing import open_repo
 from .results import Results, open_vae
@@ -124,11 +124,14 @@ class Trainer:
             lambda: self.records.begin(self.config, self.sampler.start_step), self.accelerator
         )
         settings = dataclasses.asdict(self.config)
-        flat = {name: " ".join(map(str, value)) for name, value in settings.items() if isinstance(value, list)}
+        flat = {
+            name: " ".join(map(str, value)) for name, value in settings.items() if isinstance(value, list)
+        }
         self.accelerator.init_trackers("sddit", config=settings | flat)
         self.describe()
         try:
             with self.signals.caught():
+                self.score_start(log)
                 self.train(log)
                 self.finish()
         except FloatingPointError as error:
@@ -167,8 +170,7 @@ class Trainer:
                     scores = self.sampled(done, self.results.evaluate)
                     metrics |= scores
                     if main:
-                        shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-                        progress.write(f"Step {done}: {shown}", file=sys.stderr)
+                        progress.write(told(done, scores), file=sys.stderr)
                 if done % config.logging_steps == 0 or last or scores:
                     self.accelerator.log(metrics, step=done)
                     if main:
@@ -182,6 +184,17 @@ class Trainer:
                     self.signals.leave(done)
                 if config.validation_steps and done % config.validation_steps == 0 and not last:
                     self.sampled(done, partial(self.results.validate, f"samples-{done}.png"))
+
+    def score_start(self, log: MetricsLog) -> None:
+        """Scores what a run begins with, where its own scores are held against that."""
+        config = self.config
+        if not config.scores_start or not config.evaluation_steps or self.sampler.start_step:
+            return
+        scores = self.results.evaluate()
+        self.accelerator.log(scores, step=0)
+        if self.accelerator.is_main_process:
+            log.write({"step": 0, **scores})
+            print(told(0, scores), file=sys.stderr, flush=True)
 
     def sampled(self, step: int, action: Callable[[], T]) -> T:
         """What `action` makes of samples; where they are not finite, the training is saved first."""
@@ -263,6 +276,11 @@ class Trainer:
         on_main_process(lambda: self.results.save(pipe, self.records, self.repo), self.accelerator)
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+
+def told(step: int, scores: dict[str, float]) -> str:
+    """Scores, for people."""
+    return f"Step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
 
 
 def open_dataset(config: RunConfig, network: dict) -> ImageDataset | LatentDataset:

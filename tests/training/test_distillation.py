@@ -1,5 +1,7 @@
 """Self-distillation: the losses against the seed's algorithms, written out image by image."""
 
+import copy
+
 import pytest
 import torch
 from conftest import NETWORKS, randomize
@@ -12,14 +14,17 @@ from sddit_diffusers.training.methods import METHODS
 PROCESSES = {
     "edm": lambda: EDMHeunScheduler(solver="euler", num_inference_steps=5, sigma_min=0.02, sigma_max=10.0),
     "linear": lambda: InterpolantScheduler(solver="euler", num_inference_steps=5),
-    "gvp": lambda: InterpolantScheduler(path="gvp", num_inference_steps=5),
-    "vp noise": lambda: InterpolantScheduler(path="vp", prediction_type="epsilon", num_inference_steps=5),
+    "edm, Heun": lambda: EDMHeunScheduler(num_inference_steps=5, sigma_min=0.02, sigma_max=10.0),
+    "gvp, Heun": lambda: InterpolantScheduler(path="gvp", num_inference_steps=5),
+    "vp noise": lambda: InterpolantScheduler(
+        path="vp", prediction_type="epsilon", solver="euler", num_inference_steps=5
+    ),
 }
 
 
 def make(kind=SelfDistillation, method="sddit", process="linear", **arguments):
     student = randomize(METHODS[method].transformer(**NETWORKS[method])).double()
-    objective = kind(student, PROCESSES[process](), **{"mix": 0.3} | arguments)
+    objective = kind(student, PROCESSES[process](), **{"fusion_weight": 0.3} | arguments)
     randomize(objective.teacher, seed=1)
     return objective
 
@@ -56,15 +61,25 @@ def velocity(process, network, x, t, label, scale=None):
     return once(label) if scale is None else once(4) + scale * (once(label) - once(4))
 
 
-def euler(process, x, v, s, t):
-    """From s to t, as far as data and noise stay what they are."""
+def stepped(process, x, s, t, velocity):
+    """One step of the solver from s to t, of a function of x and time."""
     if isinstance(process, EDMHeunScheduler):
-        return x + (t - s) * v
-    alpha, sigma, d_alpha, d_sigma = process.path.at(s)
-    x0, noise = torch.linalg.solve(
-        torch.stack([alpha, sigma, d_alpha, d_sigma]).view(2, 2), torch.stack([x, v]).flatten(1)
-    ).view(2, *x.shape)
-    return process.path.alpha(t) * x0 + process.path.sigma(t) * noise
+        slope = velocity(x, s)
+        end = x + (t - s) * slope
+        return end if process.order == 1 else x + (t - s) * (slope + velocity(end, t)) / 2
+
+    def parts(x, t):
+        """Data and noise of which x and its velocity are made."""
+        mixing = torch.stack([part.flatten()[0] for part in process.path.at(t)]).view(2, 2)
+        return torch.linalg.solve(mixing, torch.stack([x, velocity(x, t)]).flatten(1)).view(2, *x.shape)
+
+    (alpha, sigma, *_), (alpha_t, sigma_t, *_) = process.path.at(s), process.path.at(t)
+    found = parts(x, s)
+
+    def moved(found):  # dx = x0 dalpha + eps dsigma
+        return x + (alpha_t - alpha) * found[0] + (sigma_t - sigma) * found[1]
+
+    return moved(found) if process.order == 1 else moved((found + parts(moved(found), t)) / 2)
 
 
 @pytest.mark.parametrize("guidance", [None, "of the step", "learnt"])
@@ -82,7 +97,7 @@ def test_ssd_is_algorithm_1(method, process, guidance, batch):
             label = 4 if draws.label_dropped[i] else labels[i].item()
             x_s = process.noised(x0[i], draws.noise[i], s)
             v_s, guided = (velocity(process, teacher, x_s, s, label, scale) for scale in (None, w))
-            x_t = euler(process, x_s, guided, s, t)
+            x_t = stepped(process, x_s, s, t, lambda x, t: velocity(process, teacher, x, t, label, w))
             learnt = w if guidance == "learnt" else None
             v_t = velocity(process, teacher, x_t, t, label, learnt)
             target = 0.7 * (guided if guidance == "learnt" else v_s) + 0.3 * v_t
@@ -96,7 +111,9 @@ def test_ssd_is_algorithm_1(method, process, guidance, batch):
 @pytest.mark.parametrize("method", METHODS)
 def test_issd_is_algorithm_2(method, process, batch):
     objective = make(ImplicitSelfDistillation, method=method, process=process)
-    process, student, (x0, labels), draws = objective.scheduler, objective.transformer, batch, draw(objective)
+    process, (x0, labels), draws = objective.scheduler, batch, draw(objective)
+    student = copy.deepcopy(objective.teacher)
+    student.load_state_dict(objective.transformer.state_dict())
     blocks = [module for module in student.modules() if isinstance(module, SDDiTBlock)]
     forwards = {block: block.forward for block in blocks}
     losses, added = [], {}
@@ -116,7 +133,7 @@ def test_issd_is_algorithm_2(method, process, batch):
             s, t = draws.t[i].flatten()[0], draws.auxiliaries["step"].t[i].flatten()[0]
             label = 4 if draws.label_dropped[i] else labels[i].item()
             x_s = process.noised(x0[i], draws.noise[i], s)
-            x_t = euler(process, x_s, velocity(process, objective.teacher, x_s, s, label), s, t)
+            x_t = stepped(process, x_s, s, t, lambda x, t: velocity(process, objective.teacher, x, t, label))
             found = []
             for kind, (x, time) in ((first, (x_s, s)), (second, (x_t, t))):
                 for block in blocks:
@@ -133,16 +150,16 @@ def test_issd_is_algorithm_2(method, process, batch):
 def test_without_a_mix_the_start_is_no_loss(batch):
     """The target is the teacher's own output, and the fused pass the plain one."""
     for kind in (SelfDistillation, ImplicitSelfDistillation):
-        objective = make(kind, mix=0.0)
+        objective = make(kind, fusion_weight=0.0)
         objective.teacher.load_state_dict(objective.transformer.state_dict())
         assert objective(*batch, draw(objective))["loss"] < 1e-10
-        objective = make(kind, mix=0.3)
+        objective = make(kind, fusion_weight=0.3)
         objective.teacher.load_state_dict(objective.transformer.state_dict())
         assert objective(*batch, draw(objective))["loss"] > 1e-6
 
 
 def test_only_the_student_learns_and_the_kept_layers_give_no_gradient(batch):
-    objective = make(ImplicitSelfDistillation, mix=1.0)  # all that a block adds is kept
+    objective = make(ImplicitSelfDistillation, fusion_weight=1.0)  # all that a block adds is kept
     objective(*batch, draw(objective))["loss"].backward()
     assert all(weight.grad is None for weight in objective.teacher.parameters())
     inside = objective.transformer.transformer_blocks[1].ff[0].weight
@@ -171,7 +188,11 @@ def test_the_teacher_stays_or_follows(batch):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"mix": 1.5}, "mix is 1.5"), ({"mix": float("nan")}, "mix is nan"), ({"teacher_momentum": -1}, "-1")],
+    [
+        ({"fusion_weight": 1.5}, "fusion_weight is 1.5"),
+        ({"fusion_weight": float("nan")}, "fusion_weight is nan"),
+        ({"teacher_momentum": -1}, "-1"),
+    ],
 )
 def test_bad_input_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -181,4 +202,4 @@ def test_bad_input_is_named(arguments, message):
 def test_one_step_is_too_few():
     student = METHODS["dit"].transformer(**NETWORKS["dit"])
     with pytest.raises(ValueError, match="num_inference_steps is 1; self-distillation needs at least 2"):
-        SelfDistillation(student, InterpolantScheduler(num_inference_steps=1), mix=0.3)
+        SelfDistillation(student, InterpolantScheduler(num_inference_steps=1), fusion_weight=0.3)

@@ -1,0 +1,181 @@
+"""What the runs of every stage have in common: their options, and what is asked of a configuration."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_origin
+
+from ..cli import option, shortened, unknown_option
+from ..evaluation.catalogue import EXTRACTORS
+from ..files import read_json, written_aside
+
+BELOW_1 = 1 - 2**-53  # the largest number
+CHECKPOINTING = ("none", "selective", "full")
+TRIAL_STEPS = 18  # of the sampler, while a run is not at its end
+
+
+@dataclass
+class DataOptions:
+    """What is trained on."""
+
+    _argument_group_name = "data"
+
+    dataset_name: str = option(
+        "", "'digits', or a folder, a URL or a dataset on the Hub, of latents or of images with labels"
+    )
+    image_column: str = option("image", "column of the images, if they are no latents")
+    label_column: str = option("label", "column of their labels; '' trains without classes")
+    vae: str = option("", "decodes latents; the one that made them if not given, 'none' goes without samples")
+    dataloader_num_workers: int = option(0, "processes that read images ahead", low=0, high=1024)
+
+
+@dataclass
+class OptimizerOptions:
+    """How its weights are moved."""
+
+    _argument_group_name = "optimizer"
+
+    seed: int = option(0, "seed of weights, data order and noise", low=0, high=2**32 - 1)
+    max_train_steps: int = option(400_000, "optimizer steps", low=1)
+    train_batch_size: int = option(256, "images a process and micro-batch; the paper's total is 256", low=1)
+    gradient_accumulation_steps: int = option(1, "micro-batches an optimizer step", low=1)
+    learning_rate: float = option(1e-4, "of AdamW", low=0)
+    lr_warmup_steps: int = option(
+        0, "steps of linear warm-up to the learning rate, constant afterwards", low=0
+    )
+    adam_beta1: float = option(0.9, "of AdamW", low=0, high=BELOW_1)
+    adam_beta2: float = option(0.999, "of AdamW", low=0, high=BELOW_1)
+    adam_weight_decay: float = option(0.0, "of AdamW", low=0)
+    max_grad_norm: float = option(0.0, "gradients are scaled down to this norm; 0: never", low=0)
+    ema_decay: float = option(0.9999, "of the weights that sample", low=0, high=1)
+    mixed_precision: str = option(
+        "",
+        "'no', 'bf16' or 'fp16'; as accelerate is configured if not given",
+        choices=("", "no", "bf16", "fp16"),
+    )
+    gradient_checkpointing: str = option(
+        "none",
+        "save memory: backward computes again what is cheap ('selective') or all of a block ('full')",
+        choices=CHECKPOINTING,
+    )
+    compile: bool = option(False, "compile the blocks with torch.compile")
+    allow_tf32: bool = option(True, "let GPUs round the factors of float32 products to TF32, as DiT does")
+
+
+@dataclass
+class EvaluationOptions:
+    """What is looked at on the way."""
+
+    _argument_group_name = "evaluation"
+
+    evaluation_steps: int = option(0, "score the averaged weights every so many steps; 0: never", low=0)
+    evaluation_samples: int = option(
+        10_000, f"images that are made for it, in {TRIAL_STEPS} steps of the sampler", low=2
+    )
+    evaluation_reference: str = option(
+        "",
+        "a REFERENCE of sddit_diffusers.evaluate; the pictures trained on if not given",
+    )
+    evaluation_extractor: str = option(
+        "inception", "'inception'; without downloads 'classifier', 'pixels'", choices=tuple(EXTRACTORS)
+    )
+    validation_steps: int = option(0, "sample a grid every so many steps; 0: at the end only", low=0)
+    num_validation_images: int = option(100, "images of a grid, in rows of ten", low=0, high=10_000)
+
+
+@dataclass
+class OutputOptions:
+    """What is left, and where."""
+
+    _argument_group_name = "output"
+
+    output_dir: str = option(
+        "", "where the pipeline goes; sddit-PRESET if not given, METHOD-PRESET of others"
+    )
+    overwrite_output_dir: bool = option(
+        False, "begin anew where a model or checkpoints are; it is replaced once the new one is complete"
+    )
+    checkpointing_steps: int = option(0, "save a checkpoint every so many steps; 0: none", low=0)
+    checkpoints_total_limit: int = option(0, "checkpoints that are kept, the newest ones; 0: all", low=0)
+    resume_from_checkpoint: str = option(
+        "", "a checkpoint folder, or 'latest', which begins where there is none"
+    )
+    logging_steps: int = option(1, "write the metrics every so many steps", low=1)
+    report_to: str = option("", "'tensorboard', 'wandb' or 'all', beside metrics.jsonl")
+    dry_run: bool = option(False, "tell the memory that a step takes, and train nothing")
+    push_to_hub: bool = option(False, "upload the pipeline with its card at the end, never a checkpoint")
+    hub_model_id: str = option("", "where to, USER/NAME or NAME; the output folder's name if not given")
+
+    def check(self) -> None:
+        """Raises a ValueError for a run that would both begin anew and go on."""
+        if self.overwrite_output_dir and self.resume_from_checkpoint:
+            raise ValueError(
+                "overwrite_output_dir begins anew, and resume_from_checkpoint goes on: choose one."
+            )
+
+
+class RunConfig:
+    """What a stage's configuration tells a run, beside the options below; a mixin of dataclasses of them."""
+
+    @property
+    def title(self) -> str:
+        """What is trained, for people."""
+        raise NotImplementedError
+
+    @property
+    def trial_steps(self) -> int:
+        """Steps of the sampler, while a run is not at its end."""
+        return TRIAL_STEPS
+
+    @property
+    def scores_start(self) -> bool:
+        """Whether what the run begins with is scored too."""
+        return False
+
+    def network(self) -> dict:
+        """The arguments of the network, but for num_classes, which is the dataset's."""
+        raise NotImplementedError
+
+    def identity(self) -> dict:
+        """What a resumed run must have in common with the one that it goes on with, of these settings."""
+        raise NotImplementedError
+
+    def own(self) -> list[str]:
+        """Names of the settings that a model card tells, beside the optimizer's."""
+        raise NotImplementedError
+
+    def save(self, path: Path) -> None:
+        """Writes the resolved settings as a file that `--config` reads."""
+        with written_aside(path, "w") as file:
+            settings = dataclasses.asdict(self) | {"overwrite_output_dir": False}  # once is enough
+            file.write(json.dumps(settings, indent=2) + "\n")
+
+
+def check_groups(config: RunConfig, groups: list[type]) -> None:
+    """Raises a ValueError for options of a group that do not go together."""
+    for group in groups:
+        if hasattr(group, "check"):
+            group.check(config)
+
+
+def read_options(path: str, kind: type) -> dict:
+    """The options of a JSON file, each of its field's type in the dataclass `kind`.
+
+    Raises:
+        ValueError: it cannot be read, or has another option or a value of another type.
+    """
+    options = read_json(Path(path), dict, "file of options")
+    types = {f.name: get_origin(f.type) or f.type for f in dataclasses.fields(kind)}
+    for name, value in options.items():
+        if name not in types:
+            raise ValueError(f"config {path}: {unknown_option(name, list(types))}")
+        if name == "transformer" and isinstance(value, dict):
+            options[name] = json.dumps(value)
+        elif type(value) is not types[name] and not (types[name] is float and type(value) is int):
+            raise ValueError(
+                f"config {path}: {name} is {shortened(value)}; it must be of type {types[name].__name__}."
+            )
+        elif isinstance(value, list) and not all(isinstance(item, str) for item in value):
+            raise ValueError(f"config {path}: {name} is {shortened(value)}; it must be a list of texts.")
+    return options
