@@ -18,7 +18,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["sddit_diffusers*"]),
     package_data={"sddit_diffusers.training": ["model_card.md"]},
-    py_modules=["train_sddit"],
+    py_modules=["train_sddit", "distill_sddit"],
     install_requires=[
         "torch>=2.8",
         "diffusers>=0.41",
@@ -56,5 +56,5 @@ setup(
             "playwright>=1.65",
         ],
     },
-    entry_points={"console_scripts": ["sddit-train=train_sddit:main"]},
+    entry_points={"console_scripts": ["sddit-train=train_sddit:main", "sddit-distill=distill_sddit:main"]},
 )

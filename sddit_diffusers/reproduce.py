@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
-from .cli import Parser, check_options, differences, json_object, one_line_errors, option, options, shortened
+from .cli import Parser, check_options, json_object, one_line_errors, option, options, shortened
 from .evaluation.figures import draw
 from .evaluation.judge import Judge
 from .evaluation.probe import labelled_pictures, probe
@@ -39,11 +39,10 @@ from .training.building import build_process
 from .training.checkpointing import find_checkpoints
 from .training.metrics import read_metrics
 from .training.options import TrainingConfig, parse
+from .training.output import is_complete
 from .training.trainer import Trainer, training
 
 SPEED_ROUNDS = 20
-# What a training leaves at its end, in the order in which it does.
-_AT_THE_END = ("model_index.json", "curves.png", "README.md")
 # What is kept of measurements; see `files.parse_json` for such structures.
 _SPEEDS = {str: float}
 _PROBED = [{"probe": str, "features": str, "sigma": float, "accuracy": float}]
@@ -133,27 +132,7 @@ class Reproduction:
         Raises:
             ValueError: it was begun with others.
         """
-        return self.is_complete(run, seed) and not find_checkpoints(self.folder_of(run, seed))
-
-    def is_complete(self, run: str, seed: int) -> bool:
-        """Whether a training has written its last file, with the settings that are wanted.
-
-        Raises:
-            ValueError: it was begun with others.
-        """
-        folder, wanted = self.folder_of(run, seed), json.loads(json.dumps(vars(self.configs[run, seed])))
-        path = folder / "training_config.json"
-        if not path.is_file():
-            return False
-        begun = vars(TrainingConfig()) | read_json(path, dict, "training's settings")
-        if others := differences(begun, wanted):
-            raise ValueError(
-                f"{folder} was begun with other settings: {'; '.join(others)}. Choose another --output_dir."
-            )
-        if not all((folder / name).is_file() for name in ("metrics.jsonl", *_AT_THE_END)):
-            return False
-        metrics = read_metrics(folder / "metrics.jsonl")
-        return bool(metrics) and metrics[-1]["step"] == wanted["max_train_steps"]
+        return is_complete(self.configs[run, seed]) and not find_checkpoints(self.folder_of(run, seed))
 
     def run(self) -> None:
         """Trains what is missing, measures what the tables need, and reports."""
@@ -170,7 +149,7 @@ class Reproduction:
     def train(self, run: str, seed: int) -> None:
         """One run of `train_sddit.py`, from its newest checkpoint on; these go once it is complete."""
 
-        if not on_main_process(lambda: self.is_complete(run, seed), self.accelerator):
+        if not on_main_process(lambda: is_complete(self.configs[run, seed]), self.accelerator):
             with training(self.configs[run, seed]) as trainer:
                 trainer.run()
         on_main_process(lambda: self.clear_up(run, seed), self.accelerator)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_origin
+from typing import get_args, get_origin
 
 from ..cli import option, shortened, unknown_option
 from ..evaluation.catalogue import EXTRACTORS
@@ -145,6 +145,11 @@ class RunConfig:
         """Names of the settings that a model card tells, beside the optimizer's."""
         raise NotImplementedError
 
+    def card(self) -> dict:
+        """What a model card tells of the stage: the `method`, `tags`, the `program`, its own `rows` of the table
+        of settings, and a sentence on how it was `distilled`, if it was."""
+        raise NotImplementedError
+
     def save(self, path: Path) -> None:
         """Writes the resolved settings as a file that `--config` reads."""
         with written_aside(path, "w") as file:
@@ -167,6 +172,7 @@ def read_options(path: str, kind: type) -> dict:
     """
     options = read_json(Path(path), dict, "file of options")
     types = {f.name: get_origin(f.type) or f.type for f in dataclasses.fields(kind)}
+    items = {f.name: get_args(f.type) for f in dataclasses.fields(kind)}
     for name, value in options.items():
         if name not in types:
             raise ValueError(f"config {path}: {unknown_option(name, list(types))}")
@@ -176,6 +182,11 @@ def read_options(path: str, kind: type) -> dict:
             raise ValueError(
                 f"config {path}: {name} is {shortened(value)}; it must be of type {types[name].__name__}."
             )
-        elif isinstance(value, list) and not all(isinstance(item, str) for item in value):
-            raise ValueError(f"config {path}: {name} is {shortened(value)}; it must be a list of texts.")
+        elif isinstance(value, list) and not all(_is_of(item, *items[name]) for item in value):
+            what = {str: "texts", int: "whole numbers", float: "numbers"}[items[name][0]]
+            raise ValueError(f"config {path}: {name} is {shortened(value)}; it must be a list of {what}.")
     return options
+
+
+def _is_of(value, kind: type) -> bool:
+    return type(value) is kind or (kind is float and type(value) is int)

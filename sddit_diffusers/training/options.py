@@ -222,10 +222,19 @@ class TrainingConfig(*GROUPS, RunConfig):
         return {"method": self.method, "process": self.process, **prediction}
 
     def own(self) -> list[str]:
-        names = ["mask_ratio", "mask_ratio_schedule", *METHODS[self.method].options]
+        names = ["mask_ratio", "mask_ratio_schedule", "label_dropout", *METHODS[self.method].options]
         for row in (PROCESSES[self.process], *(AUXILIARIES[name] for name in self.auxiliaries)):
             names += row.names()
         return names
+
+    def card(self) -> dict:
+        return {
+            "method": METHODS[self.method].title,
+            "tags": [self.method],
+            "program": "train_sddit.py",
+            "rows": {"preset": self.preset, "process": PROCESSES[self.process].title},
+            "distilled": "",
+        }
 
 
 def parse(arguments: list[str] | None = None) -> TrainingConfig:

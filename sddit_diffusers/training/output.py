@@ -1,14 +1,19 @@
 """The output folder of a run: one run a folder, and nothing in it is lost."""
 
+import dataclasses
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ..files import locked, remove
+from ..cli import differences
+from ..files import locked, read_json, remove
 from .checkpointing import find_checkpoints, set_aside
 from .configuration import RunConfig
-from .metrics import MetricsLog
+from .metrics import MetricsLog, read_metrics
 
+# What a run leaves at its end, in the order in which it does.
+_AT_THE_END = ("model_index.json", "curves.png", "README.md")
 UNFINISHED = "unfinished"  # the log of a run in a folder that has a model already
 
 
@@ -44,6 +49,30 @@ def prepare_folder(folder: Path, config: RunConfig) -> None:
             f"{folder} holds the model of an earlier run: choose another --output_dir, or replace it with "
             "--overwrite_output_dir."
         )
+
+
+def is_complete(config: RunConfig) -> bool:
+    """Whether a run has written its last file, with the settings that are wanted.
+
+    Raises:
+        ValueError: it was begun with others.
+    """
+    folder, wanted = Path(config.output_dir), json.loads(json.dumps(vars(config)))
+    path = folder / "training_config.json"
+    if not path.is_file():
+        return False
+    usual = {each.name: each.default for each in dataclasses.fields(config)}
+    begun = {name: usual[name] for name in wanted if name in usual} | read_json(
+        path, dict, "training's settings"
+    )
+    if others := differences(begun, wanted):
+        raise ValueError(
+            f"{folder} was begun with other settings: {'; '.join(others)}. Choose another --output_dir."
+        )
+    if not all((folder / name).is_file() for name in ("metrics.jsonl", *_AT_THE_END)):
+        return False
+    metrics = read_metrics(folder / "metrics.jsonl")
+    return bool(metrics) and metrics[-1]["step"] == wanted["max_train_steps"]
 
 
 class Records:

@@ -13,11 +13,8 @@ from ..data.pictures import ImageDataset
 from ..evaluation.catalogue import METRICS, SCORES
 from ..files import written_aside
 from ..pipelines.pipeline_sddit import SDDiTPipeline
-from .auxiliaries import AUXILIARIES
-from .methods import METHODS
+from .configuration import RunConfig
 from .metrics import read_metrics
-from .options import TRIAL_STEPS, TrainingConfig
-from .processes import PROCESSES
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
 # What is uploaded of an output folder; its checkpoints and trial samples are not.
@@ -62,7 +59,7 @@ def write_card(
     folder: Path,
     repo: str,
     pipe: SDDiTPipeline,
-    config: TrainingConfig,
+    config: RunConfig,
     dataset: ImageDataset | LatentDataset,
 ) -> None:
     """Writes the model card, README.md, of a training's output folder.
@@ -74,10 +71,11 @@ def write_card(
         dataset: what it was trained on.
     """
     path = folder / "metrics.jsonl"
-    last = (read_metrics(path) if path.is_file() else [])[-1:]
-    name, source, public = METHODS[config.method].title, *_source_of(dataset)
+    rows = read_metrics(path) if path.is_file() else []
+    (source, public), about = _source_of(dataset), config.card()
     network = {name: value for name, value in pipe.transformer.config.items() if not name.startswith("_")}
-    scores = [score for row in last for score in row.items() if score[0] in METRICS]
+    scores = [score for row in rows[-1:] for score in row.items() if score[0] in METRICS]
+    start = rows[0] if config.scores_start and rows else {}
     title = one_line(repo.split("/")[-1])
     data = _data_of(title, config, source, public, scores)
     card = ModelCard.from_template(
@@ -85,9 +83,7 @@ def write_card(
         template_path=str(TEMPLATE),
         title=markdown(title),
         repo=python_text(repo),
-        method=name,
-        preset=config.preset,
-        process=PROCESSES[config.process].title,
+        **{name: markdown(value) if isinstance(value, str) else value for name, value in about.items()},
         source=markdown(source),
         images=len(dataset),
         classes=dataset.num_classes,
@@ -99,7 +95,10 @@ def write_card(
             name: markdown(str(value))
             for name, value in (_settings(config) | {"transformer": json.dumps(network)}).items()
         },
-        scores=[(_score_name(key, config), f"{value:.4g}") for key, value in scores],
+        scores=[
+            (_score_name(key, config), *(f"{row[key]:.4g}" for row in (start, rows[-1]) if key in row))
+            for key, _ in scores
+        ],
         pictures=[picture for picture in ("samples.png", "curves.png") if (folder / picture).is_file()],
     )
     with written_aside(folder / "README.md", "w") as file:
@@ -107,14 +106,14 @@ def write_card(
 
 
 def _data_of(
-    title: str, config: TrainingConfig, source: str, public: str | None, scores: list[tuple[str, float]]
+    title: str, config: RunConfig, source: str, public: str | None, scores: list[tuple[str, float]]
 ) -> ModelCardData:
     """What the Hub is told of the model."""
     return ModelCardData(
         license="apache-2.0",
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
-        tags=["sd-dit", config.method, "class-conditional", "diffusion-transformer"],
+        tags=["sd-dit", *config.card()["tags"], "class-conditional", "diffusion-transformer"],
         datasets=[public] if public else None,
         model_name=title,
         eval_results=[
@@ -164,21 +163,17 @@ def _source_of(dataset: ImageDataset | LatentDataset) -> tuple[str, str | None]:
     return one_line(Path(name).name), None  # of a folder or URL, without where it was
 
 
-def _score_name(key: str, config: TrainingConfig) -> str:
+def _score_name(key: str, config: RunConfig) -> str:
     score, extractor = METRICS[key]
     extractor = {"inception": "Inception"}.get(extractor, extractor)
-    made = f"{config.evaluation_samples} samples, {TRIAL_STEPS} steps, no guidance"
+    made = f"{config.evaluation_samples} samples, {config.trial_steps} steps, no guidance"
     return f"{SCORES[score].title} ({extractor}, {made})"
 
 
-def _settings(config: TrainingConfig) -> dict[str, object]:
+def _settings(config: RunConfig) -> dict[str, object]:
     """What of the configuration tells how it was trained."""
     names = (
         "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "adam_beta1",
-        "adam_beta2", "ema_decay", "mask_ratio", "mask_ratio_schedule", "label_dropout", "mixed_precision",
-        "seed",
+        "adam_beta2", "ema_decay", "mixed_precision", "seed", *config.own(),
     )  # fmt: skip
-    own = METHODS[config.method].options
-    for row in (PROCESSES[config.process], *(AUXILIARIES[name] for name in config.auxiliaries)):
-        own += tuple(row.names())
-    return {name: getattr(config, name) for name in (*names, *own)}
+    return {name: getattr(config, name) for name in names}

@@ -1,0 +1,248 @@
+"""How a distillation is configured.
+
+A setting comes from, in rising order: the defaults, the parent's own training (its data and evaluation), the
+seed's tables or the recipe of the parent's preset, the JSON file of `--config`, the command line.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..cli import Parser, check_options, option, options
+from .configuration import (
+    DataOptions,
+    EvaluationOptions,
+    OptimizerOptions,
+    OutputOptions,
+    RunConfig,
+    check_groups,
+    read_options,
+)
+from .distillation import OBJECTIVES
+from .parents import Parent, load_parent
+
+# lambda by number of steps (supplement of "Diffusion Model is Effectively Its Own Teacher"): Table 10 of SSD,
+# Table 9 of iSSD by the layers of the model; a chain's later stages have a row of their own.
+SSD_WEIGHTS = {50: 0.30, 20: 0.30, 10: 0.30}
+ISSD_WEIGHTS = {
+    12: {50: 0.35, 20: 0.25, 10: 0.25},  # B/2
+    24: {50: 0.25, 20: 0.25, 10: 0.25},  # L/2
+    28: {50: 0.30, 20: 0.25, 10: 0.25},  # XL/2, at 256 and at 512
+}
+ISSD_OF_S2 = {50: 0.05, 20: 0.10, 10: 0.05}  # 12 layers of a width of 384, and what is smaller
+ISSD_OF_CHILDREN = {32: 0.20, 10: 0.25, 5: 0.05, 4: 0.05}
+# Learning rates and batches of the same supplement (A.1), by layers.
+RATES = {12: (5e-6, 256), 24: (5e-6, 256), 28: (5e-6, 128)}
+RATE_OF_S2 = 1e-5, 512
+# What a distillation takes over of its parent's training.
+INHERITED = (
+    "dataset_name", "image_column", "label_column", "vae", "evaluation_reference", "evaluation_extractor",
+    "evaluation_samples", "num_validation_images", "label_dropout",
+)  # fmt: skip
+OF_A_CHILD = "max_train_steps", "train_batch_size", "learning_rate", "ema_decay", "evaluation_steps"
+# By the preset of the parent's training, measured on it.
+RECIPES = {
+    "digits": dict(max_train_steps=300, train_batch_size=128, learning_rate=1e-4, ema_decay=0.99,
+                   evaluation_steps=100),
+}  # fmt: skip
+RECIPES["digits-flow"] = RECIPES["digits"]
+
+
+@dataclass
+class DistillationOptions:
+    """What is distilled, and how."""
+
+    _argument_group_name = "distillation"
+
+    model: str = option("", "the trained pipeline, a folder or a name on the Hub; it is never changed")
+    objective: str = option("ssd", "'ssd' (Algorithm 1) or 'issd' (Algorithm 2)", choices=OBJECTIVES.keys())
+    num_inference_steps: list[int] = options(
+        [10], "steps of the sampler that it is made for; several make a chain, each from the last", low=2,
+        high=10**6,
+    )  # fmt: skip
+    solver: str = option(
+        "euler", "of the sampler: 'euler', which is DDIM, or 'heun'", choices=("euler", "heun")
+    )
+    fusion_weight: list[float] = options(
+        [], "lambda, or one for each of the steps; that of the seed's tables if not given", low=0, high=1
+    )
+    guidance_scale: list[float] = options(
+        [1.0], "of the teacher's step from s to t: one, or the ends of a range to draw from; 1 is off", low=0
+    )
+    distil_guidance: bool = option(False, "learn the guided prediction itself: sample without guidance then")
+    apart: bool = option(False, "learn the prediction without a label in each step too, dropping no label")
+    teacher_momentum: float = option(
+        1.0, "of a teacher that follows the student; 1 keeps it as it was", low=0, high=1
+    )
+    label_dropout: float = option(0.1, "probability of an image without its label", low=0, high=1)
+
+
+GROUPS = [DistillationOptions, DataOptions, OptimizerOptions, EvaluationOptions, OutputOptions]
+
+
+@dataclass
+class DistillConfig(*GROUPS, RunConfig):
+    """The settings of a distillation; of a chain, those of all its stages."""
+
+    def __post_init__(self):
+        check_options(self)
+        steps, weights, scales = self.num_inference_steps, self.fusion_weight, self.guidance_scale
+        if not steps or any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
+            raise ValueError(f"num_inference_steps is {steps}; it must be numbers that fall.")
+        if len(weights) not in (1, len(steps)):
+            raise ValueError(f"fusion_weight is {weights}; it must be one, or one for each of {steps} steps.")
+        if len(scales) not in (1, 2) or scales[0] > scales[-1]:
+            raise ValueError(f"guidance_scale is {scales}; it must be one, or two that rise.")
+        if self.distil_guidance and scales == [1.0]:
+            raise ValueError("distil_guidance needs a guidance_scale other than 1.")
+        self.output_dir = self.output_dir or f"{Path(self.model).name}-{self.objective}-{steps[-1]}"
+        if not self.dataset_name:
+            raise ValueError(
+                f"--dataset_name is needed: what {self.model} was trained on is not told by a "
+                "training_config.json in it."
+            )
+        check_groups(self, GROUPS)
+
+    @property
+    def parent(self) -> Parent:
+        """What is distilled."""
+        return load_parent(self.model)
+
+    @property
+    def title(self) -> str:
+        return f"{self.objective} of {self.model} for {self.trial_steps} steps"
+
+    @property
+    def trial_steps(self) -> int:
+        return self.num_inference_steps[-1]
+
+    @property
+    def scores_start(self) -> bool:
+        return True
+
+    def network(self) -> dict:
+        return dict(self.parent.network.config)
+
+    def identity(self) -> dict:
+        return {
+            "objective": self.objective,
+            "parent": self.parent.sha256(),
+            "num_inference_steps": self.num_inference_steps,
+            "solver": self.solver,
+        }
+
+    def own(self) -> list[str]:
+        return [field.name for field in dataclasses.fields(DistillationOptions)]
+
+    def card(self) -> dict:
+        parent = Path(self.model).name if Path(self.model).exists() else self.model
+        return {
+            "method": self.parent.title,
+            "tags": ["self-distillation", self.objective],
+            "program": "distill_sddit.py",
+            "rows": {},
+            "distilled": f"It is {parent}, distilled by itself: it samples in {self.trial_steps} steps where it is "
+            f"not told how many. It was made with {self.objective.replace('ssd', 'SSD')}, lambda = "
+            f'{self.fusion_weight[-1]:g} and the solver {self.solver} of "Diffusion Model is Effectively Its Own '
+            'Teacher".',
+        }
+
+    def stages(self) -> list["DistillConfig"]:
+        """The chain's stages, each with a folder of its own; of a single number of steps the whole."""
+        steps = self.num_inference_steps
+        if len(steps) == 1:
+            return [self]
+        weights = self.fusion_weight if len(self.fusion_weight) > 1 else self.fusion_weight * len(steps)
+        stages, model = [], self.model
+        for i, number in enumerate(steps):
+            folder = str(Path(self.output_dir) / f"steps-{number}")
+            stages.append(
+                dataclasses.replace(
+                    self,
+                    model=model,
+                    num_inference_steps=[number],
+                    output_dir=folder,
+                    fusion_weight=weights[i : i + 1],
+                )  # fmt: skip
+            )
+            model = folder
+        return stages
+
+
+def default_weight(objective: str, parent: Parent, num_inference_steps: int, is_child: bool) -> float:
+    """Lambda of the seed's tables: of the nearest model, and of the nearest number of steps.
+
+    Args:
+        is_child: whether what is distilled was distilled itself.
+    """
+    if objective == "ssd":
+        # Eq. 17: on the linear path the velocity of a later time is the target itself.
+        table = SSD_WEIGHTS if parent.scheduler.config.get("path") != "linear" else {10: 1.0}
+    elif is_child:
+        table = ISSD_OF_CHILDREN
+    else:
+        table = ISSD_OF_S2 if is_small(parent) else ISSD_WEIGHTS[nearest(ISSD_WEIGHTS, layers_of(parent))]
+    return table[nearest(table, num_inference_steps)]
+
+
+def nearest(table: dict, value: float) -> int:
+    """The key that is the fewest times larger or smaller."""
+    return min(table, key=lambda key: abs(math.log(key / value)))
+
+
+def layers_of(parent: Parent) -> int:
+    """Layers of the network's encoder."""
+    return parent.network.config.get("num_layers", 12)
+
+
+def is_small(parent: Parent) -> bool:
+    """Whether it is no wider than S/2."""
+    config = parent.network.config
+    return config.get("num_attention_heads", 12) * config.get("attention_head_dim", 64) <= 384
+
+
+def defaults_of(parent: Parent) -> dict:
+    """What a distillation of a pipeline changes in the defaults."""
+    rate, batch = RATE_OF_S2 if is_small(parent) else RATES[nearest(RATES, layers_of(parent))]
+    found = {"learning_rate": rate, "train_batch_size": batch, "max_train_steps": 4000, "ema_decay": 0.999}
+    inherited = INHERITED + OF_A_CHILD * ("objective" in parent.settings)
+    found |= {name: parent.settings[name] for name in inherited if name in parent.settings}
+    if parent.vae is not None:
+        found["vae"] = parent.name
+    return found | RECIPES.get(parent.settings.get("preset", ""), {})
+
+
+def parse(arguments: list[str] | None = None) -> DistillConfig:
+    """The configuration of a command line, `sys.argv` by default; leaves with a message where it is wrong."""
+    parser = Parser(
+        GROUPS,
+        description="Makes a trained pipeline better at a small number of steps, by itself (SSD, iSSD).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="JSON file of options, which the command line overrides")
+    first = Parser([], add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--model")
+    chosen, _ = first.parse_known_args(arguments)
+    try:
+        settings = read_options(chosen.config, DistillConfig) if chosen.config else {}
+        name = chosen.model or settings.get("model")
+        if not name:
+            raise ValueError("--model is needed: the trained pipeline that is distilled.")
+        parser.set_defaults(**defaults_of(load_parent(name)) | settings)
+        chosen = parser.parse_known_options(arguments)
+        del chosen["config"]
+        if not chosen["fusion_weight"]:
+            parent, kind, is_child = (
+                load_parent(name),
+                chosen["objective"],
+                "objective" in load_parent(name).settings,
+            )
+            chosen["fusion_weight"] = [
+                default_weight(kind, parent, steps, is_child or place > 0)
+                for place, steps in enumerate(chosen["num_inference_steps"])
+            ]
+        return DistillConfig(**chosen)
+    except ValueError as error:
+        parser.error(str(error))

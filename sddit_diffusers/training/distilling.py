@@ -1,0 +1,99 @@
+"""Runs a distillation: what is built for a stage, and a chain of stages."""
+
+import copy
+import sys
+from contextlib import closing
+
+import torch
+
+from ..data.order import BatchSampler
+from ..models.attention_cpu import use_cpu_attention
+from ..seeds import generator_for
+from .distill_options import DistillConfig
+from .distillation import OBJECTIVES, SelfDistillation
+from .memory import keep_products
+from .output import is_complete
+from .trainer import Trainer, training
+
+
+def build_distillation(config: DistillConfig, network: dict, device: str) -> SelfDistillation:
+    """The student, a copy of its parent, and what trains it, on a kind of device.
+
+    Args:
+        network: the arguments of the parent's network.
+        device: type of the device.
+
+    Raises:
+        ValueError: the parent cannot be distilled, or has other classes than the data.
+    """
+    parent = config.parent
+    if network["num_classes"] != parent.network.config.num_classes:
+        raise ValueError(
+            f"{config.dataset_name} has {network['num_classes']} classes; {parent.name} was trained with "
+            f"{parent.network.config.num_classes}."
+        )
+    student = copy.deepcopy(parent.network).train().requires_grad_(True)
+    if config.gradient_checkpointing != "none":
+        selective = config.gradient_checkpointing == "selective"
+        student.enable_gradient_checkpointing(keep_products if selective else None)
+    objective = OBJECTIVES[config.objective](
+        student,
+        parent.sampler(config.trial_steps, config.solver),
+        fusion_weight=config.fusion_weight[-1],
+        guidance_scales=(config.guidance_scale[0], config.guidance_scale[-1]),
+        distil_guidance=config.distil_guidance,
+        apart=config.apart,
+        teacher_momentum=config.teacher_momentum,
+        label_dropout=config.label_dropout,
+    )
+    if device == "cpu":
+        use_cpu_attention(objective)
+    return objective
+
+
+def distil(config: DistillConfig) -> None:
+    """Runs all stages of a distillation; those that are complete already are left as they are.
+
+    Raises:
+        ValueError: the settings are wrong, or an earlier run's model or checkpoints are in the way.
+    """
+    stages = config.stages()
+    for stage in stages:
+        if config.resume_from_checkpoint == "latest" and len(stages) > 1 and is_complete(stage):
+            print(f"{stage.output_dir} is complete.", flush=True)
+            continue
+        with training(stage, build_distillation) as trainer:
+            warn_untrained(trainer)
+            trainer.run()
+
+
+def warn_untrained(trainer: Trainer) -> None:
+    """Says so where the parent knows no more of its data than a guess does (the seed's Figure 5)."""
+    share = unexplained(trainer)
+    if not share < 1:
+        trainer.accelerator.print(
+            f"Warning: {trainer.config.model} looks untrained: its error is {share:.0%} of that of a guess that "
+            "knows mean and variance of the data alone. Self-distillation makes such a model worse; train it "
+            "first.", file=sys.stderr, flush=True,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def unexplained(trainer: Trainer) -> float:
+    """The parent's error of the denoised data at the sampler's times, as a share of that of the best linear
+    guess, E[x0 | x] of Gaussian data of the pictures' mean and variance; all processes call it."""
+    objective, config, device = trainer.objective, trainer.config, trainer.accelerator.device
+    process, count = objective.scheduler, min(64, len(trainer.dataset))
+    sampler = BatchSampler(len(trainer.dataset), count, 1, 0, 1, config.seed, max_steps=1)
+    with closing(trainer.dataset.batches(sampler)) as batches:
+        read = next(batches)
+    channels, size = objective.transformer.config.in_channels, objective.transformer.config.sample_size
+    shape, generator = (count, channels, size, size), generator_for(config.seed, 3, device=device)
+    x0, labels, _ = trainer.dataset.batch(read, trainer.dataset.draw(shape, generator, device), device)
+    draws = objective.draw(shape, generator, device)
+    x = process.noised(x0, draws.noise, draws.t)
+    denoised, _ = process.solve(objective.output(objective.teacher, x, draws.t, labels), x, draws.t)
+    mean, variance = x0.mean(0), (x0 - x0.mean(0)).square().mean()
+    alpha, sigma = (process.noised(*pair, draws.t) for pair in ((1.0, 0.0), (0.0, 1.0)))
+    guess = mean + alpha * variance / (alpha**2 * variance + sigma**2) * (x - alpha * mean)
+    return ((denoised - x0).square().sum() / (guess - x0).square().sum()).item()

@@ -1,0 +1,87 @@
+"""The trained pipelines that a second stage begins with."""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from diffusers import AutoencoderKL, AutoencoderTiny
+from huggingface_hub import hf_hub_download
+from torch import nn
+
+from ..cli import one_line
+from ..files import read_json
+from ..pipelines.loading import load_pipeline, sha256_of_weights
+from ..schedulers.scheduling_edm_heun import EDMHeunScheduler
+from ..schedulers.scheduling_interpolant import InterpolantScheduler
+from .auxiliary import Process
+from .methods import METHODS
+
+
+@dataclass
+class Parent:
+    """A trained pipeline.
+
+    Args:
+        name: its folder, or its name on the Hub.
+        network: what was trained; never changed.
+        scheduler: its process.
+        title: of its method, for people.
+        id2label: names of the classes by number.
+        settings: of its training, as far as they are told.
+    """
+
+    name: str
+    network: nn.Module
+    scheduler: Process
+    vae: AutoencoderKL | AutoencoderTiny | None
+    title: str
+    id2label: dict[int, str] | None = None
+    settings: dict = field(default_factory=dict)
+
+    def sha256(self) -> str:
+        """Of the weights."""
+        return sha256_of_weights(self.network)
+
+    def sampler(self, num_inference_steps: int, solver: str) -> Process:
+        """The process, with the sampler of so many steps.
+
+        Raises:
+            ValueError: it cannot take the steps.
+        """
+        changes = {"diffusion": "none"} if "diffusion" in self.scheduler.config else {}
+        steps = {"num_inference_steps": num_inference_steps, "solver": solver}
+        try:
+            return type(self.scheduler).from_config(self.scheduler.config, **steps, **changes)
+        except ValueError as error:
+            raise ValueError(
+                f"The scheduler of {self.name} cannot take the steps: {one_line(error)}"
+            ) from None
+
+
+@lru_cache(maxsize=1)
+def load_parent(name: str) -> Parent:
+    """The trained pipeline of a folder or of the Hub.
+
+    Raises:
+        ValueError: there is none, or it is of a class or has a scheduler that is not known.
+    """
+    pipe = load_pipeline(name)
+    if not isinstance(pipe.scheduler, (EDMHeunScheduler, InterpolantScheduler)):
+        raise ValueError(
+            f"The scheduler of {name} is {type(pipe.scheduler).__name__}; those that can be distilled are "
+            "EDMHeunScheduler and InterpolantScheduler."
+        )
+    rows = [row for row in METHODS.values() if row.transformer is type(pipe.transformer)]
+    title = rows[0].title if rows else type(pipe.transformer).__name__
+    return Parent(name, pipe.transformer, pipe.scheduler, pipe.vae, title, pipe.id2label, read_settings(name))
+
+
+def read_settings(name: str) -> dict:
+    """The training_config.json of a pipeline; empty where there is none."""
+    path = Path(name) / "training_config.json"
+    try:
+        if not path.parent.is_dir():
+            path = Path(hf_hub_download(name, path.name))
+        return read_json(path, dict, "training's settings") if path.is_file() else {}
+    except Exception:  # it is not needed
+        return {}
