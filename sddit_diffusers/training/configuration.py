@@ -146,8 +146,12 @@ class RunConfig:
         raise NotImplementedError
 
     def card(self) -> dict:
-        """What a model card tells of the stage: the `method`, `tags`, the `program`, its own `rows` of the table
-        of settings, and a sentence on how it was `distilled`, if it was."""
+        """What a model card tells of the stage.
+
+        Returns:
+            the `method`, `tags`, the `program`, its own `rows` of the table of settings, and a sentence on how
+            it was `distilled`, if it was.
+        """
         raise NotImplementedError
 
     def save(self, path: Path) -> None:

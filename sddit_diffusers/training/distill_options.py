@@ -142,10 +142,10 @@ class DistillConfig(*GROUPS, RunConfig):
             "tags": ["self-distillation", self.objective],
             "program": "distill_sddit.py",
             "rows": {},
-            "distilled": f"It is {parent}, distilled by itself: it samples in {self.trial_steps} steps where it is "
-            f"not told how many. It was made with {self.objective.replace('ssd', 'SSD')}, lambda = "
-            f'{self.fusion_weight[-1]:g} and the solver {self.solver} of "Diffusion Model is Effectively Its Own '
-            'Teacher".',
+            "distilled": f"It is {parent}, distilled by itself: it samples in {self.trial_steps} steps where it "
+            f"is not told how many. It was made with {self.objective.replace('ssd', 'SSD')}, lambda = "
+            f'{self.fusion_weight[-1]:g} and the solver {self.solver} of "Diffusion Model is Effectively Its '
+            'Own Teacher".',
         }
 
     def stages(self) -> list["DistillConfig"]:
@@ -206,8 +206,11 @@ def defaults_of(parent: Parent) -> dict:
     """What a distillation of a pipeline changes in the defaults."""
     rate, batch = RATE_OF_S2 if is_small(parent) else RATES[nearest(RATES, layers_of(parent))]
     found = {"learning_rate": rate, "train_batch_size": batch, "max_train_steps": 4000, "ema_decay": 0.999}
-    inherited = INHERITED + OF_A_CHILD * ("objective" in parent.settings)
-    found |= {name: parent.settings[name] for name in inherited if name in parent.settings}
+    usual = {each.name: each.default for each in dataclasses.fields(DistillConfig)}
+    inherited = INHERITED + OF_A_CHILD * parent.is_child
+    for name in inherited:
+        if type(parent.settings.get(name)) is type(usual[name]):
+            found[name] = parent.settings[name]
     if parent.vae is not None:
         found["vae"] = parent.name
     return found | RECIPES.get(parent.settings.get("preset", ""), {})
@@ -234,13 +237,9 @@ def parse(arguments: list[str] | None = None) -> DistillConfig:
         chosen = parser.parse_known_options(arguments)
         del chosen["config"]
         if not chosen["fusion_weight"]:
-            parent, kind, is_child = (
-                load_parent(name),
-                chosen["objective"],
-                "objective" in load_parent(name).settings,
-            )
+            parent = load_parent(name)
             chosen["fusion_weight"] = [
-                default_weight(kind, parent, steps, is_child or place > 0)
+                default_weight(chosen["objective"], parent, steps, parent.is_child or place > 0)
                 for place, steps in enumerate(chosen["num_inference_steps"])
             ]
         return DistillConfig(**chosen)

@@ -72,9 +72,9 @@ def warn_untrained(trainer: Trainer) -> None:
     share = unexplained(trainer)
     if not share < 1:
         trainer.accelerator.print(
-            f"Warning: {trainer.config.model} looks untrained: its error is {share:.0%} of that of a guess that "
-            "knows mean and variance of the data alone. Self-distillation makes such a model worse; train it "
-            "first.", file=sys.stderr, flush=True,
+            f"Warning: {trainer.config.model} looks untrained: its error is {share:.0%} of that of a guess "
+            "that knows mean and variance of the data alone. Self-distillation makes such a model worse; "
+            "train it first.", file=sys.stderr, flush=True,
         )  # fmt: skip
 
 

@@ -38,6 +38,11 @@ class Parent:
     id2label: dict[int, str] | None = None
     settings: dict = field(default_factory=dict)
 
+    @property
+    def is_child(self) -> bool:
+        """Whether it was distilled itself."""
+        return "objective" in self.settings
+
     def sha256(self) -> str:
         """Of the weights."""
         return sha256_of_weights(self.network)

@@ -1,6 +1,7 @@
 """Self-distillation: the losses against the seed's algorithms, written out image by image."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def test_ssd_is_algorithm_1(method, process, guidance, batch):
             label = 4 if draws.label_dropped[i] else labels[i].item()
             x_s = process.noised(x0[i], draws.noise[i], s)
             v_s, guided = (velocity(process, teacher, x_s, s, label, scale) for scale in (None, w))
-            x_t = stepped(process, x_s, s, t, lambda x, t: velocity(process, teacher, x, t, label, w))
+            x_t = stepped(process, x_s, s, t, partial(velocity, process, teacher, label=label, scale=w))
             learnt = w if guidance == "learnt" else None
             v_t = velocity(process, teacher, x_t, t, label, learnt)
             target = 0.7 * (guided if guidance == "learnt" else v_s) + 0.3 * v_t
@@ -133,7 +134,7 @@ def test_issd_is_algorithm_2(method, process, batch):
             s, t = draws.t[i].flatten()[0], draws.auxiliaries["step"].t[i].flatten()[0]
             label = 4 if draws.label_dropped[i] else labels[i].item()
             x_s = process.noised(x0[i], draws.noise[i], s)
-            x_t = stepped(process, x_s, s, t, lambda x, t: velocity(process, objective.teacher, x, t, label))
+            x_t = stepped(process, x_s, s, t, partial(velocity, process, objective.teacher, label=label))
             found = []
             for kind, (x, time) in ((first, (x_s, s)), (second, (x_t, t))):
                 for block in blocks:
