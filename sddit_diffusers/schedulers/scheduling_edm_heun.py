@@ -235,6 +235,13 @@ class EDMHeunScheduler(EDMProcess, SchedulerMixin, ConfigMixin):
         low, high = self.config.sigma_min ** (1 / rho), self.config.sigma_max ** (1 / rho)
         return (high + ramp * (low - high)) ** rho
 
+    def refined(self, parts: int) -> Tensor:
+        """Noise levels `[N - 1, parts + 1]` of the steps, in parts as a finer schedule has them, float64.
+
+        The last step, which ends at no noise, is left out.
+        """
+        return self._schedule(parts * (self.num_inference_steps - 1) + 1).unfold(0, parts + 1, parts)
+
     # The sampler
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:

@@ -418,6 +418,11 @@ class InterpolantScheduler(InterpolantSDE, SchedulerMixin, ConfigMixin):
         t = torch.linspace(high, end, n, dtype=torch.float64, device="cpu")
         return shift * t / (1 + (shift - 1) * t)
 
+    def refined(self, parts: int) -> Tensor:
+        """Times `[N, parts + 1]` of the steps, in parts as a finer grid has them, float64; the last is 0."""
+        times = self._grid(parts * self.num_inference_steps)
+        return torch.cat([times, times.new_zeros(1)]).unfold(0, parts + 1, parts)
+
     # The sampler
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:

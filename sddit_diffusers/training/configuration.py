@@ -149,8 +149,8 @@ class RunConfig:
         """What a model card tells of the stage.
 
         Returns:
-            the `method`, `tags`, the `program`, its own `rows` of the table of settings, and a sentence on how
-            it was `distilled`, if it was.
+            The `method`, `tags`, the `program`, its own `rows` of the table of settings, and a sentence on
+            how it was `distilled`, if it was.
         """
         raise NotImplementedError
 

@@ -35,6 +35,7 @@ ISSD_OF_CHILDREN = {32: 0.20, 10: 0.25, 5: 0.05, 4: 0.05}
 # Learning rates and batches of the same supplement (A.1), by layers.
 RATES = {12: (5e-6, 256), 24: (5e-6, 256), 28: (5e-6, 128)}
 RATE_OF_S2 = 1e-5, 512
+TEACHER_STEPS = 20  # of Heun's, at which the digits' parent samples as well as with more
 # What a distillation takes over of its parent's training.
 INHERITED = (
     "dataset_name", "image_column", "label_column", "vae", "evaluation_reference", "evaluation_extractor",
@@ -56,7 +57,9 @@ class DistillationOptions:
     _argument_group_name = "distillation"
 
     model: str = option("", "the trained pipeline, a folder or a name on the Hub; it is never changed")
-    objective: str = option("ssd", "'ssd' (Algorithm 1) or 'issd' (Algorithm 2)", choices=OBJECTIVES.keys())
+    objective: str = option(
+        "ssd", "'ssd', 'issd' (Algorithms 1 and 2) or 'progressive'", choices=OBJECTIVES.keys()
+    )
     num_inference_steps: list[int] = options(
         [10], "steps of the sampler that it is made for; several make a chain, each from the last", low=2,
         high=10**6,
@@ -65,7 +68,13 @@ class DistillationOptions:
         "euler", "of the sampler: 'euler', which is DDIM, or 'heun'", choices=("euler", "heun")
     )
     fusion_weight: list[float] = options(
-        [], "lambda, or one for each of the steps; that of the seed's tables if not given", low=0, high=1
+        [], "lambda, or one for each of the steps; that of the paper's tables if not given", low=0, high=1
+    )
+    teacher_steps: int = option(
+        0,
+        f"of 'progressive', Heun's in one of the sampler's; 0: as many as make {TEACHER_STEPS} in all",
+        low=0,
+        high=1000,
     )
     guidance_scale: list[float] = options(
         [1.0], "of the teacher's step from s to t: one, or the ends of a range to draw from; 1 is off", low=0
@@ -90,7 +99,10 @@ class DistillConfig(*GROUPS, RunConfig):
         steps, weights, scales = self.num_inference_steps, self.fusion_weight, self.guidance_scale
         if not steps or any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
             raise ValueError(f"num_inference_steps is {steps}; it must be numbers that fall.")
-        if len(weights) not in (1, len(steps)):
+        if self.objective == "progressive":
+            if weights:
+                raise ValueError(f"fusion_weight is {weights}; progressive distillation has none.")
+        elif len(weights) not in (1, len(steps)):
             raise ValueError(f"fusion_weight is {weights}; it must be one, or one for each of {steps} steps.")
         if len(scales) not in (1, 2) or scales[0] > scales[-1]:
             raise ValueError(f"guidance_scale is {scales}; it must be one, or two that rise.")
@@ -142,18 +154,36 @@ class DistillConfig(*GROUPS, RunConfig):
             "tags": ["self-distillation", self.objective],
             "program": "distill_sddit.py",
             "rows": {},
-            "distilled": f"It is {parent}, distilled by itself: it samples in {self.trial_steps} steps where it "
-            f"is not told how many. It was made with {self.objective.replace('ssd', 'SSD')}, lambda = "
-            f'{self.fusion_weight[-1]:g} and the solver {self.solver} of "Diffusion Model is Effectively Its '
-            'Own Teacher".',
+            "distilled": f"It is {parent}, distilled by itself: it samples in {self.trial_steps} steps "
+            f"where it is not told how many. It was made with {self.way}.",
         }
+
+    @property
+    def way(self) -> str:
+        """How it is made, for a model card."""
+        if self.objective == "progressive":
+            return (
+                f"{self.teacher_steps_each} steps of the teacher in one of its own "
+                '("Progressive Distillation for Fast Sampling of Diffusion Models")'
+            )
+        return (
+            f"{self.objective.replace('ssd', 'SSD')}, lambda = {self.fusion_weight[-1]:g} and the solver "
+            f'{self.solver} ("Diffusion Model is Effectively Its Own Teacher")'
+        )
+
+    @property
+    def teacher_steps_each(self) -> int:
+        """Steps of the teacher in each of the sampler's."""
+        if self.objective != "progressive":
+            return 1
+        return self.teacher_steps or math.ceil(TEACHER_STEPS / self.trial_steps)
 
     def stages(self) -> list["DistillConfig"]:
         """The chain's stages, each with a folder of its own; of a single number of steps the whole."""
         steps = self.num_inference_steps
         if len(steps) == 1:
             return [self]
-        weights = self.fusion_weight if len(self.fusion_weight) > 1 else self.fusion_weight * len(steps)
+        weights = self.fusion_weight * (len(steps) if len(self.fusion_weight) == 1 else 1)
         stages, model = [], self.model
         for i, number in enumerate(steps):
             folder = str(Path(self.output_dir) / f"steps-{number}")
@@ -236,7 +266,7 @@ def parse(arguments: list[str] | None = None) -> DistillConfig:
         parser.set_defaults(**defaults_of(load_parent(name)) | settings)
         chosen = parser.parse_known_options(arguments)
         del chosen["config"]
-        if not chosen["fusion_weight"]:
+        if not chosen["fusion_weight"] and chosen["objective"] != "progressive":
             parent = load_parent(name)
             chosen["fusion_weight"] = [
                 default_weight(chosen["objective"], parent, steps, parent.is_child or place > 0)

@@ -36,10 +36,12 @@ def build_distillation(config: DistillConfig, network: dict, device: str) -> Sel
     if config.gradient_checkpointing != "none":
         selective = config.gradient_checkpointing == "selective"
         student.enable_gradient_checkpointing(keep_products if selective else None)
+    own = {"fusion_weight": config.fusion_weight[-1]} if config.fusion_weight else {}
     objective = OBJECTIVES[config.objective](
         student,
         parent.sampler(config.trial_steps, config.solver),
-        fusion_weight=config.fusion_weight[-1],
+        **own,
+        teacher_steps=config.teacher_steps_each,
         guidance_scales=(config.guidance_scale[0], config.guidance_scale[-1]),
         distil_guidance=config.distil_guidance,
         apart=config.apart,

@@ -2,6 +2,7 @@
 
 import errno
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -49,7 +50,12 @@ class Results:
 
     def _open_judge(self) -> Judge:
         """What scores the averaged weights."""
-        config, pixels = self.config, self.dataset.vae is None
+        config, pixels, processes = self.config, self.dataset.vae is None, self.accelerator.num_processes
+        if config.evaluation_samples < processes:
+            raise ValueError(
+                f"evaluation_samples is {config.evaluation_samples}; it must be at least {processes}, one a "
+                "process."
+            )
         if not config.evaluation_reference and not pixels:
             raise ValueError("--evaluation_steps needs --evaluation_reference: images, or their statistics.")
         if self.vae is None and not pixels:
@@ -81,6 +87,20 @@ class Results:
         pipe = self.averaged_pipeline()
         scores = self.judge(pipe, self.config.train_batch_size, num_inference_steps=self.config.trial_steps)
         return broadcast_object_list([scores])[0]
+
+    def score_start(self, log: MetricsLog | None) -> None:
+        """Scores what the run begins with, where its own scores are held against that.
+
+        Args:
+            log: the main process's.
+        """
+        if not self.config.scores_start or self.judge is None:
+            return
+        scores = self.evaluate()
+        self.accelerator.log(scores, step=0)
+        if self.accelerator.is_main_process:
+            log.write({"step": 0, **scores})
+            print(told(0, scores), file=sys.stderr, flush=True)
 
     def draw_samples(self, pipe: SDDiTPipeline, path: Path, **arguments) -> bool:
         """Saves a grid of samples, if one is wanted and can be decoded; returns whether."""
@@ -139,6 +159,11 @@ class Results:
             f"    pipe = SDDiTPipeline.from_pretrained({python_text(str(output_dir))})\n"
             f'    pipe(class_labels=[{label}]).images[0].save("sample.png")'
         )
+
+
+def told(step: int, scores: dict[str, float]) -> str:
+    """Scores, for people."""
+    return f"Step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
 
 
 def save_weights(pipe: SDDiTPipeline, folder: Path) -> None:

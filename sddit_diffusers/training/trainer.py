@@ -31,7 +31,7 @@ from .metrics import MetricsLog
 from .objective import Draws, Objective
 from .output import Records, alone_in, prepare_folder
 from .publishing import open_repo
-from .results import Results, open_vae
+from .results import Results, open_vae, told
 from .signals import Signals
 from .state import RunState
 from .step import Step, train_step
@@ -62,7 +62,6 @@ class Trainer:
         if config.push_to_hub:  # now, since nobody may be logged in
             name = config.hub_model_id or self.output_dir.resolve().name
             self.repo = on_main_process(lambda: open_repo(name), self.accelerator)
-        self.check_evaluation()
         network, device = config.network(), self.accelerator.device
         self.dataset = main_first(lambda: open_dataset(config, network), self.accelerator)
         wanted = self.accelerator.is_main_process or config.evaluation_steps
@@ -101,18 +100,6 @@ class Trainer:
         )  # fmt: skip
         self.ema = EMAModel(self.objective.transformer.parameters(), decay=config.ema_decay, foreach=True)
 
-    def check_evaluation(self) -> None:
-        """Makes sure that each process has a sample to make.
-
-        Raises:
-            ValueError: there are fewer samples than processes.
-        """
-        samples, processes = self.config.evaluation_samples, self.accelerator.num_processes
-        if self.config.evaluation_steps and samples < processes:
-            raise ValueError(
-                f"evaluation_samples is {samples}; it must be at least {processes}, one a process."
-            )
-
     def run(self) -> None:
         """Trains from the first step to the last, and saves the pipeline.
 
@@ -131,7 +118,8 @@ class Trainer:
         self.describe()
         try:
             with self.signals.caught():
-                self.score_start(log)
+                if not self.sampler.start_step:
+                    self.results.score_start(log)
                 self.train(log)
                 self.finish()
         except FloatingPointError as error:
@@ -184,17 +172,6 @@ class Trainer:
                     self.signals.leave(done)
                 if config.validation_steps and done % config.validation_steps == 0 and not last:
                     self.sampled(done, partial(self.results.validate, f"samples-{done}.png"))
-
-    def score_start(self, log: MetricsLog) -> None:
-        """Scores what a run begins with, where its own scores are held against that."""
-        config = self.config
-        if not config.scores_start or not config.evaluation_steps or self.sampler.start_step:
-            return
-        scores = self.results.evaluate()
-        self.accelerator.log(scores, step=0)
-        if self.accelerator.is_main_process:
-            log.write({"step": 0, **scores})
-            print(told(0, scores), file=sys.stderr, flush=True)
 
     def sampled(self, step: int, action: Callable[[], T]) -> T:
         """What `action` makes of samples; where they are not finite, the training is saved first."""
@@ -276,11 +253,6 @@ class Trainer:
         on_main_process(lambda: self.results.save(pipe, self.records, self.repo), self.accelerator)
         for tracker in self.accelerator.trackers:
             tracker.finish()
-
-
-def told(step: int, scores: dict[str, float]) -> str:
-    """Scores, for people."""
-    return f"Step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
 
 
 def open_dataset(config: RunConfig, network: dict) -> ImageDataset | LatentDataset:

@@ -9,7 +9,11 @@ from conftest import NETWORKS, randomize
 
 from sddit_diffusers import EDMHeunScheduler, InterpolantScheduler
 from sddit_diffusers.models.transformer_sddit import SDDiTBlock
-from sddit_diffusers.training.distillation import ImplicitSelfDistillation, SelfDistillation
+from sddit_diffusers.training.distillation import (
+    ExplicitSelfDistillation,
+    ImplicitSelfDistillation,
+    ProgressiveDistillation,
+)
 from sddit_diffusers.training.methods import METHODS
 
 PROCESSES = {
@@ -23,9 +27,11 @@ PROCESSES = {
 }
 
 
-def make(kind=SelfDistillation, method="sddit", process="linear", **arguments):
+def make(kind=ExplicitSelfDistillation, method="sddit", process="linear", **arguments):
     student = randomize(METHODS[method].transformer(**NETWORKS[method])).double()
-    objective = kind(student, PROCESSES[process](), **{"fusion_weight": 0.3} | arguments)
+    if kind is not ProgressiveDistillation:
+        arguments = {"fusion_weight": 0.3} | arguments
+    objective = kind(student, PROCESSES[process](), **arguments)
     randomize(objective.teacher, seed=1)
     return objective
 
@@ -150,7 +156,7 @@ def test_issd_is_algorithm_2(method, process, batch):
 
 def test_without_a_mix_the_start_is_no_loss(batch):
     """The target is the teacher's own output, and the fused pass the plain one."""
-    for kind in (SelfDistillation, ImplicitSelfDistillation):
+    for kind in (ExplicitSelfDistillation, ImplicitSelfDistillation):
         objective = make(kind, fusion_weight=0.0)
         objective.teacher.load_state_dict(objective.transformer.state_dict())
         assert objective(*batch, draw(objective))["loss"] < 1e-10
@@ -168,6 +174,42 @@ def test_only_the_student_learns_and_the_kept_layers_give_no_gradient(batch):
     assert objective.transformer.decoder.proj_out.weight.grad.any()
 
 
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("process", ["edm", "linear", "vp noise"])
+def test_progressive_distillation_leads_where_the_teacher_does(process, guided, batch):
+    arguments = {"guidance_scales": (1.5, 3.0), "distil_guidance": True} if guided else {}
+    objective = make(ProgressiveDistillation, process=process, teacher_steps=3, **arguments)
+    process, (x0, labels), draws = objective.scheduler, batch, draw(objective)
+    low, high = process.config.get("sigma_min", 0), process.config.get("sigma_max", process.interval[1])
+    if isinstance(process, EDMHeunScheduler):  # five steps, four of them in three parts
+        grid = torch.tensor(
+            [high ** (1 / 7) + i / 12 * (low ** (1 / 7) - high ** (1 / 7)) for i in range(13)]
+        )
+        grid = grid.double() ** 7
+    else:
+        grid = torch.linspace(high, 0, 16, dtype=torch.float64)
+    fine = type(process).from_config(process.config, solver="heun")
+    losses = []
+    with torch.no_grad():
+        for i in range(3):
+            s, step = draws.t[i].flatten()[0], draws.auxiliaries["step"]
+            ends = step.t[i].flatten()
+            place = (grid - s).abs().argmin()
+            torch.testing.assert_close(torch.stack([s, *ends]), grid[place : place + 4])
+            assert place % 3 == 0
+            label = 4 if draws.label_dropped[i] else labels[i].item()
+            scale = step.guidance_scale[i].item() if guided else None
+            teacher = partial(velocity, process, objective.teacher, label=label, scale=scale)
+            x_s = x = process.noised(x0[i], draws.noise[i], s)
+            for begin, end in zip([s, *ends], ends, strict=False):
+                x = stepped(fine if end > 0 else process, x, begin, end, teacher)
+            student = partial(velocity, process, objective.transformer, label=label)
+            found = stepped(process, x_s, s, ends[-1], student)
+            losses.append(((found - x) / (ends[-1] - s)).square().mean())
+    actual = objective(x0, labels, draws)["loss"]
+    torch.testing.assert_close(actual.double(), torch.stack(losses).mean(), rtol=2e-4, atol=0)
+
+
 def test_steps_are_the_samplers():
     objective = make(process="linear")
     draws = objective.draw((400, 3, 8, 8), torch.Generator().manual_seed(0))
@@ -176,6 +218,19 @@ def test_steps_are_the_samplers():
         for s, t in zip(draws.t, draws.auxiliaries["step"].t, strict=True)
     }
     assert pairs == {(1.0, 0.8), (0.8, 0.6), (0.6, 0.4), (0.4, 0.2)}
+
+
+@pytest.mark.parametrize(
+    ("process", "arguments", "message"),
+    [
+        ("edm, Heun", {}, "solver is 'heun'"),
+        ("edm", {"apart": True}, "nothing apart"),
+        ("edm", {"guidance_scales": (2.0, 2.0)}, "needs distil_guidance"),
+    ],
+)
+def test_what_progressive_distillation_cannot_do(process, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(ProgressiveDistillation, process=process, **arguments)
 
 
 def test_the_teacher_stays_or_follows(batch):
@@ -203,4 +258,4 @@ def test_bad_input_is_named(arguments, message):
 def test_one_step_is_too_few():
     student = METHODS["dit"].transformer(**NETWORKS["dit"])
     with pytest.raises(ValueError, match="num_inference_steps is 1; self-distillation needs at least 2"):
-        SelfDistillation(student, InterpolantScheduler(num_inference_steps=1), fusion_weight=0.3)
+        ExplicitSelfDistillation(student, InterpolantScheduler(num_inference_steps=1), fusion_weight=0.3)

@@ -76,7 +76,7 @@ def test_scores_have_panels_of_their_own(tmp_path):
     draw_curves(rows, tmp_path / "with.png")
     draw_curves([{"step": 1, "loss_generative": 1.0}], tmp_path / "without.png")
     widths = [Image.open(tmp_path / name).width for name in ("with.png", "without.png")]
-    assert widths == [2000, 1500]
+    assert widths == [1000, 500]
 
 
 def test_several_runs_are_drawn_in_one_figure(tmp_path, monkeypatch):
