@@ -183,9 +183,10 @@ def test_progressive_distillation_leads_where_the_teacher_does(process, guided, 
     low, high = process.config.get("sigma_min", 0), process.config.get("sigma_max", process.interval[1])
     if isinstance(process, EDMHeunScheduler):  # five steps, four of them in three parts
         grid = torch.tensor(
-            [high ** (1 / 7) + i / 12 * (low ** (1 / 7) - high ** (1 / 7)) for i in range(13)]
+            [high ** (1 / 7) + i / 12 * (low ** (1 / 7) - high ** (1 / 7)) for i in range(13)],
+            dtype=torch.float64,
         )
-        grid = grid.double() ** 7
+        grid = grid**7
     else:
         grid = torch.linspace(high, 0, 16, dtype=torch.float64)
     fine = type(process).from_config(process.config, solver="heun")
