@@ -1,7 +1,7 @@
 """How a distillation is configured.
 
 A setting comes from, in rising order: the defaults, the parent's own training (its data and evaluation), the
-seed's tables or the recipe of the parent's preset, the JSON file of `--config`, the command line.
+papers' tables or what was measured on the parent's data, the JSON file of `--config`, the command line.
 """
 
 import dataclasses
@@ -42,12 +42,9 @@ INHERITED = (
     "evaluation_samples", "num_validation_images", "label_dropout",
 )  # fmt: skip
 OF_A_CHILD = "max_train_steps", "train_batch_size", "learning_rate", "ema_decay", "evaluation_steps"
-# By the preset of the parent's training, measured on it.
-RECIPES = {
-    "digits": dict(max_train_steps=300, train_batch_size=128, learning_rate=1e-4, ema_decay=0.99,
-                   evaluation_steps=100),
-}  # fmt: skip
-RECIPES["digits-flow"] = RECIPES["digits"]
+# Measured on the digits.
+OF_DIGITS = dict(max_train_steps=300, train_batch_size=128, ema_decay=0.99, evaluation_steps=100)
+RATES_OF_DIGITS = {"ssd": 1e-4, "issd": 1e-4, "progressive": 1e-3}
 
 
 @dataclass
@@ -138,6 +135,7 @@ class DistillConfig(*GROUPS, RunConfig):
 
     def identity(self) -> dict:
         return {
+            "process": self.parent.scheduler.config.get("path", "edm"),
             "objective": self.objective,
             "parent": self.parent.sha256(),
             "num_inference_steps": self.num_inference_steps,
@@ -201,7 +199,7 @@ class DistillConfig(*GROUPS, RunConfig):
 
 
 def default_weight(objective: str, parent: Parent, num_inference_steps: int, is_child: bool) -> float:
-    """Lambda of the seed's tables: of the nearest model, and of the nearest number of steps.
+    """Lambda of the paper's tables: of the nearest model, and of the nearest number of steps.
 
     Args:
         is_child: whether what is distilled was distilled itself.
@@ -232,7 +230,7 @@ def is_small(parent: Parent) -> bool:
     return config.get("num_attention_heads", 12) * config.get("attention_head_dim", 64) <= 384
 
 
-def defaults_of(parent: Parent) -> dict:
+def defaults_of(parent: Parent, objective: str) -> dict:
     """What a distillation of a pipeline changes in the defaults."""
     rate, batch = RATE_OF_S2 if is_small(parent) else RATES[nearest(RATES, layers_of(parent))]
     found = {"learning_rate": rate, "train_batch_size": batch, "max_train_steps": 4000, "ema_decay": 0.999}
@@ -243,7 +241,9 @@ def defaults_of(parent: Parent) -> dict:
             found[name] = parent.settings[name]
     if parent.vae is not None:
         found["vae"] = parent.name
-    return found | RECIPES.get(parent.settings.get("preset", ""), {})
+    if parent.settings.get("preset") in ("digits", "digits-flow"):
+        found |= OF_DIGITS | {"learning_rate": RATES_OF_DIGITS[objective]}
+    return found
 
 
 def parse(arguments: list[str] | None = None) -> DistillConfig:
@@ -255,15 +255,18 @@ def parse(arguments: list[str] | None = None) -> DistillConfig:
     )
     parser.add_argument("--config", help="JSON file of options, which the command line overrides")
     first = Parser([], add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    first.add_argument("--model")
+    for name in ("--config", "--model", "--objective"):
+        first.add_argument(name)
     chosen, _ = first.parse_known_args(arguments)
     try:
         settings = read_options(chosen.config, DistillConfig) if chosen.config else {}
         name = chosen.model or settings.get("model")
         if not name:
             raise ValueError("--model is needed: the trained pipeline that is distilled.")
-        parser.set_defaults(**defaults_of(load_parent(name)) | settings)
+        objective = chosen.objective or settings.get("objective")
+        if objective not in OBJECTIVES:
+            objective = DistillConfig.objective  # another one is refused below
+        parser.set_defaults(**defaults_of(load_parent(name), objective) | settings)
         chosen = parser.parse_known_options(arguments)
         del chosen["config"]
         if not chosen["fusion_weight"] and chosen["objective"] != "progressive":

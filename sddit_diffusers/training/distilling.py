@@ -70,7 +70,11 @@ def distil(config: DistillConfig) -> None:
 
 
 def warn_untrained(trainer: Trainer) -> None:
-    """Says so where the parent knows no more of its data than a guess does (the seed's Figure 5)."""
+    """Says so where the parent knows no more of its data than a guess does.
+
+    Self-distillation makes an untrained model worse ("Diffusion Model is Effectively Its Own Teacher",
+    Figure 5).
+    """
     share = unexplained(trainer)
     if not share < 1:
         trainer.accelerator.print(

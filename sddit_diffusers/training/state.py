@@ -122,7 +122,7 @@ class RunState:
         settings = dataclasses.asdict(self.config)
         of_a_start = ("resume_from_checkpoint", "overwrite_output_dir")
         saved = settings | saved | {name: settings[name] for name in of_a_start}
-        for name in {"pretrained_model_name_or_path", "model"} & settings.keys():
+        for name in {"pretrained_model_name_or_path"} & settings.keys():
             if saved[name] != settings[name]:
                 raise ValueError(
                     f"{name} is {settings[name]!r}; the run of {folder} began with {saved[name]!r}."

@@ -1,4 +1,4 @@
-"""Self-distillation: the losses against the seed's algorithms, written out image by image."""
+"""Self-distillation: the losses against the paper's algorithms, written out image by image."""
 
 import copy
 from functools import partial

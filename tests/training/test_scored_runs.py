@@ -89,4 +89,4 @@ def test_each_process_must_have_a_sample_to_make(tmp_path):
     trainer.config.evaluation_steps, trainer.config.evaluation_samples = 1, 3
     trainer.accelerator.state._shared_state["num_processes"] = 4
     with pytest.raises(ValueError, match="evaluation_samples is 3; it must be at least 4, one a process"):
-        trainer.check_evaluation()
+        trainer.results._open_judge()
