@@ -87,7 +87,7 @@ def warn_untrained(trainer: Trainer) -> None:
 @torch.no_grad()
 def unexplained(trainer: Trainer) -> float:
     """The parent's error of the denoised data at the sampler's times, as a share of that of the best linear
-    guess, E[x0 | x] of Gaussian data of the pictures' mean and variance; all processes call it."""
+    guess, E[x0 | x] of Gaussian data of the pictures' mean and one variance; all processes call it."""
     objective, config, device = trainer.objective, trainer.config, trainer.accelerator.device
     process, count = objective.scheduler, min(64, len(trainer.dataset))
     sampler = BatchSampler(len(trainer.dataset), count, 1, 0, 1, config.seed, max_steps=1)
