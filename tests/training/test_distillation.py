@@ -115,6 +115,30 @@ def test_ssd_is_algorithm_1(method, process, guidance, batch):
 
 
 @pytest.mark.parametrize("process", ["edm", "linear"])
+def test_with_and_without_a_label_are_learnt_apart(process, batch):
+    """A.2: both predictions at s and at t, where x_t is one guided step away."""
+    objective = make(process=process, apart=True, guidance_scales=(5.0, 15.0))
+    process, teacher, (x0, labels), draws = objective.scheduler, objective.teacher, batch, draw(objective)
+    losses = []
+    with torch.no_grad():
+        for i in range(3):
+            s, step = draws.t[i].flatten()[0], draws.auxiliaries["step"]
+            t, w = step.t[i].flatten()[0], step.guidance_scale[i].item()
+            assert 5 <= w <= 15
+            x_s = process.noised(x0[i], draws.noise[i], s)
+            x_t = stepped(
+                process, x_s, s, t, partial(velocity, process, teacher, label=labels[i].item(), scale=w)
+            )
+            for label in (labels[i].item(), 4):
+                at_s, at_t = (velocity(process, teacher, *point, label) for point in ((x_s, s), (x_t, t)))
+                student = velocity(process, objective.transformer, x_s, s, label)
+                losses.append((student - 0.7 * at_s - 0.3 * at_t).square().mean())
+    actual = objective(x0, labels, draws)["loss"]
+    torch.testing.assert_close(actual.double(), torch.stack(losses).mean(), rtol=2e-4, atol=0)
+    assert not draws.label_dropped.any()
+
+
+@pytest.mark.parametrize("process", ["edm", "linear"])
 @pytest.mark.parametrize("method", METHODS)
 def test_issd_is_algorithm_2(method, process, batch):
     objective = make(ImplicitSelfDistillation, method=method, process=process)

@@ -7,9 +7,11 @@ import pytest
 from bad_input import refusal
 from small_runs import HEAD, NETWORK, SMALL, train
 
+import distill_sddit
 import train_sddit
 from sddit_diffusers import SDDiTPipeline
 from sddit_diffusers.training.auxiliaries import AUXILIARIES
+from sddit_diffusers.training.distillation import OBJECTIVES
 from sddit_diffusers.training.methods import METHODS
 from sddit_diffusers.training.metrics import read_metrics
 from sddit_diffusers.training.options import parse
@@ -40,6 +42,23 @@ def test_every_pair(method, process, auxiliary, tmp_path, capsys):
     assert pipe.scheduler.to_json_string() == PROCESSES[process].build(parse(options)).to_json_string()
     images = pipe([1, 2], num_inference_steps=2, output_type="pt").images
     assert images.shape == (2, 1, 8, 8) and images.isfinite().all() and images.std() > 0
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_pair_is_distilled(method, process, tmp_path):
+    options = ["--method", method, "--process", process, "--auxiliary", "none", "--max_train_steps", 1]
+    options += ["--transformer", json.dumps(METHODS[method].network(NETWORK))]
+    train(tmp_path / "parent", *options)
+    for objective in OBJECTIVES:
+        child = tmp_path / objective
+        options = ["--model", tmp_path / "parent", "--objective", objective, "--num_inference_steps", 3]
+        options += ["--max_train_steps", 2, "--train_batch_size", 4, "--evaluation_steps", 0]
+        distill_sddit.main([*map(str, [*options, "--output_dir", child])])
+        pipe = SDDiTPipeline.from_pretrained(child)
+        assert pipe.scheduler.config.num_inference_steps == 3
+        images = pipe([1, 2], output_type="pt").images
+        assert images.isfinite().all() and images.std() > 0
 
 
 INTERPOLANTS = ["linear", "gvp", "vp"]
