@@ -47,9 +47,10 @@ def test_every_pair(method, process, auxiliary, tmp_path, capsys):
 @pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_pair_is_distilled(method, process, tmp_path):
-    options = ["--method", method, "--process", process, "--auxiliary", "none", "--max_train_steps", 1]
-    options += ["--transformer", json.dumps(METHODS[method].network(NETWORK))]
-    train(tmp_path / "parent", *options)
+    network = METHODS[method].network(NETWORK | {"num_layers": 3})
+    options = [*SMALL[len(HEAD) :], "--method", method, "--process", process, "--auxiliary", "none"]
+    options += ["--max_train_steps", "1", "--output_dir", str(tmp_path / "parent")]
+    train_sddit.main([*options, "--transformer", json.dumps(network)])
     for objective in OBJECTIVES:
         child = tmp_path / objective
         options = ["--model", tmp_path / "parent", "--objective", objective, "--num_inference_steps", 3]
