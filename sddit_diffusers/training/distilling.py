@@ -75,9 +75,8 @@ def warn_untrained(trainer: Trainer) -> None:
     Self-distillation makes an untrained model worse ("Diffusion Model is Effectively Its Own Teacher",
     Figure 5).
     """
-    share = unexplained(trainer)
-    if not share < 1:
-        trainer.accelerator.print(
+    if trainer.accelerator.is_main_process and not (share := unexplained(trainer)) < 1:
+        print(
             f"Warning: {trainer.config.model} looks untrained: its error is {share:.0%} of that of a guess "
             "that knows mean and variance of the data alone. Self-distillation makes such a model worse; "
             "train it first.", file=sys.stderr, flush=True,
@@ -87,7 +86,7 @@ def warn_untrained(trainer: Trainer) -> None:
 @torch.no_grad()
 def unexplained(trainer: Trainer) -> float:
     """The parent's error of the denoised data at the sampler's times, as a share of that of the best linear
-    guess, E[x0 | x] of Gaussian data of the pictures' mean and one variance; all processes call it."""
+    guess, E[x0 | x] of Gaussian data of the pictures' mean and one variance."""
     objective, config, device = trainer.objective, trainer.config, trainer.accelerator.device
     process, count = objective.scheduler, min(64, len(trainer.dataset))
     sampler = BatchSampler(len(trainer.dataset), count, 1, 0, 1, config.seed, max_steps=1)
@@ -98,7 +97,9 @@ def unexplained(trainer: Trainer) -> float:
     x0, labels, _ = trainer.dataset.batch(read, trainer.dataset.draw(shape, generator, device), device)
     draws = objective.draw(shape, generator, device)
     x = process.noised(x0, draws.noise, draws.t)
-    denoised, _ = process.solve(objective.output(objective.teacher, x, draws.t, labels), x, draws.t)
+    network = config.parent.network.to(device)  # those of the objective may be in shards
+    denoised, _ = process.solve(objective.output(network, x, draws.t, labels), x, draws.t)
+    network.cpu()
     mean, variance = x0.mean(0), (x0 - x0.mean(0)).square().mean()
     alpha, sigma = (process.noised(*pair, draws.t) for pair in ((1.0, 0.0), (0.0, 1.0)))
     guess = mean + alpha * variance / (alpha**2 * variance + sigma**2) * (x - alpha * mean)

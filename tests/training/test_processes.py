@@ -15,6 +15,7 @@ from conftest import CORES
 from processes import launch, torchrun
 from small_runs import SCRIPT, SMALL, train
 
+import distill_sddit
 from sddit_diffusers import SDDiTPipeline
 from sddit_diffusers.training.checkpointing import load_state
 from sddit_diffusers.training.metrics import read_metrics
@@ -102,6 +103,38 @@ def test_trains_in_shards_what_one_process_does(tmp_path, engine):
     rest = train(tmp_path / "alone", *options)
     both = read_metrics(tmp_path / "one/metrics.jsonl")[6:]
     assert [row["loss"] for row in rest] == pytest.approx([row["loss"] for row in both], rel=1e-5)
+
+
+SHARDED_TEACHER = """
+import sys
+import distill_sddit
+from sddit_diffusers.training.distillation import SelfDistillation
+from torch.distributed.tensor import DTensor
+
+after_step = SelfDistillation.after_step
+
+def watched(objective, *rest):
+    after_step(objective, *rest)
+    for network in (objective.transformer, objective.teacher):
+        assert all(isinstance(weight, DTensor) for weight in network.parameters())
+
+SelfDistillation.after_step = watched
+distill_sddit.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("objective", ["issd", "progressive"])
+def test_distils_in_shards_what_one_process_does(tmp_path, objective):
+    train(tmp_path / "parent", "--max_train_steps", 4)
+    options = ["--model", str(tmp_path / "parent"), "--objective", objective, "--teacher_momentum", "0.9"]
+    options += ["--num_inference_steps", "3", "--max_train_steps", "8", "--evaluation_steps", "0"]
+    distill_sddit.main([*options, "--train_batch_size", "32", "--output_dir", str(tmp_path / "one")])
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED_TEACHER)
+    options += ["--train_batch_size", "16", "--output_dir", tmp_path / "two"]
+    result = launch(2, script, *options, **launch_environment("fsdp2"))
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
 @needs_deepspeed
