@@ -3,18 +3,16 @@
     python -m sddit_diffusers.reproduce studies/digits.json
     accelerate launch -m sddit_diffusers.reproduce studies/imagenet.json --settings '{"dataset_name": "..."}'
 
-`studies.py` says what a study is. Each run is one of `train_sddit.py`, in `OUTPUT_DIR/RUN/seed-SEED/`;
-stopped, the same command goes on where it was. Runs that are done are not run again, so the parts of a study
-(`--runs`, `--seeds`) may be run at different times and places, and `--report_only` tells what there is so
-far: `results.md`, `results.json`, and a figure for each table.
+`studies.py` says what a study is. Each run is one of `train_sddit.py`, or of `distill_sddit.py` once what it
+distils is trained, in `OUTPUT_DIR/RUN/seed-SEED/`; stopped, the same command goes on where it was. Runs that
+are done are not run again, so the parts of a study (`--runs`, `--seeds`) may be run at different times and
+places, and `--report_only` tells what there is so far: `results.md`, `results.json`, and a figure for each
+table.
 """
 
 import json
 import math
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -23,26 +21,24 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from tqdm.auto import tqdm
 
 from .cli import Parser, check_options, json_object, one_line_errors, option, options, shortened
 from .evaluation.figures import draw
-from .evaluation.judge import Judge
-from .evaluation.probe import labelled_pictures, probe
 from .evaluation.studies import Results, as_json, markdown, read_study, slug
-from .files import locked, read_json, remove, written_aside
+from .files import read_json, remove, written_aside
 from .launching import check_machine, on_main_process
-from .pipelines.loading import load_pipeline, scheduler_of
-from .pipelines.pipeline_sddit import SDDiTPipeline
-from .pipelines.sampling import image_size
+from .training.auxiliary import Process
 from .training.building import build_process
 from .training.checkpointing import find_checkpoints
+from .training.configuration import RunConfig
+from .training.distill_options import DistillConfig, parse_planned
+from .training.measuring import builder, probe_training, sampler, score_training, steps_a_second
 from .training.metrics import read_metrics
-from .training.options import TrainingConfig, parse
+from .training.options import parse
 from .training.output import is_complete
-from .training.trainer import Trainer, training
+from .training.parents import sampler_of
+from .training.trainer import training
 
-SPEED_ROUNDS = 20
 # What is kept of measurements; see `files.parse_json` for such structures.
 _SPEEDS = {str: float}
 _PROBED = [{"probe": str, "features": str, "sigma": float, "accuracy": float}]
@@ -55,7 +51,7 @@ class ReproduceConfig:
 
     output_dir: str = option("", "where everything goes; study-NAME if not given")
     settings: str = option(
-        "{}", "JSON of settings of train_sddit.py that differ from the study's, for all runs"
+        "{}", "JSON of settings of train_sddit.py that differ from the study's, for all its runs"
     )
     runs: list[str] = options([], "of the study's, to be trained now; all if not given")
     seeds: list[int] = options(
@@ -88,15 +84,15 @@ class Reproduction:
                 raise ValueError(
                     f"There is no {name} {shortened(unknown[0])}; there are {', '.join(map(str, known))}."
                 )
-        self.runs = config.runs or list(self.study.runs)
+        self.runs = sorted(config.runs or self.study.runs, key=self._generation)
         self.seeds = config.seeds or self.study.seeds
-        self.configs = {
-            (run, seed): self._configure(run, seed) for run in self.study.runs for seed in self.study.seeds
-        }
+        self.configs: dict[tuple[str, int], RunConfig] = {}
+        for run in sorted(self.study.runs, key=self._generation):
+            for seed in self.study.seeds:
+                self.configs[run, seed] = self._configure(run, seed)
         for table in self.study.tables:
             for sampling in table.samplings.values():
-                process = build_process(self.configs[table.run, self.study.seeds[0]])
-                scheduler_of(process, "", sampling.get("scheduler", {}))
+                sampler(self.process_of(table.run), sampling)
         precisions = {config.mixed_precision for config in self.configs.values()}
         if len(precisions) > 1:
             raise ValueError(f"mixed_precision is {sorted(precisions)}; it must be the same in all runs.")
@@ -111,20 +107,39 @@ class Reproduction:
         """Of one training."""
         return self.folder / slug(run) / f"seed-{seed}"
 
-    def _configure(self, run: str, seed: int) -> TrainingConfig:
-        settings = self.study.settings | self.study.runs[run] | self.changes
-        folder = self.folder_of(run, seed)
-        arguments = [
-            f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
-            for name, value in settings.items()
-        ]
-        config = parse([*arguments, f"--seed={seed}", f"--output_dir={folder}"])
+    def _generation(self, run: str) -> int:
+        return len(self.study.line_of(run))
+
+    def _configure(self, run: str, seed: int) -> RunConfig:
+        settings, line = self.study.settings_of(run), self.study.line_of(run)
+        own = [f"--seed={seed}", f"--output_dir={self.folder_of(run, seed)}"]
+        if line:
+            model, parent = str(self.folder_of(line[0], seed)), self.configs[line[0], seed]
+            settings = {"mixed_precision": parent.mixed_precision} | settings
+            try:
+                config = parse_planned([*as_arguments(settings), *own], model, vars(parent))
+                if len(config.num_inference_steps) > 1:
+                    raise ValueError(
+                        f"num_inference_steps is {config.num_inference_steps}; a run is one stage of a chain."
+                    )
+            except ValueError as error:
+                raise ValueError(f"{run}: {error}") from None
+        else:
+            config = parse([*as_arguments(settings | self.changes), *own])
         if not config.evaluation_steps:
             raise ValueError(f"{run} is not scored: evaluation_steps must be in the study's settings.")
         config.checkpointing_steps = config.checkpointing_steps or config.evaluation_steps
         config.checkpoints_total_limit = config.checkpoints_total_limit or 1
         config.resume_from_checkpoint = "latest"
         return config
+
+    def process_of(self, run: str) -> Process:
+        """The scheduler that a run leaves."""
+        config = self.configs[run, self.study.seeds[0]]
+        if isinstance(config, DistillConfig):
+            parent = self.process_of(self.study.line_of(run)[0])
+            return sampler_of(parent, config.trial_steps, config.solver)
+        return build_process(config)
 
     def is_done(self, run: str, seed: int) -> bool:
         """Whether a training is complete, with the settings that are wanted, and has been cleared up.
@@ -137,8 +152,7 @@ class Reproduction:
     def run(self) -> None:
         """Trains what is missing, measures what the tables need, and reports."""
         if not self.config.report_only:
-            trainings = [(run, seed) for seed in self.seeds for run in self.runs]
-            missing = [training for training in trainings if not self.is_done(*training)]
+            missing = self.missing()
             for i, (run, seed) in enumerate(missing):
                 self.accelerator.print(f"[{i + 1} of {len(missing)}] {run}, seed {seed}", flush=True)
                 self.train(run, seed)
@@ -146,11 +160,28 @@ class Reproduction:
         self.collect()
         on_main_process(self.report, self.accelerator)
 
-    def train(self, run: str, seed: int) -> None:
-        """One run of `train_sddit.py`, from its newest checkpoint on; these go once it is complete."""
+    def missing(self) -> list[tuple[str, int]]:
+        """The trainings that are still to be done, parents first.
 
-        if not on_main_process(lambda: is_complete(self.configs[run, seed]), self.accelerator):
-            with training(self.configs[run, seed]) as trainer:
+        Raises:
+            ValueError: what one of them distils is neither done nor among them.
+        """
+        trainings = [(run, seed) for seed in self.seeds for run in self.runs]
+        missing = [training for training in trainings if not self.is_done(*training)]
+        for run, seed in missing:
+            for parent in self.study.line_of(run)[:1]:
+                if (parent, seed) not in missing and not self.is_done(parent, seed):
+                    raise ValueError(
+                        f"{run} is a distillation of {parent}, which is not trained with seed {seed}; choose "
+                        "it too."
+                    )
+        return missing
+
+    def train(self, run: str, seed: int) -> None:
+        """One run, from its newest checkpoint on; these go once it is complete."""
+        config = self.configs[run, seed]
+        if not on_main_process(lambda: is_complete(config), self.accelerator):
+            with training(config, builder(config)) as trainer:
                 trainer.run()
         on_main_process(lambda: self.clear_up(run, seed), self.accelerator)
 
@@ -189,30 +220,9 @@ class Reproduction:
         self.accelerator.wait_for_everyone()
 
     def measure_speeds(self, runs: list[str]) -> dict[str, float]:
-        """Steps a second of the runs, all in turn, round by round; medians."""
-
-        seconds: dict[str, list[float]] = {run: [] for run in runs}
-        speed = self.folder / ".speed"
-        with ExitStack() as stack:
-            on_main_process(lambda: stack.enter_context(locked(speed)), self.accelerator)
-            trainers: dict[str, tuple[Trainer, Iterator]] = {}
-            for run in runs:
-                config = TrainingConfig(**vars(self.configs[run, self.study.seeds[0]]))
-                config.output_dir, config.evaluation_steps = str(speed / slug(run)), 0
-                config.max_train_steps = SPEED_ROUNDS + 2
-                trainer = Trainer(config)
-                trainers[run] = (
-                    trainer,
-                    stack.enter_context(closing(trainer.dataset.batches(trainer.sampler))),
-                )
-            for step in tqdm(range(SPEED_ROUNDS + 2), desc="speed", unit="round", leave=False):
-                for run, (trainer, data) in trainers.items():
-                    start = time.perf_counter()
-                    trainer.train_step(step, data)  # its metrics are read back from the device
-                    seconds[run].append(time.perf_counter() - start)
-        if self.accelerator.is_main_process:
-            remove(speed)
-        return {run: 1 / statistics.median(values[2:]) for run, values in seconds.items()}
+        """Steps a second of the runs, with the first seed."""
+        configs = {run: self.configs[run, self.study.seeds[0]] for run in runs}
+        return steps_a_second(configs, self.folder / ".speed", self.accelerator)
 
     def collect(self) -> None:
         """Reads what there is."""
@@ -267,36 +277,15 @@ class Reproduction:
         print(f"{len(self.study.tables)} tables and figures: {self.folder}/results.md")
 
 
-def probe_training(
-    folder: Path, config: TrainingConfig, accelerator: Accelerator, sigmas: list[float]
-) -> list[dict]:
-    """What a training's encoder knows of the pictures that it is scored against."""
-    pipe, name = load_training(folder, config, accelerator)
-    dataset = labelled_pictures(pipe, name, config.image_column, config.label_column)
-    return on_main_process(lambda: probe(pipe, dataset, sigmas, 10_000), accelerator)
-
-
-def score_training(
-    folder: Path, config: TrainingConfig, accelerator: Accelerator, metric: str, sampling: dict
-) -> float | None:
-    """The score of a training's samples, made in another way."""
-    pipe, name = load_training(folder, config, accelerator)
-    arguments = {name: value for name, value in sampling.items() if name != "scheduler"}
-    pipe.scheduler = scheduler_of(pipe.scheduler, "", sampling.get("scheduler", {}))
-    judge = Judge(
-        name, config.evaluation_extractor, (image_size(pipe),) * 2, config.evaluation_samples,
-        config.image_column, config.label_column, accelerator,
-    )  # fmt: skip
-    return judge(pipe, config.train_batch_size, **arguments).get(metric)
-
-
-def load_training(
-    folder: Path, config: TrainingConfig, accelerator: Accelerator
-) -> tuple[SDDiTPipeline, str]:
-    """A training's pipeline, and the name of what it is scored against."""
-    pipe = load_pipeline(str(folder)).to(accelerator.device)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe, config.evaluation_reference or config.dataset_name
+def as_arguments(settings: dict) -> list[str]:
+    """Settings of a study as a program's command line."""
+    arguments = []
+    for name, value in settings.items():
+        if isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+        else:
+            arguments.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+    return arguments
 
 
 def is_number(value) -> bool:

@@ -57,7 +57,7 @@ def _draw_speed(axis, table: Table, study: Study, results: Results) -> None:
 def _draw_setting(axis, table: Table, study: Study, results: Results) -> None:
     points = {}
     for run in table.runs:
-        value = (study.settings | study.runs[run])[table.setting]
+        value = study.settings_of(run)[table.setting]
         scores = results.of(run, ("last",))
         if scores and value == "student":  # a distribution, which has no place on the axis
             axis.axhline(statistics.fmean(scores), linestyle="--", color="tab:orange", label=_text(run))

@@ -4,12 +4,15 @@ A study is a JSON file of runs by name and of tables and figures made of them:
 - `title`, `about`: what readers are told;
 - `settings`: of `train_sddit.py`, for all runs; `seeds`: each run is trained with all of them;
 - `metric`: the score of `metrics.jsonl` that the tables are about;
-- `runs`: the settings of each run that differ;
+- `runs`: the settings of each run that differ. A run with `of`, the name of another, is a distillation of
+  that run with the same seed, and its settings are those of `distill_sddit.py`; `distillation` has some for
+  all of these. Data and evaluation are the other run's;
 - `tables`: each with a `title`, a `kind` and, by name of the run, the `paper`'s figures or null. The kinds:
   `steps` (the score over steps), `speed` (steps a second against the score; the paper's are pairs), `setting`
   (the score over the value of a `setting`), `metrics` (the last values of `columns`), `probe` (what the
   encoder knows, at `sigmas`), and `sampling` (the score of one `run` with each of the `samplings`, by name:
-  arguments of the pipeline's call, those of `SAMPLING`, and `scheduler`, settings of its scheduler).
+  arguments of the pipeline's call, those of `SAMPLING`, `scheduler_class`, one of diffusers' in place of its
+  scheduler, and `scheduler`, settings of it).
 """
 
 import dataclasses
@@ -34,7 +37,7 @@ RESULTS = ("results.md", "results.json", "speeds.json")  # of a study, in its fo
 SAMPLING = {
     "num_inference_steps?": range(1, 2**31), "sigmas?": [float], "guidance_scale?": float,
     "guidance_interval?": [float], "s_churn?": float, "s_tmin?": float, "s_tmax?": float, "s_noise?": float,
-    "scheduler?": dict,
+    "scheduler_class?": str, "scheduler?": dict,
 }  # fmt: skip
 _TABLE = {
     "title": str, "kind": str, "paper": {str: (None, [float], float)}, "setting?": str, "columns?": [str],
@@ -42,7 +45,7 @@ _TABLE = {
 }  # fmt: skip
 _STUDY = {
     "title": str, "about": str, "settings": dict, "seeds": [range(2**32)], "metric": str,
-    "runs": {str: dict}, "tables": [_TABLE],
+    "runs": {str: {"of?": str}}, "tables": [_TABLE], "distillation?": dict,
 }  # fmt: skip
 
 
@@ -99,10 +102,13 @@ class Study:
     metric: str
     runs: dict[str, dict]
     tables: list[Table]
+    distillation: dict = field(default_factory=dict)
 
     def __post_init__(self):
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds are {self.seeds}; they must be different, and at least one.")
+        for run in self.runs:
+            self.line_of(run)
         for table in self.tables:
             for run in table.runs:
                 self._check_run(table, run)
@@ -111,13 +117,36 @@ class Study:
                 raise ValueError(f"there are several tables of kind {kind}; there can be one.")
         self._check_files()
 
+    def settings_of(self, run: str) -> dict:
+        """Of its program."""
+        usual = self.distillation if "of" in self.runs[run] else self.settings
+        return {name: value for name, value in (usual | self.runs[run]).items() if name != "of"}
+
+    def line_of(self, run: str) -> list[str]:
+        """What a run is distilled from: its parent, the parent of that, and so on.
+
+        Raises:
+            ValueError: there is no such run, or it comes from itself.
+        """
+        line = []
+        while (parent := self.runs[line[-1] if line else run].get("of")) is not None:
+            if parent not in self.runs:
+                raise ValueError(
+                    f"{shortened(run)} is of {shortened(parent)}; there is no such run, there are "
+                    f"{', '.join(self.runs)}."
+                )
+            if parent in line or parent == run:
+                raise ValueError(f"{shortened(run)} comes from itself: {' of '.join([run, *line, parent])}.")
+            line.append(parent)
+        return line
+
     def _check_run(self, table: Table, run: str) -> None:
         """Of a table."""
         if run not in self.runs:
             raise ValueError(
                 f"{table.title}: there is no run {shortened(run)}; there are {', '.join(self.runs)}."
             )
-        settings = self.settings | self.runs[run]
+        settings = self.settings_of(run)
         if table.setting and table.setting not in settings:
             raise ValueError(f"{table.title}: {run} has no setting {table.setting!r}.")
         if table.kind == "setting" and not _is_place(value := settings[table.setting]):
@@ -165,7 +194,8 @@ def _check_sampling(sampling: dict) -> None:
             raise ValueError(f"{name} is {value}; it must be at least 0.")
     if "guidance_interval" in sampling:
         check_interval(sampling["guidance_interval"])
-    _check_scheduler(sampling.get("scheduler", {}))
+    if "scheduler_class" not in sampling:  # those of diffusers' say themselves what is wrong
+        _check_scheduler(sampling.get("scheduler", {}))
 
 
 def _check_scheduler(changes: dict) -> None:

@@ -275,3 +275,20 @@ def parse(arguments: list[str] | None = None) -> DistillConfig:
         return DistillConfig(**chosen)
     except ValueError as error:
         parser.error(str(error))
+
+
+def parse_planned(arguments: list[str], model: str, settings: dict) -> DistillConfig:
+    """The configuration of a distillation of what need not be trained yet.
+
+    No default comes from its weights: lambda must be given.
+
+    Args:
+        model: the folder where it will be.
+        settings: of its training, of which those of data and evaluation are taken over.
+
+    Raises:
+        ValueError: a setting is wrong.
+    """
+    parser = Parser(GROUPS, allow_abbrev=False)
+    parser.set_defaults(model=model, **{name: settings[name] for name in INHERITED})
+    return DistillConfig(**parser.parse_known_options(arguments))
