@@ -24,7 +24,8 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from .cli import Parser, check_options, json_object, one_line_errors, option, options, shortened
 from .evaluation.figures import draw
-from .evaluation.studies import Results, as_json, markdown, read_study, slug
+from .evaluation.studies import Table, read_study, slug
+from .evaluation.tables import Results, as_json, markdown
 from .files import read_json, remove, written_aside
 from .launching import check_machine, on_main_process
 from .training.auxiliary import Process
@@ -32,7 +33,14 @@ from .training.building import build_process
 from .training.checkpointing import find_checkpoints
 from .training.configuration import RunConfig
 from .training.distill_options import DistillConfig, parse_planned
-from .training.measuring import builder, probe_training, sampler, score_training, steps_a_second
+from .training.measuring import (
+    builder,
+    images_a_second,
+    probe_training,
+    sampler,
+    score_training,
+    steps_a_second,
+)
 from .training.metrics import read_metrics
 from .training.options import parse
 from .training.output import is_complete
@@ -90,9 +98,14 @@ class Reproduction:
         for run in sorted(self.study.runs, key=self._generation):
             for seed in self.study.seeds:
                 self.configs[run, seed] = self._configure(run, seed)
+        self.evaluations: dict[tuple[str, str], int] = {}  # of the network, by run and sampling
         for table in self.study.tables:
-            for sampling in table.samplings.values():
-                sampler(self.process_of(table.run), sampling)
+            for (run, name), sampling in table.sampled.items():
+                try:
+                    scheduler = sampler(self.process_of(run), sampling)
+                except ValueError as error:
+                    raise ValueError(f"{table.title}: {run}, {name or 'by itself'}: {error}") from None
+                self.evaluations[run, name] = len(scheduler.timesteps)
         precisions = {config.mixed_precision for config in self.configs.values()}
         if len(precisions) > 1:
             raise ValueError(f"mixed_precision is {sorted(precisions)}; it must be the same in all runs.")
@@ -111,21 +124,12 @@ class Reproduction:
         return len(self.study.line_of(run))
 
     def _configure(self, run: str, seed: int) -> RunConfig:
-        settings, line = self.study.settings_of(run), self.study.line_of(run)
+        arguments = as_arguments(self.study.settings_of(run))
         own = [f"--seed={seed}", f"--output_dir={self.folder_of(run, seed)}"]
-        if line:
-            model, parent = str(self.folder_of(line[0], seed)), self.configs[line[0], seed]
-            settings = {"mixed_precision": parent.mixed_precision} | settings
-            try:
-                config = parse_planned([*as_arguments(settings), *own], model, vars(parent))
-                if len(config.num_inference_steps) > 1:
-                    raise ValueError(
-                        f"num_inference_steps is {config.num_inference_steps}; a run is one stage of a chain."
-                    )
-            except ValueError as error:
-                raise ValueError(f"{run}: {error}") from None
+        if line := self.study.line_of(run):
+            config = configure_child(run, [*arguments, *own], self.configs[line[0], seed])
         else:
-            config = parse([*as_arguments(settings | self.changes), *own])
+            config = parse([*arguments, *as_arguments(self.changes), *own])
         if not config.evaluation_steps:
             raise ValueError(f"{run} is not scored: evaluation_steps must be in the study's settings.")
         config.checkpointing_steps = config.checkpointing_steps or config.evaluation_steps
@@ -195,6 +199,9 @@ class Reproduction:
         for table in self.study.tables:
             if table.kind == "speed":
                 self.keep(self.folder / "speeds.json", table.runs, _SPEEDS, self.measure_speeds)
+            if table.kind == "evaluations" and self.is_trained(table.runs):
+                points = [[*place, sampling] for place, sampling in table.sampled.items()]
+                self.keep(self.folder / "sampling-speeds.json", points, [float], self.measure_samplings)
             for run, seed in [(run, seed) for run in table.runs for seed in self.seeds]:
                 if not self.is_done(run, seed):
                     continue
@@ -202,7 +209,7 @@ class Reproduction:
                 given = folder, self.configs[run, seed], self.accelerator
                 if table.kind == "probe":
                     self.keep(folder / "probe.json", table.sigmas, _PROBED, partial(probe_training, *given))
-                for name, sampling in table.samplings.items():
+                for name, sampling in table.samplings_of(run).items():
                     path = folder / f"sampling-{slug(name)}.json"
                     measure = partial(score_training, *given, self.study.metric)
                     self.keep(path, sampling, _SAMPLED, measure)
@@ -218,6 +225,18 @@ class Reproduction:
             with written_aside(path, "w") as file:
                 file.write(json.dumps({"of": of, "found": found}, indent=1) + "\n")
         self.accelerator.wait_for_everyone()
+
+    def is_trained(self, runs: list[str]) -> bool:
+        """Whether runs are done with the first seed, by which speeds are measured."""
+        return all(self.is_done(run, self.study.seeds[0]) for run in runs)
+
+    def measure_samplings(self, points: list) -> list[float]:
+        """Images a second of samplings, each a run, a name and what it changes."""
+        seed = self.study.seeds[0]
+        folders = {run: self.folder_of(run, seed) for run, *_ in points}
+        batch = min(self.configs[run, seed].train_batch_size for run in folders)
+        ways = [(run, sampling) for run, _, sampling in points]
+        return images_a_second(ways, folders, batch, self.accelerator)
 
     def measure_speeds(self, runs: list[str]) -> dict[str, float]:
         """Steps a second of the runs, with the first seed."""
@@ -251,6 +270,8 @@ class Reproduction:
             if table.kind == "speed":
                 for run, speed in read_kept(self.folder / "speeds.json", table.runs, _SPEEDS, {}).items():
                     add(run, 0, ("speed",), speed)
+            if table.kind == "evaluations":
+                self.collect_samplings(table)
 
     def collect_kept(self, run: str, seed: int) -> None:
         """What was measured of a training."""
@@ -260,10 +281,19 @@ class Reproduction:
                 for row in read_kept(folder / "probe.json", table.sigmas, _PROBED, []):
                     if row["probe"] == "k-NN":
                         add(run, seed, ("k-NN", row["features"], row["sigma"]), row["accuracy"])
-            for name, sampling in table.samplings.items() if table.run == run else ():
+            for name, sampling in table.samplings_of(run).items():
                 value = read_kept(folder / f"sampling-{slug(name)}.json", sampling, _SAMPLED, None)
                 if value is not None:
                     add(run, seed, ("sampling", name), value)
+
+    def collect_samplings(self, table: Table) -> None:
+        """What the samplings of a table cost."""
+        points = [[*place, sampling] for place, sampling in table.sampled.items()]
+        speeds = read_kept(self.folder / "sampling-speeds.json", points, [float], [])
+        for run, name in table.sampled:
+            self.results.add(run, 0, ("evaluations", name), self.evaluations[run, name])
+        for (run, name), speed in zip(table.sampled, speeds, strict=False):
+            self.results.add(run, 0, ("images", name), speed)
 
     def report(self) -> None:
         """Writes tables and figures."""
@@ -275,6 +305,23 @@ class Reproduction:
         for table in self.study.tables:
             draw(table, self.study, self.results, self.folder)
         print(f"{len(self.study.tables)} tables and figures: {self.folder}/results.md")
+
+
+def configure_child(run: str, arguments: list[str], parent: RunConfig) -> DistillConfig:
+    """The configuration of a distillation of another run.
+
+    Raises:
+        ValueError: it is wrong; the message begins with the run.
+    """
+    try:
+        config = parse_planned(arguments, parent)
+        if len(config.num_inference_steps) > 1:
+            raise ValueError(
+                f"num_inference_steps is {config.num_inference_steps}; a run is one stage of a chain."
+            )
+    except ValueError as error:
+        raise ValueError(f"{run}: {error}") from None
+    return config
 
 
 def as_arguments(settings: dict) -> list[str]:

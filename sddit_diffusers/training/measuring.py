@@ -17,7 +17,7 @@ from ..files import locked, remove
 from ..launching import on_main_process
 from ..pipelines.loading import load_pipeline, scheduler_of
 from ..pipelines.pipeline_sddit import SDDiTPipeline
-from ..pipelines.sampling import image_size
+from ..pipelines.sampling import class_of, image_size, sample
 from .building import build_objective
 from .configuration import RunConfig
 from .distill_options import DistillConfig
@@ -25,6 +25,7 @@ from .distilling import build_distillation
 from .trainer import Builder, Trainer
 
 SPEED_ROUNDS = 20
+SAMPLING_ROUNDS = 5
 
 
 def builder(config: RunConfig) -> Builder:
@@ -78,6 +79,34 @@ def call_arguments(sampling: dict) -> dict:
     return {name: value for name, value in sampling.items() if not name.startswith("scheduler")}
 
 
+def images_a_second(
+    ways: list[tuple[str, dict]], folders: dict[str, Path], batch: int, accelerator: Accelerator
+) -> list[float]:
+    """Of samplings, all in turn, round by round; medians.
+
+    Args:
+        ways: names of trainings, each with a sampling.
+        folders: of the trainings by name.
+        batch: images at once.
+    """
+
+    def measure() -> list[float]:
+        pipes = {name: open_pipeline(folder, accelerator) for name, folder in folders.items()}
+        schedulers = {name: pipe.scheduler for name, pipe in pipes.items()}
+        seconds: list[list[float]] = [[] for _ in ways]
+        for _ in tqdm(range(SAMPLING_ROUNDS + 1), desc="sampling", unit="round", leave=False):
+            for i, (name, sampling) in enumerate(ways):
+                pipe = pipes[name]
+                labels = [class_of(pipe, ["random"], 0, seed) for seed in range(batch)]
+                pipe.scheduler = sampler(schedulers[name], sampling)
+                start = time.perf_counter()
+                sample(pipe, range(batch), labels, **call_arguments(sampling))
+                seconds[i].append(time.perf_counter() - start)
+        return [batch / statistics.median(values[1:]) for values in seconds]
+
+    return on_main_process(measure, accelerator)
+
+
 def probe_training(
     folder: Path, config: RunConfig, accelerator: Accelerator, sigmas: list[float]
 ) -> list[dict]:
@@ -102,6 +131,11 @@ def score_training(
 
 def load_training(folder: Path, config: RunConfig, accelerator: Accelerator) -> tuple[SDDiTPipeline, str]:
     """A training's pipeline, and the name of what it is scored against."""
+    return open_pipeline(folder, accelerator), config.evaluation_reference or config.dataset_name
+
+
+def open_pipeline(folder: Path, accelerator: Accelerator) -> SDDiTPipeline:
+    """A training's pipeline, on the device and silent."""
     pipe = load_pipeline(str(folder)).to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
-    return pipe, config.evaluation_reference or config.dataset_name
+    return pipe

@@ -21,7 +21,8 @@ from sddit_diffusers import (
     reproduce,
 )
 from sddit_diffusers.evaluation.figures import draw
-from sddit_diffusers.evaluation.studies import Results, markdown, read_study, slug
+from sddit_diffusers.evaluation.studies import read_study, slug
+from sddit_diffusers.evaluation.tables import Results, markdown
 from sddit_diffusers.reproduce import ReproduceConfig, Reproduction
 
 STUDIES = Path(reproduce.__file__).parents[1] / "studies"

@@ -12,7 +12,8 @@ from processes import Started, launch
 from small_study import STUDY
 
 from sddit_diffusers import reproduce
-from sddit_diffusers.evaluation.studies import Results, markdown, read_study
+from sddit_diffusers.evaluation.studies import read_study
+from sddit_diffusers.evaluation.tables import Results, markdown
 from sddit_diffusers.reproduce import ReproduceConfig, Reproduction
 from sddit_diffusers.training import measuring
 from sddit_diffusers.training.options import parse
