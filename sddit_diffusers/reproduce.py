@@ -197,7 +197,8 @@ class Reproduction:
     def measure(self) -> None:
         """What tables need beside the trainings: speeds, probes, samplings; each is kept in a file."""
         for table in self.study.tables:
-            if table.kind == "speed":
+            parents = [parent for run in table.runs for parent in self.study.line_of(run)[:1]]
+            if table.kind == "speed" and self.is_trained(parents):
                 self.keep(self.folder / "speeds.json", table.runs, _SPEEDS, self.measure_speeds)
             if table.kind == "evaluations" and self.is_trained(table.runs):
                 points = [[*place, sampling] for place, sampling in table.sampled.items()]

@@ -80,7 +80,7 @@ class Table:
             raise ValueError(f"paper must have the names of the {rows}, with null where there is no figure.")
         for (_, name), sampling in self.sampled.items():
             try:
-                _check_sampling(sampling)
+                _check_sampling(sampling, _LINE if self.kind == "evaluations" else SAMPLING)
             except ValueError as error:
                 raise ValueError(f"the sampling {shortened(name)}: {error}") from None
 
@@ -220,8 +220,8 @@ def _is_place(value) -> bool:
         return False
 
 
-def _check_sampling(sampling: dict) -> None:
-    known = [name.removesuffix("?") for name in SAMPLING]
+def _check_sampling(sampling: dict, structure: dict) -> None:
+    known = [name.removesuffix("?") for name in structure]
     if unknown := [name for name in sampling if name not in known]:
         raise ValueError(f"there is no argument {shortened(unknown[0])}; there are {', '.join(known)}.")
     for name, value in sampling.items():

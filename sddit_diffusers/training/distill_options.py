@@ -138,6 +138,7 @@ class DistillConfig(*GROUPS, RunConfig):
 
     def identity(self) -> dict:
         return {
+            "process": self.parent.scheduler.config.get("path", "edm"),
             "objective": self.objective,
             "parent": self.parent.sha256(),
             "num_inference_steps": self.num_inference_steps,

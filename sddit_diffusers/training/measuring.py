@@ -92,13 +92,13 @@ def images_a_second(
 
     def measure() -> list[float]:
         pipes = {name: open_pipeline(folder, accelerator) for name, folder in folders.items()}
-        schedulers = {name: pipe.scheduler for name, pipe in pipes.items()}
+        schedulers = [sampler(pipes[name].scheduler, sampling) for name, sampling in ways]
         seconds: list[list[float]] = [[] for _ in ways]
         for _ in tqdm(range(SAMPLING_ROUNDS + 1), desc="sampling", unit="round", leave=False):
             for i, (name, sampling) in enumerate(ways):
                 pipe = pipes[name]
+                pipe.scheduler = schedulers[i]
                 labels = [class_of(pipe, ["random"], 0, seed) for seed in range(batch)]
-                pipe.scheduler = sampler(schedulers[name], sampling)
                 start = time.perf_counter()
                 sample(pipe, range(batch), labels, **call_arguments(sampling))
                 seconds[i].append(time.perf_counter() - start)
