@@ -48,7 +48,7 @@ from .training.parents import sampler_of
 from .training.trainer import training
 
 # What is kept of measurements; see `files.parse_json` for such structures.
-_SPEEDS = {str: float}
+_SPEEDS, _IMAGES = {str: float}, [float]
 _PROBED = [{"probe": str, "features": str, "sigma": float, "accuracy": float}]
 _SAMPLED = (None, float)
 
@@ -92,10 +92,10 @@ class Reproduction:
                 raise ValueError(
                     f"There is no {name} {shortened(unknown[0])}; there are {', '.join(map(str, known))}."
                 )
-        self.runs = sorted(config.runs or self.study.runs, key=self._generation)
+        self.runs = self.study.in_order(config.runs or self.study.runs)
         self.seeds = config.seeds or self.study.seeds
         self.configs: dict[tuple[str, int], RunConfig] = {}
-        for run in sorted(self.study.runs, key=self._generation):
+        for run in self.study.in_order(self.study.runs):
             for seed in self.study.seeds:
                 self.configs[run, seed] = self._configure(run, seed)
         self.evaluations: dict[tuple[str, str], int] = {}  # of the network, by run and sampling
@@ -120,30 +120,23 @@ class Reproduction:
         """Of one training."""
         return self.folder / slug(run) / f"seed-{seed}"
 
-    def _generation(self, run: str) -> int:
-        return len(self.study.line_of(run))
-
     def _configure(self, run: str, seed: int) -> RunConfig:
-        arguments = as_arguments(self.study.settings_of(run))
-        own = [f"--seed={seed}", f"--output_dir={self.folder_of(run, seed)}"]
-        if line := self.study.line_of(run):
-            config = configure_child(run, [*arguments, *own], self.configs[line[0], seed])
-        else:
-            config = parse([*arguments, *as_arguments(self.changes), *own])
-        if not config.evaluation_steps:
-            raise ValueError(f"{run} is not scored: evaluation_steps must be in the study's settings.")
-        config.checkpointing_steps = config.checkpointing_steps or config.evaluation_steps
-        config.checkpoints_total_limit = config.checkpoints_total_limit or 1
-        config.resume_from_checkpoint = "latest"
-        return config
+        parent = self.configs.get((self.study.parent_of(run), seed))
+        changes = {} if parent else self.changes
+        own = {"seed": seed, "output_dir": str(self.folder_of(run, seed))}
+        return configure(run, self.study.settings_of(run) | changes | own, parent)
+
+    @property
+    def first(self) -> dict[str, RunConfig]:
+        """The runs of the first seed, with which speeds are measured."""
+        return {run: self.configs[run, self.study.seeds[0]] for run in self.study.runs}
 
     def process_of(self, run: str) -> Process:
         """The scheduler that a run leaves."""
-        config = self.configs[run, self.study.seeds[0]]
-        if isinstance(config, DistillConfig):
-            parent = self.process_of(self.study.line_of(run)[0])
-            return sampler_of(parent, config.trial_steps, config.solver)
-        return build_process(config)
+        config, parent = self.first[run], self.study.parent_of(run)
+        if parent is None:
+            return build_process(config)
+        return sampler_of(self.process_of(parent), config.trial_steps, config.solver)
 
     def is_done(self, run: str, seed: int) -> bool:
         """Whether a training is complete, with the settings that are wanted, and has been cleared up.
@@ -173,12 +166,12 @@ class Reproduction:
         trainings = [(run, seed) for seed in self.seeds for run in self.runs]
         missing = [training for training in trainings if not self.is_done(*training)]
         for run, seed in missing:
-            for parent in self.study.line_of(run)[:1]:
-                if (parent, seed) not in missing and not self.is_done(parent, seed):
-                    raise ValueError(
-                        f"{run} is a distillation of {parent}, which is not trained with seed {seed}; choose "
-                        "it too."
-                    )
+            parent = self.study.parent_of(run)
+            if parent and (parent, seed) not in missing and not self.is_done(parent, seed):
+                raise ValueError(
+                    f"{run} is a distillation of {parent}, which is not trained with seed {seed}: add it to "
+                    "--runs."
+                )
         return missing
 
     def train(self, run: str, seed: int) -> None:
@@ -197,17 +190,17 @@ class Reproduction:
     def measure(self) -> None:
         """What tables need beside the trainings: speeds, probes, samplings; each is kept in a file."""
         for table in self.study.tables:
-            parents = [parent for run in table.runs for parent in self.study.line_of(run)[:1]]
+            parents = [run for run in map(self.study.parent_of, table.runs) if run]
             if table.kind == "speed" and self.is_trained(parents):
-                self.keep(self.folder / "speeds.json", table.runs, _SPEEDS, self.measure_speeds)
+                measure = partial(steps_a_second, self.first, self.folder / ".speed", self.accelerator)
+                self.keep(self.folder / "speeds.json", table.runs, _SPEEDS, measure)
             if table.kind == "evaluations" and self.is_trained(table.runs):
-                points = [[*place, sampling] for place, sampling in table.sampled.items()]
-                self.keep(self.folder / "sampling-speeds.json", points, [float], self.measure_samplings)
+                measure = partial(images_a_second, self.first, self.accelerator)
+                self.keep(self.folder / "sampling-speeds.json", table.ways, _IMAGES, measure)
             for run, seed in [(run, seed) for run in table.runs for seed in self.seeds]:
                 if not self.is_done(run, seed):
                     continue
-                folder = self.folder_of(run, seed)
-                given = folder, self.configs[run, seed], self.accelerator
+                folder, given = self.folder_of(run, seed), (self.configs[run, seed], self.accelerator)
                 if table.kind == "probe":
                     self.keep(folder / "probe.json", table.sigmas, _PROBED, partial(probe_training, *given))
                 for name, sampling in table.samplings_of(run).items():
@@ -228,21 +221,8 @@ class Reproduction:
         self.accelerator.wait_for_everyone()
 
     def is_trained(self, runs: list[str]) -> bool:
-        """Whether runs are done with the first seed, by which speeds are measured."""
+        """Whether runs are done with the first seed."""
         return all(self.is_done(run, self.study.seeds[0]) for run in runs)
-
-    def measure_samplings(self, points: list) -> list[float]:
-        """Images a second of samplings, each a run, a name and what it changes."""
-        seed = self.study.seeds[0]
-        folders = {run: self.folder_of(run, seed) for run, *_ in points}
-        batch = min(self.configs[run, seed].train_batch_size for run in folders)
-        ways = [(run, sampling) for run, _, sampling in points]
-        return images_a_second(ways, folders, batch, self.accelerator)
-
-    def measure_speeds(self, runs: list[str]) -> dict[str, float]:
-        """Steps a second of the runs, with the first seed."""
-        configs = {run: self.configs[run, self.study.seeds[0]] for run in runs}
-        return steps_a_second(configs, self.folder / ".speed", self.accelerator)
 
     def collect(self) -> None:
         """Reads what there is."""
@@ -289,8 +269,7 @@ class Reproduction:
 
     def collect_samplings(self, table: Table) -> None:
         """What the samplings of a table cost."""
-        points = [[*place, sampling] for place, sampling in table.sampled.items()]
-        speeds = read_kept(self.folder / "sampling-speeds.json", points, [float], [])
+        speeds = read_kept(self.folder / "sampling-speeds.json", table.ways, _IMAGES, [])
         for run, name in table.sampled:
             self.results.add(run, 0, ("evaluations", name), self.evaluations[run, name])
         for (run, name), speed in zip(table.sampled, speeds, strict=False):
@@ -308,20 +287,27 @@ class Reproduction:
         print(f"{len(self.study.tables)} tables and figures: {self.folder}/results.md")
 
 
-def configure_child(run: str, arguments: list[str], parent: RunConfig) -> DistillConfig:
-    """The configuration of a distillation of another run.
+def configure(run: str, settings: dict, parent: RunConfig | None) -> RunConfig:
+    """The configuration of a run.
+
+    Args:
+        parent: that of the run that it distils, if it does.
 
     Raises:
         ValueError: it is wrong; the message begins with the run.
     """
+    arguments = as_arguments(settings)
     try:
-        config = parse_planned(arguments, parent)
-        if len(config.num_inference_steps) > 1:
-            raise ValueError(
-                f"num_inference_steps is {config.num_inference_steps}; a run is one stage of a chain."
-            )
+        config = parse(arguments) if parent is None else parse_planned(arguments, parent)
     except ValueError as error:
         raise ValueError(f"{run}: {error}") from None
+    if isinstance(config, DistillConfig) and len(steps := config.num_inference_steps) > 1:
+        raise ValueError(f"{run}: num_inference_steps is {steps}; a run is one stage of a chain.")
+    if not config.evaluation_steps:
+        raise ValueError(f"{run} is not scored: evaluation_steps must be in the study's settings.")
+    config.checkpointing_steps = config.checkpointing_steps or config.evaluation_steps
+    config.checkpoints_total_limit = config.checkpoints_total_limit or 1
+    config.resume_from_checkpoint = "latest"
     return config
 
 

@@ -21,6 +21,7 @@ import dataclasses
 import inspect
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -114,6 +115,11 @@ class Table:
             found |= points
         return found
 
+    @property
+    def ways(self) -> list[list]:
+        """The same as run, name and sampling, for JSON."""
+        return [[*place, sampling] for place, sampling in self.sampled.items()]
+
     def samplings_of(self, run: str) -> dict[str, dict]:
         """The samplings of a run that its training does not score, by name."""
         return {name: way for (owner, name), way in self.sampled.items() if owner == run and name}
@@ -152,8 +158,16 @@ class Study:
 
     def settings_of(self, run: str) -> dict:
         """Of its program."""
-        usual = self.distillation if "of" in self.runs[run] else self.settings
+        usual = self.settings if self.parent_of(run) is None else self.distillation
         return {name: value for name, value in (usual | self.runs[run]).items() if name != "of"}
+
+    def parent_of(self, run: str) -> str | None:
+        """The run that is distilled, of a distillation."""
+        return self.runs[run].get("of")
+
+    def in_order(self, runs: Iterable[str]) -> list[str]:
+        """Runs, parents before children."""
+        return sorted(runs, key=lambda run: len(self.line_of(run)))
 
     def line_of(self, run: str) -> list[str]:
         """What a run is distilled from: its parent, the parent of that, and so on.
@@ -162,7 +176,7 @@ class Study:
             ValueError: there is no such run, or it comes from itself.
         """
         line = []
-        while (parent := self.runs[line[-1] if line else run].get("of")) is not None:
+        while (parent := self.parent_of(line[-1] if line else run)) is not None:
             if parent not in self.runs:
                 raise ValueError(
                     f"{shortened(run)} is of {shortened(parent)}; there is no such run, there are "
@@ -182,7 +196,7 @@ class Study:
         settings = self.settings_of(run)
         if table.setting and table.setting not in settings:
             raise ValueError(f"{table.title}: {run} has no setting {table.setting!r}.")
-        if (run, "") in table.sampled and "of" not in self.runs[run]:
+        if (run, "") in table.sampled and self.parent_of(run) is None:
             raise ValueError(f"{table.title}: {shortened(run)} is no distillation; give its line samplings.")
         if table.kind == "setting" and not _is_place(value := settings[table.setting]):
             raise ValueError(

@@ -33,18 +33,20 @@ def builder(config: RunConfig) -> Builder:
     return build_distillation if isinstance(config, DistillConfig) else build_objective
 
 
-def steps_a_second(configs: dict[str, RunConfig], folder: Path, accelerator: Accelerator) -> dict[str, float]:
+def steps_a_second(
+    configs: dict[str, RunConfig], folder: Path, accelerator: Accelerator, runs: list[str]
+) -> dict[str, float]:
     """Of trainings by name, all in turn, round by round; medians.
 
     Args:
         folder: is theirs meanwhile.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in configs}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     with ExitStack() as stack:
         on_main_process(lambda: stack.enter_context(locked(folder)), accelerator)
         trainers: dict[str, tuple[Trainer, Iterator]] = {}
-        for i, (name, config) in enumerate(configs.items()):
-            config = copy.copy(config)
+        for i, name in enumerate(runs):
+            config = copy.copy(configs[name])
             config.output_dir, config.evaluation_steps = str(folder / str(i)), 0
             config.max_train_steps = SPEED_ROUNDS + 2
             trainer = Trainer(config, build=builder(config))
@@ -80,23 +82,22 @@ def call_arguments(sampling: dict) -> dict:
 
 
 def images_a_second(
-    ways: list[tuple[str, dict]], folders: dict[str, Path], batch: int, accelerator: Accelerator
+    configs: dict[str, RunConfig], accelerator: Accelerator, ways: list[tuple[str, str, dict]]
 ) -> list[float]:
-    """Of samplings, all in turn, round by round; medians.
+    """Of samplings of finished trainings, all in turn, round by round; medians.
 
     Args:
-        ways: names of trainings, each with a sampling.
-        folders: of the trainings by name.
-        batch: images at once.
+        ways: of each sampling the training, a name and what it changes.
     """
 
     def measure() -> list[float]:
-        pipes = {name: open_pipeline(folder, accelerator) for name, folder in folders.items()}
-        schedulers = [sampler(pipes[name].scheduler, sampling) for name, sampling in ways]
+        pipes = {run: open_pipeline(configs[run], accelerator) for run, *_ in ways}
+        schedulers = [sampler(pipes[run].scheduler, sampling) for run, _, sampling in ways]
+        batch = min(configs[run].train_batch_size for run in pipes)
         seconds: list[list[float]] = [[] for _ in ways]
         for _ in tqdm(range(SAMPLING_ROUNDS + 1), desc="sampling", unit="round", leave=False):
-            for i, (name, sampling) in enumerate(ways):
-                pipe = pipes[name]
+            for i, (run, _, sampling) in enumerate(ways):
+                pipe = pipes[run]
                 pipe.scheduler = schedulers[i]
                 labels = [class_of(pipe, ["random"], 0, seed) for seed in range(batch)]
                 start = time.perf_counter()
@@ -107,35 +108,31 @@ def images_a_second(
     return on_main_process(measure, accelerator)
 
 
-def probe_training(
-    folder: Path, config: RunConfig, accelerator: Accelerator, sigmas: list[float]
-) -> list[dict]:
+def probe_training(config: RunConfig, accelerator: Accelerator, sigmas: list[float]) -> list[dict]:
     """What a training's encoder knows of the pictures that it is scored against."""
-    pipe, name = load_training(folder, config, accelerator)
+    pipe, name = open_pipeline(config, accelerator), reference_of(config)
     dataset = labelled_pictures(pipe, name, config.image_column, config.label_column)
     return on_main_process(lambda: probe(pipe, dataset, sigmas, 10_000), accelerator)
 
 
-def score_training(
-    folder: Path, config: RunConfig, accelerator: Accelerator, metric: str, sampling: dict
-) -> float | None:
+def score_training(config: RunConfig, accelerator: Accelerator, metric: str, sampling: dict) -> float | None:
     """The score of a training's samples, made in another way."""
-    pipe, name = load_training(folder, config, accelerator)
+    pipe = open_pipeline(config, accelerator)
     pipe.scheduler = sampler(pipe.scheduler, sampling)
     judge = Judge(
-        name, config.evaluation_extractor, (image_size(pipe),) * 2, config.evaluation_samples,
+        reference_of(config), config.evaluation_extractor, (image_size(pipe),) * 2, config.evaluation_samples,
         config.image_column, config.label_column, accelerator,
     )  # fmt: skip
     return judge(pipe, config.train_batch_size, **call_arguments(sampling)).get(metric)
 
 
-def load_training(folder: Path, config: RunConfig, accelerator: Accelerator) -> tuple[SDDiTPipeline, str]:
-    """A training's pipeline, and the name of what it is scored against."""
-    return open_pipeline(folder, accelerator), config.evaluation_reference or config.dataset_name
+def reference_of(config: RunConfig) -> str:
+    """The name of what a training is scored against."""
+    return config.evaluation_reference or config.dataset_name
 
 
-def open_pipeline(folder: Path, accelerator: Accelerator) -> SDDiTPipeline:
-    """A training's pipeline, on the device and silent."""
-    pipe = load_pipeline(str(folder)).to(accelerator.device)
+def open_pipeline(config: RunConfig, accelerator: Accelerator) -> SDDiTPipeline:
+    """What a training left, on the device and silent."""
+    pipe = load_pipeline(config.output_dir).to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
