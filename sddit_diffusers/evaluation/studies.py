@@ -110,10 +110,9 @@ class Table:
     @property
     def sampled(self) -> dict[tuple[str, str], dict]:
         """All samplings, by run and name as those of `points`."""
-        found = {(self.run, name): sampling for name, sampling in self.samplings.items()}
-        for points in self.points.values():
-            found |= points
-        return found
+        if self.kind == "evaluations":
+            return {place: way for points in self.points.values() for place, way in points.items()}
+        return {(self.run, name): way for name, way in self.samplings.items() if self.kind == "sampling"}
 
     @property
     def ways(self) -> list[list]:

@@ -6,7 +6,7 @@ import pytest
 from bad_input import refusal
 from PIL import Image
 from processes import Started
-from small_study import STUDY
+from small_study import CHILDREN, EVALUATIONS, LINES, SSD
 
 from sddit_diffusers import reproduce
 from sddit_diffusers.evaluation import figures
@@ -14,40 +14,12 @@ from sddit_diffusers.evaluation.studies import read_study
 from sddit_diffusers.evaluation.tables import Results, as_json
 from sddit_diffusers.training.metrics import read_metrics
 
-SSD = {"of": "SD-DiT", "num_inference_steps": 4, "fusion_weight": 0.3}
-LINES = {
-    "Euler": {"run": "SD-DiT", "num_inference_steps": [2, 4], "scheduler": {"solver": "euler"}},
-    "theirs": {"run": "SD-DiT", "num_inference_steps": [4], "scheduler_class": "EDMEulerScheduler"},
-    "Heun": {"run": "SD-DiT", "num_inference_steps": [2, 3]},
-    "SSD": ["SSD 4", "SSD 2"],
-}
-EVALUATIONS = {
-    "title": "Evaluations",
-    "kind": "evaluations",
-    "lines": LINES,
-    "paper": dict.fromkeys(LINES) | {"SSD": [32, 1.99]},
-}
-CHILDREN = {
-    "seeds": [5],
-    "distillation": {"max_train_steps": 4, "evaluation_steps": 2, "train_batch_size": 16},
-    "runs": {
-        "SSD 2": {"of": "SSD 4", "num_inference_steps": [2], "fusion_weight": [0.25]},
-        "SSD 4": SSD,
-        "SD-DiT": STUDY["runs"]["SD-DiT"],
-    },
-    "tables": [
-        {"title": "Steps", "kind": "steps", "paper": {"SSD 4": None, "SSD 2": None}},
-        {"title": "Lambda", "kind": "setting", "setting": "fusion_weight", "paper": {"SSD 4": None}},
-        EVALUATIONS,
-    ],
-}
-
 
 @pytest.fixture
 def write(tmp_path):
     def write_study(**changes):
         path = tmp_path / "small.json"
-        path.write_text(json.dumps(STUDY | CHILDREN | changes))
+        path.write_text(json.dumps(CHILDREN | changes))
         return path
 
     return write_study
