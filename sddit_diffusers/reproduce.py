@@ -3,18 +3,16 @@
     python -m sddit_diffusers.reproduce studies/digits.json
     accelerate launch -m sddit_diffusers.reproduce studies/imagenet.json --settings '{"dataset_name": "..."}'
 
-`studies.py` says what a study is. Each run is one of `train_sddit.py`, in `OUTPUT_DIR/RUN/seed-SEED/`;
-stopped, the same command goes on where it was. Runs that are done are not run again, so the parts of a study
-(`--runs`, `--seeds`) may be run at different times and places, and `--report_only` tells what there is so
-far: `results.md`, `results.json`, and a figure for each table.
+`studies.py` says what a study is. Each run is one of `train_sddit.py`, or of `distill_sddit.py` once what it
+distils is trained, in `OUTPUT_DIR/RUN/seed-SEED/`; stopped, the same command goes on where it was. Runs that
+are done are not run again, so the parts of a study (`--runs`, `--seeds`) may be run at different times and
+places, and `--report_only` tells what there is so far: `results.md`, `results.json`, and a figure for each
+table.
 """
 
 import json
 import math
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -23,28 +21,34 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from tqdm.auto import tqdm
 
 from .cli import Parser, check_options, json_object, one_line_errors, option, options, shortened
 from .evaluation.figures import draw
-from .evaluation.judge import Judge
-from .evaluation.probe import labelled_pictures, probe
-from .evaluation.studies import Results, as_json, markdown, read_study, slug
-from .files import locked, read_json, remove, written_aside
+from .evaluation.studies import Table, read_study, slug
+from .evaluation.tables import Results, as_json, markdown
+from .files import read_json, remove, written_aside
 from .launching import check_machine, on_main_process
-from .pipelines.loading import load_pipeline, scheduler_of
-from .pipelines.pipeline_sddit import SDDiTPipeline
-from .pipelines.sampling import image_size
+from .training.auxiliary import Process
 from .training.building import build_process
 from .training.checkpointing import find_checkpoints
+from .training.configuration import RunConfig
+from .training.distill_options import DistillConfig, parse_planned
+from .training.measuring import (
+    builder,
+    images_a_second,
+    probe_training,
+    sampler,
+    score_training,
+    steps_a_second,
+)
 from .training.metrics import read_metrics
-from .training.options import TrainingConfig, parse
+from .training.options import parse
 from .training.output import is_complete
-from .training.trainer import Trainer, training
+from .training.parents import sampler_of
+from .training.trainer import training
 
-SPEED_ROUNDS = 20
 # What is kept of measurements; see `files.parse_json` for such structures.
-_SPEEDS = {str: float}
+_SPEEDS, _IMAGES = {str: float}, [float]
 _PROBED = [{"probe": str, "features": str, "sigma": float, "accuracy": float}]
 _SAMPLED = (None, float)
 
@@ -55,7 +59,7 @@ class ReproduceConfig:
 
     output_dir: str = option("", "where everything goes; study-NAME if not given")
     settings: str = option(
-        "{}", "JSON of settings of train_sddit.py that differ from the study's, for all runs"
+        "{}", "JSON of settings of train_sddit.py that differ from the study's, for all its runs"
     )
     runs: list[str] = options([], "of the study's, to be trained now; all if not given")
     seeds: list[int] = options(
@@ -88,15 +92,20 @@ class Reproduction:
                 raise ValueError(
                     f"There is no {name} {shortened(unknown[0])}; there are {', '.join(map(str, known))}."
                 )
-        self.runs = config.runs or list(self.study.runs)
+        self.runs = self.study.in_order(config.runs or self.study.runs)
         self.seeds = config.seeds or self.study.seeds
-        self.configs = {
-            (run, seed): self._configure(run, seed) for run in self.study.runs for seed in self.study.seeds
-        }
+        self.configs: dict[tuple[str, int], RunConfig] = {}
+        for run in self.study.in_order(self.study.runs):
+            for seed in self.study.seeds:
+                self.configs[run, seed] = self._configure(run, seed)
+        self.evaluations: dict[tuple[str, str], int] = {}  # of the network, by run and sampling
         for table in self.study.tables:
-            for sampling in table.samplings.values():
-                process = build_process(self.configs[table.run, self.study.seeds[0]])
-                scheduler_of(process, "", sampling.get("scheduler", {}))
+            for (run, name), sampling in table.sampled.items():
+                try:
+                    scheduler = sampler(self.process_of(run), sampling)
+                except ValueError as error:
+                    raise ValueError(f"{table.title}: {run}, {name or 'by itself'}: {error}") from None
+                self.evaluations[run, name] = len(scheduler.timesteps)
         precisions = {config.mixed_precision for config in self.configs.values()}
         if len(precisions) > 1:
             raise ValueError(f"mixed_precision is {sorted(precisions)}; it must be the same in all runs.")
@@ -111,20 +120,23 @@ class Reproduction:
         """Of one training."""
         return self.folder / slug(run) / f"seed-{seed}"
 
-    def _configure(self, run: str, seed: int) -> TrainingConfig:
-        settings = self.study.settings | self.study.runs[run] | self.changes
-        folder = self.folder_of(run, seed)
-        arguments = [
-            f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
-            for name, value in settings.items()
-        ]
-        config = parse([*arguments, f"--seed={seed}", f"--output_dir={folder}"])
-        if not config.evaluation_steps:
-            raise ValueError(f"{run} is not scored: evaluation_steps must be in the study's settings.")
-        config.checkpointing_steps = config.checkpointing_steps or config.evaluation_steps
-        config.checkpoints_total_limit = config.checkpoints_total_limit or 1
-        config.resume_from_checkpoint = "latest"
-        return config
+    def _configure(self, run: str, seed: int) -> RunConfig:
+        parent = self.configs.get((self.study.parent_of(run), seed))
+        changes = {} if parent else self.changes
+        own = {"seed": seed, "output_dir": str(self.folder_of(run, seed))}
+        return configure(run, self.study.settings_of(run) | changes | own, parent)
+
+    @property
+    def first(self) -> dict[str, RunConfig]:
+        """The runs of the first seed, with which speeds are measured."""
+        return {run: self.configs[run, self.study.seeds[0]] for run in self.study.runs}
+
+    def process_of(self, run: str) -> Process:
+        """The scheduler that a run leaves."""
+        config, parent = self.first[run], self.study.parent_of(run)
+        if parent is None:
+            return build_process(config)
+        return sampler_of(self.process_of(parent), config.trial_steps, config.solver)
 
     def is_done(self, run: str, seed: int) -> bool:
         """Whether a training is complete, with the settings that are wanted, and has been cleared up.
@@ -137,8 +149,7 @@ class Reproduction:
     def run(self) -> None:
         """Trains what is missing, measures what the tables need, and reports."""
         if not self.config.report_only:
-            trainings = [(run, seed) for seed in self.seeds for run in self.runs]
-            missing = [training for training in trainings if not self.is_done(*training)]
+            missing = self.missing()
             for i, (run, seed) in enumerate(missing):
                 self.accelerator.print(f"[{i + 1} of {len(missing)}] {run}, seed {seed}", flush=True)
                 self.train(run, seed)
@@ -146,11 +157,28 @@ class Reproduction:
         self.collect()
         on_main_process(self.report, self.accelerator)
 
-    def train(self, run: str, seed: int) -> None:
-        """One run of `train_sddit.py`, from its newest checkpoint on; these go once it is complete."""
+    def missing(self) -> list[tuple[str, int]]:
+        """The trainings that are still to be done, parents first.
 
-        if not on_main_process(lambda: is_complete(self.configs[run, seed]), self.accelerator):
-            with training(self.configs[run, seed]) as trainer:
+        Raises:
+            ValueError: what one of them distils is neither done nor among them.
+        """
+        trainings = [(run, seed) for seed in self.seeds for run in self.runs]
+        missing = [training for training in trainings if not self.is_done(*training)]
+        for run, seed in missing:
+            parent = self.study.parent_of(run)
+            if parent and (parent, seed) not in missing and not self.is_done(parent, seed):
+                raise ValueError(
+                    f"{run} is a distillation of {parent}, which is not trained with seed {seed}: add it to "
+                    "--runs."
+                )
+        return missing
+
+    def train(self, run: str, seed: int) -> None:
+        """One run, from its newest checkpoint on; these go once it is complete."""
+        config = self.configs[run, seed]
+        if not on_main_process(lambda: is_complete(config), self.accelerator):
+            with training(config, builder(config)) as trainer:
                 trainer.run()
         on_main_process(lambda: self.clear_up(run, seed), self.accelerator)
 
@@ -162,16 +190,20 @@ class Reproduction:
     def measure(self) -> None:
         """What tables need beside the trainings: speeds, probes, samplings; each is kept in a file."""
         for table in self.study.tables:
-            if table.kind == "speed":
-                self.keep(self.folder / "speeds.json", table.runs, _SPEEDS, self.measure_speeds)
+            parents = [run for run in map(self.study.parent_of, table.runs) if run]
+            if table.kind == "speed" and self.is_trained(parents):
+                measure = partial(steps_a_second, self.first, self.folder / ".speed", self.accelerator)
+                self.keep(self.folder / "speeds.json", table.runs, _SPEEDS, measure)
+            if table.kind == "evaluations" and self.is_trained(table.runs):
+                measure = partial(images_a_second, self.first, self.accelerator)
+                self.keep(self.folder / "sampling-speeds.json", table.ways, _IMAGES, measure)
             for run, seed in [(run, seed) for run in table.runs for seed in self.seeds]:
                 if not self.is_done(run, seed):
                     continue
-                folder = self.folder_of(run, seed)
-                given = folder, self.configs[run, seed], self.accelerator
+                folder, given = self.folder_of(run, seed), (self.configs[run, seed], self.accelerator)
                 if table.kind == "probe":
                     self.keep(folder / "probe.json", table.sigmas, _PROBED, partial(probe_training, *given))
-                for name, sampling in table.samplings.items():
+                for name, sampling in table.samplings_of(run).items():
                     path = folder / f"sampling-{slug(name)}.json"
                     measure = partial(score_training, *given, self.study.metric)
                     self.keep(path, sampling, _SAMPLED, measure)
@@ -188,31 +220,9 @@ class Reproduction:
                 file.write(json.dumps({"of": of, "found": found}, indent=1) + "\n")
         self.accelerator.wait_for_everyone()
 
-    def measure_speeds(self, runs: list[str]) -> dict[str, float]:
-        """Steps a second of the runs, all in turn, round by round; medians."""
-
-        seconds: dict[str, list[float]] = {run: [] for run in runs}
-        speed = self.folder / ".speed"
-        with ExitStack() as stack:
-            on_main_process(lambda: stack.enter_context(locked(speed)), self.accelerator)
-            trainers: dict[str, tuple[Trainer, Iterator]] = {}
-            for run in runs:
-                config = TrainingConfig(**vars(self.configs[run, self.study.seeds[0]]))
-                config.output_dir, config.evaluation_steps = str(speed / slug(run)), 0
-                config.max_train_steps = SPEED_ROUNDS + 2
-                trainer = Trainer(config)
-                trainers[run] = (
-                    trainer,
-                    stack.enter_context(closing(trainer.dataset.batches(trainer.sampler))),
-                )
-            for step in tqdm(range(SPEED_ROUNDS + 2), desc="speed", unit="round", leave=False):
-                for run, (trainer, data) in trainers.items():
-                    start = time.perf_counter()
-                    trainer.train_step(step, data)  # its metrics are read back from the device
-                    seconds[run].append(time.perf_counter() - start)
-        if self.accelerator.is_main_process:
-            remove(speed)
-        return {run: 1 / statistics.median(values[2:]) for run, values in seconds.items()}
+    def is_trained(self, runs: list[str]) -> bool:
+        """Whether runs are done with the first seed."""
+        return all(self.is_done(run, self.study.seeds[0]) for run in runs)
 
     def collect(self) -> None:
         """Reads what there is."""
@@ -241,6 +251,8 @@ class Reproduction:
             if table.kind == "speed":
                 for run, speed in read_kept(self.folder / "speeds.json", table.runs, _SPEEDS, {}).items():
                     add(run, 0, ("speed",), speed)
+            if table.kind == "evaluations":
+                self.collect_samplings(table)
 
     def collect_kept(self, run: str, seed: int) -> None:
         """What was measured of a training."""
@@ -250,10 +262,18 @@ class Reproduction:
                 for row in read_kept(folder / "probe.json", table.sigmas, _PROBED, []):
                     if row["probe"] == "k-NN":
                         add(run, seed, ("k-NN", row["features"], row["sigma"]), row["accuracy"])
-            for name, sampling in table.samplings.items() if table.run == run else ():
+            for name, sampling in table.samplings_of(run).items():
                 value = read_kept(folder / f"sampling-{slug(name)}.json", sampling, _SAMPLED, None)
                 if value is not None:
                     add(run, seed, ("sampling", name), value)
+
+    def collect_samplings(self, table: Table) -> None:
+        """What the samplings of a table cost."""
+        speeds = read_kept(self.folder / "sampling-speeds.json", table.ways, _IMAGES, [])
+        for run, name in table.sampled:
+            self.results.add(run, 0, ("evaluations", name), self.evaluations[run, name])
+        for (run, name), speed in zip(table.sampled, speeds, strict=False):
+            self.results.add(run, 0, ("images", name), speed)
 
     def report(self) -> None:
         """Writes tables and figures."""
@@ -267,36 +287,39 @@ class Reproduction:
         print(f"{len(self.study.tables)} tables and figures: {self.folder}/results.md")
 
 
-def probe_training(
-    folder: Path, config: TrainingConfig, accelerator: Accelerator, sigmas: list[float]
-) -> list[dict]:
-    """What a training's encoder knows of the pictures that it is scored against."""
-    pipe, name = load_training(folder, config, accelerator)
-    dataset = labelled_pictures(pipe, name, config.image_column, config.label_column)
-    return on_main_process(lambda: probe(pipe, dataset, sigmas, 10_000), accelerator)
+def configure(run: str, settings: dict, parent: RunConfig | None) -> RunConfig:
+    """The configuration of a run.
+
+    Args:
+        parent: that of the run that it distils, if it does.
+
+    Raises:
+        ValueError: it is wrong; the message begins with the run.
+    """
+    arguments = as_arguments(settings)
+    try:
+        config = parse(arguments) if parent is None else parse_planned(arguments, parent)
+    except ValueError as error:
+        raise ValueError(f"{run}: {error}") from None
+    if isinstance(config, DistillConfig) and len(steps := config.num_inference_steps) > 1:
+        raise ValueError(f"{run}: num_inference_steps is {steps}; a run is one stage of a chain.")
+    if not config.evaluation_steps:
+        raise ValueError(f"{run} is not scored: evaluation_steps must be in the study's settings.")
+    config.checkpointing_steps = config.checkpointing_steps or config.evaluation_steps
+    config.checkpoints_total_limit = config.checkpoints_total_limit or 1
+    config.resume_from_checkpoint = "latest"
+    return config
 
 
-def score_training(
-    folder: Path, config: TrainingConfig, accelerator: Accelerator, metric: str, sampling: dict
-) -> float | None:
-    """The score of a training's samples, made in another way."""
-    pipe, name = load_training(folder, config, accelerator)
-    arguments = {name: value for name, value in sampling.items() if name != "scheduler"}
-    pipe.scheduler = scheduler_of(pipe.scheduler, "", sampling.get("scheduler", {}))
-    judge = Judge(
-        name, config.evaluation_extractor, (image_size(pipe),) * 2, config.evaluation_samples,
-        config.image_column, config.label_column, accelerator,
-    )  # fmt: skip
-    return judge(pipe, config.train_batch_size, **arguments).get(metric)
-
-
-def load_training(
-    folder: Path, config: TrainingConfig, accelerator: Accelerator
-) -> tuple[SDDiTPipeline, str]:
-    """A training's pipeline, and the name of what it is scored against."""
-    pipe = load_pipeline(str(folder)).to(accelerator.device)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe, config.evaluation_reference or config.dataset_name
+def as_arguments(settings: dict) -> list[str]:
+    """Settings of a study as a program's command line."""
+    arguments = []
+    for name, value in settings.items():
+        if isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+        else:
+            arguments.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+    return arguments
 
 
 def is_number(value) -> bool:

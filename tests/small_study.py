@@ -50,3 +50,32 @@ STUDY = {
         },
     ],
 }
+
+SSD = {"of": "SD-DiT", "num_inference_steps": 4, "fusion_weight": 0.3}
+LINES = {
+    "Euler": {"run": "SD-DiT", "num_inference_steps": [2, 4], "scheduler": {"solver": "euler"}},
+    "theirs": {"run": "SD-DiT", "num_inference_steps": [4], "scheduler_class": "EDMEulerScheduler"},
+    "Heun": {"run": "SD-DiT", "num_inference_steps": [2, 3]},
+    "SSD": ["SSD 4", "SSD 2"],
+}
+EVALUATIONS = {
+    "title": "Evaluations",
+    "kind": "evaluations",
+    "lines": LINES,
+    "paper": dict.fromkeys(LINES) | {"SSD": [32, 1.99]},
+}
+# Of a run, its child and the child's child.
+CHILDREN = STUDY | {
+    "seeds": [5],
+    "distillation": {"max_train_steps": 4, "evaluation_steps": 2, "train_batch_size": 16},
+    "runs": {
+        "SSD 2": {"of": "SSD 4", "num_inference_steps": [2], "fusion_weight": [0.25]},
+        "SSD 4": SSD,
+        "SD-DiT": STUDY["runs"]["SD-DiT"],
+    },
+    "tables": [
+        {"title": "Steps", "kind": "steps", "paper": {"SSD 4": None, "SSD 2": None}},
+        {"title": "Lambda", "kind": "setting", "setting": "fusion_weight", "paper": {"SSD 4": None}},
+        EVALUATIONS,
+    ],
+}

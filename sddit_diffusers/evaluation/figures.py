@@ -6,7 +6,8 @@ from pathlib import Path
 import matplotlib
 
 from ..files import written_aside
-from .studies import FIGURES, Results, Study, Table
+from .studies import FIGURES, Study, Table
+from .tables import Results
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -14,13 +15,17 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 def draw(table: Table, study: Study, results: Results, folder: Path) -> None:
     """The table's figure, as PNG and SVG."""
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axis.set_ylabel(_text(study.metric))
-    DRAWINGS[table.kind](axis, table, study, results)
-    axis.set_title(_text(table.title), wrap=True)
-    axis.grid(alpha=0.3)
-    if axis.get_legend_handles_labels()[1]:
-        axis.legend(fontsize=8)
+    panels = 1 + (table.kind == "evaluations")
+    figure, axes = plt.subplots(
+        1, panels, figsize=(2 + 5 * panels, 4.5), layout="constrained", sharey=True, squeeze=False
+    )
+    axes[0, 0].set_ylabel(_text(study.metric))
+    DRAWINGS[table.kind](*axes[0], table, study, results)
+    figure.suptitle(_text(table.title), wrap=True)
+    for axis in axes[0]:
+        axis.grid(alpha=0.3)
+    if axes[0, 0].get_legend_handles_labels()[1]:
+        axes[0, 0].legend(fontsize=8)
     for ending in FIGURES:
         about = {"Date": None} if ending == "svg" else None
         with written_aside(folder / f"{table.name}.{ending}") as file:
@@ -38,9 +43,7 @@ def _draw_steps(axis, table: Table, study: Study, results: Results) -> None:
         steps = results.steps([run])
         _draw_line(axis, steps, [results.of(run, ("score", step)) for step in steps], _text(run))
     axis.set_xlabel("step")
-    axis.set_yscale("log")
-    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-        ticks("{x:g}")
+    _scale_scores(axis)
 
 
 def _draw_speed(axis, table: Table, study: Study, results: Results) -> None:
@@ -57,7 +60,7 @@ def _draw_speed(axis, table: Table, study: Study, results: Results) -> None:
 def _draw_setting(axis, table: Table, study: Study, results: Results) -> None:
     points = {}
     for run in table.runs:
-        value = (study.settings | study.runs[run])[table.setting]
+        value = study.settings_of(run)[table.setting]
         scores = results.of(run, ("last",))
         if scores and value == "student":  # a distribution, which has no place on the axis
             axis.axhline(statistics.fmean(scores), linestyle="--", color="tab:orange", label=_text(run))
@@ -104,6 +107,28 @@ def _draw_sampling(axis, table: Table, study: Study, results: Results) -> None:
     axis.set_xticks(range(len(found)), [*map(_text, found)], rotation=20)
 
 
+def _draw_evaluations(axis, speeds, table: Table, study: Study, results: Results) -> None:
+    for panel, what, label in (
+        (axis, "evaluations", "evaluations of the network"),
+        (speeds, "images", "images a second"),
+    ):
+        for i, (line, points) in enumerate(table.points.items()):
+            found = [(results.of(run, (what, name)), results.score_of(run, name)) for run, name in points]
+            found = sorted((cost[0], scores) for cost, scores in found if cost and scores)
+            if found:
+                _draw_line(panel, *zip(*found, strict=True), _text(line), color=f"C{i}")
+        panel.set_xlabel(label)
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:g}")
+    _scale_scores(axis)
+
+
+def _scale_scores(axis) -> None:
+    axis.set_yscale("log")
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks("{x:g}")
+
+
 def _draw_line(axis, xs, values: list[list[float]], label: str, **style) -> None:
     if not values:
         return
@@ -123,4 +148,5 @@ DRAWINGS = {
     "metrics": _draw_metrics,
     "probe": _draw_probe,
     "sampling": _draw_sampling,
+    "evaluations": _draw_evaluations,
 }

@@ -1,23 +1,27 @@
-"""What a study is, and its results as tables in Markdown and JSON.
+"""What a study is.
 
 A study is a JSON file of runs by name and of tables and figures made of them:
 - `title`, `about`: what readers are told;
 - `settings`: of `train_sddit.py`, for all runs; `seeds`: each run is trained with all of them;
 - `metric`: the score of `metrics.jsonl` that the tables are about;
-- `runs`: the settings of each run that differ;
+- `runs`: the settings of each run that differ. A run with `of`, the name of another, is a distillation of
+  that run with the same seed, and its settings are those of `distill_sddit.py`; `distillation` has some for
+  all of these. Data and evaluation are the other run's;
 - `tables`: each with a `title`, a `kind` and, by name of the run, the `paper`'s figures or null. The kinds:
   `steps` (the score over steps), `speed` (steps a second against the score; the paper's are pairs), `setting`
   (the score over the value of a `setting`), `metrics` (the last values of `columns`), `probe` (what the
-  encoder knows, at `sigmas`), and `sampling` (the score of one `run` with each of the `samplings`, by name:
-  arguments of the pipeline's call, those of `SAMPLING`, and `scheduler`, settings of its scheduler).
+  encoder knows, at `sigmas`), `sampling` (the score of one `run` with each of the `samplings`, by name:
+  arguments of the pipeline's call, those of `SAMPLING`, `scheduler_class`, one of diffusers' in place of its
+  scheduler, and `scheduler`, settings of it), and `evaluations` (the score and the images a second over the
+  evaluations of the network; the rows are `lines`, each a list of distillations, which sample as they were
+  made for, or a sampling as above of a `run`, with a list as its `num_inference_steps`).
 """
 
 import dataclasses
 import inspect
 import math
 import re
-import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,22 +31,25 @@ from ..pipelines.sampling import check_interval
 from ..schedulers.scheduling_edm_heun import EDMHeunScheduler
 from ..schedulers.scheduling_interpolant import InterpolantScheduler
 
-KINDS = ("steps", "speed", "setting", "metrics", "probe", "sampling")
+KINDS = ("steps", "speed", "setting", "metrics", "probe", "sampling", "evaluations")
 FIGURES = ("png", "svg")
-RESULTS = ("results.md", "results.json", "speeds.json")  # of a study, in its folder
+RESULTS = ("results.md", "results.json", "speeds.json", "sampling-speeds.json")  # of a study, in its folder
 # What a sampling may change; see `files.parse_json` for such structures.
 SAMPLING = {
     "num_inference_steps?": range(1, 2**31), "sigmas?": [float], "guidance_scale?": float,
     "guidance_interval?": [float], "s_churn?": float, "s_tmin?": float, "s_tmax?": float, "s_noise?": float,
-    "scheduler?": dict,
+    "scheduler_class?": str, "scheduler?": dict,
 }  # fmt: skip
+_LINE = {name: kind for name, kind in SAMPLING.items() if name not in ("num_inference_steps?", "sigmas?")}
+_LINE |= {"run": str, "num_inference_steps": [SAMPLING["num_inference_steps?"]]}
 _TABLE = {
     "title": str, "kind": str, "paper": {str: (None, [float], float)}, "setting?": str, "columns?": [str],
     "sigmas?": [float], "run?": str, "samplings?": {str: SAMPLING},
+    "lines?": {str: ([str], _LINE)},
 }  # fmt: skip
 _STUDY = {
     "title": str, "about": str, "settings": dict, "seeds": [range(2**32)], "metric": str,
-    "runs": {str: dict}, "tables": [_TABLE],
+    "runs": {str: {"of?": str}}, "tables": [_TABLE], "distillation?": dict,
 }  # fmt: skip
 
 
@@ -52,35 +59,69 @@ class Table:
 
     title: str
     kind: str
-    paper: dict[str, float | list | None]  # by row; the rows are runs, or samplings
+    paper: dict[str, float | list | None]  # by row; the rows are runs, samplings or lines
     setting: str = ""
     columns: list[str] = field(default_factory=list)
     sigmas: list[float] = field(default_factory=list)
     run: str = ""
     samplings: dict[str, dict] = field(default_factory=dict)
+    lines: dict[str, list[str] | dict] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"its kind is {self.kind!r}; there are {', '.join(KINDS)}.")
         needed = {"setting": "setting", "metrics": "columns", "probe": "sigmas", "sampling": "samplings"}
+        needed["evaluations"] = "lines"
         if self.kind in needed and not getattr(self, needed[self.kind]):
             raise ValueError(f"a table of kind {self.kind} needs {needed[self.kind]}.")
         if any(sigma <= 0 for sigma in self.sigmas):
             raise ValueError(f"sigmas are {self.sigmas}; they must be above 0.")
-        if self.kind == "sampling" and set(self.paper) != set(self.samplings):
-            raise ValueError(
-                "paper must have the names of the samplings, with null where there is no figure."
-            )
-        for name, sampling in self.samplings.items():
+        rows = needed.get(self.kind)
+        if rows in ("samplings", "lines") and set(self.paper) != set(getattr(self, rows)):
+            raise ValueError(f"paper must have the names of the {rows}, with null where there is no figure.")
+        for (_, name), sampling in self.sampled.items():
             try:
-                _check_sampling(sampling)
+                _check_sampling(sampling, _LINE if self.kind == "evaluations" else SAMPLING)
             except ValueError as error:
                 raise ValueError(f"the sampling {shortened(name)}: {error}") from None
 
     @property
     def runs(self) -> list[str]:
         """The runs that it is made of."""
+        if self.kind == "evaluations":
+            return list(dict.fromkeys(run for run, _ in self.sampled))
         return [self.run] if self.kind == "sampling" else list(self.paper)
+
+    @property
+    def points(self) -> dict[str, dict[tuple[str, str], dict]]:
+        """The samplings of each line, by run and name, which is empty of a run as it samples by itself."""
+        found = {}
+        for line, what in self.lines.items():
+            if isinstance(what, list):
+                found[line] = {(run, ""): {} for run in what}
+                continue
+            way = {name: value for name, value in what.items() if name != "run"}
+            found[line] = {
+                (what["run"], f"{line}, N = {steps}"): way | {"num_inference_steps": steps}
+                for steps in what["num_inference_steps"]
+            }
+        return found
+
+    @property
+    def sampled(self) -> dict[tuple[str, str], dict]:
+        """All samplings, by run and name as those of `points`."""
+        if self.kind == "evaluations":
+            return {place: way for points in self.points.values() for place, way in points.items()}
+        return {(self.run, name): way for name, way in self.samplings.items() if self.kind == "sampling"}
+
+    @property
+    def ways(self) -> list[list]:
+        """The same as run, name and sampling, for JSON."""
+        return [[*place, sampling] for place, sampling in self.sampled.items()]
+
+    def samplings_of(self, run: str) -> dict[str, dict]:
+        """The samplings of a run that its training does not score, by name."""
+        return {name: way for (owner, name), way in self.sampled.items() if owner == run and name}
 
     @property
     def name(self) -> str:
@@ -99,17 +140,51 @@ class Study:
     metric: str
     runs: dict[str, dict]
     tables: list[Table]
+    distillation: dict = field(default_factory=dict)
 
     def __post_init__(self):
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds are {self.seeds}; they must be different, and at least one.")
+        for run in self.runs:
+            self.line_of(run)
         for table in self.tables:
             for run in table.runs:
                 self._check_run(table, run)
-        for kind in ("speed", "probe"):
+        for kind in ("speed", "probe", "evaluations"):
             if sum(table.kind == kind for table in self.tables) > 1:
                 raise ValueError(f"there are several tables of kind {kind}; there can be one.")
         self._check_files()
+
+    def settings_of(self, run: str) -> dict:
+        """Of its program."""
+        usual = self.settings if self.parent_of(run) is None else self.distillation
+        return {name: value for name, value in (usual | self.runs[run]).items() if name != "of"}
+
+    def parent_of(self, run: str) -> str | None:
+        """The run that is distilled, of a distillation."""
+        return self.runs[run].get("of")
+
+    def in_order(self, runs: Iterable[str]) -> list[str]:
+        """Runs, parents before children."""
+        return sorted(runs, key=lambda run: len(self.line_of(run)))
+
+    def line_of(self, run: str) -> list[str]:
+        """What a run is distilled from: its parent, the parent of that, and so on.
+
+        Raises:
+            ValueError: there is no such run, or it comes from itself.
+        """
+        line = []
+        while (parent := self.parent_of(line[-1] if line else run)) is not None:
+            if parent not in self.runs:
+                raise ValueError(
+                    f"{shortened(run)} is of {shortened(parent)}; there is no such run, there are "
+                    f"{', '.join(self.runs)}."
+                )
+            if parent in line or parent == run:
+                raise ValueError(f"{shortened(run)} comes from itself: {' of '.join([run, *line, parent])}.")
+            line.append(parent)
+        return line
 
     def _check_run(self, table: Table, run: str) -> None:
         """Of a table."""
@@ -117,9 +192,11 @@ class Study:
             raise ValueError(
                 f"{table.title}: there is no run {shortened(run)}; there are {', '.join(self.runs)}."
             )
-        settings = self.settings | self.runs[run]
+        settings = self.settings_of(run)
         if table.setting and table.setting not in settings:
             raise ValueError(f"{table.title}: {run} has no setting {table.setting!r}.")
+        if (run, "") in table.sampled and self.parent_of(run) is None:
+            raise ValueError(f"{table.title}: {shortened(run)} is no distillation; give its line samplings.")
         if table.kind == "setting" and not _is_place(value := settings[table.setting]):
             raise ValueError(
                 f"{table.title}: {table.setting} is {shortened(value)}; an axis needs a number or 'student'."
@@ -139,11 +216,11 @@ class Study:
             taken[file] = owner
         samplings: dict[tuple, tuple] = {}
         for table in self.tables:
-            for name, sampling in table.samplings.items():
-                other, known = samplings.setdefault((table.run, slug(name)), (name, sampling))
+            for (run, name), sampling in table.sampled.items():
+                other, known = samplings.setdefault((run, name and slug(name)), (name, sampling))
                 if known != sampling:
                     raise ValueError(
-                        f"the sampling {shortened(name)} of {table.run} has other settings than "
+                        f"the sampling {shortened(name)} of {run} has other settings than "
                         f"{shortened(other)}, whose file it would write; give it another name."
                     )
 
@@ -156,8 +233,8 @@ def _is_place(value) -> bool:
         return False
 
 
-def _check_sampling(sampling: dict) -> None:
-    known = [name.removesuffix("?") for name in SAMPLING]
+def _check_sampling(sampling: dict, structure: dict) -> None:
+    known = [name.removesuffix("?") for name in structure]
     if unknown := [name for name in sampling if name not in known]:
         raise ValueError(f"there is no argument {shortened(unknown[0])}; there are {', '.join(known)}.")
     for name, value in sampling.items():
@@ -165,7 +242,8 @@ def _check_sampling(sampling: dict) -> None:
             raise ValueError(f"{name} is {value}; it must be at least 0.")
     if "guidance_interval" in sampling:
         check_interval(sampling["guidance_interval"])
-    _check_scheduler(sampling.get("scheduler", {}))
+    if "scheduler_class" not in sampling:  # those of diffusers' say themselves what is wrong
+        _check_scheduler(sampling.get("scheduler", {}))
 
 
 def _check_scheduler(changes: dict) -> None:
@@ -223,95 +301,3 @@ def _known(content: dict, kind: type) -> dict:
     if unknown := [name for name in content if name not in names]:
         raise ValueError(f"there is nothing called {shortened(unknown[0])}; there are {', '.join(names)}.")
     return content
-
-
-class Results:
-    """What was found, as far as the study has been run: numbers by run, by what they tell, and by seed.
-
-    They tell ("score", step), ("last",), which is the last score, ("metric", name), ("speed",),
-    ("k-NN", features, sigma) and ("sampling", name).
-    """
-
-    def __init__(self):
-        self._values: dict[tuple, dict[int, float]] = {}
-
-    def add(self, run: str, seed: int, what: tuple, value: float) -> None:
-        self._values.setdefault((run, *what), {})[seed] = value
-
-    def of(self, run: str, what: tuple) -> list[float]:
-        """The seeds' values."""
-        return list(self._values.get((run, *what), {}).values())
-
-    def steps(self, runs: Sequence[str]) -> list[int]:
-        """At which any of the runs was scored."""
-        return sorted({what[0] for run, kind, *what in self._values if kind == "score" and run in runs})
-
-
-def columns_of(table: Table, study: Study, results: Results) -> dict[str, tuple]:
-    """What a table tells of each run, by the headings of its columns."""
-    if table.kind == "steps":
-        return {f"{step:,}": ("score", step) for step in results.steps(table.runs)}
-    if table.kind == "speed":
-        return {"steps/s": ("speed",), study.metric: ("last",)}
-    if table.kind == "metrics":
-        return {name: ("metric", name) for name in table.columns}
-    if table.kind == "probe":
-        return {
-            f"{features}, σ = {sigma:g}": ("k-NN", features, sigma)
-            for features in ("[CLS]", "patches")
-            for sigma in table.sigmas
-        }
-    return {study.metric: ("last",)}  # of a setting
-
-
-def rows_of(table: Table, study: Study, results: Results) -> tuple[list[str], list[list]]:
-    """Headings, and the rows: a name, what the paper says, and lists of the seeds' values."""
-    if table.kind == "sampling":
-        rows = [
-            [name, paper, results.of(table.run, ("sampling", name))] for name, paper in table.paper.items()
-        ]
-        return ["sampling", "paper", study.metric], rows
-    columns = columns_of(table, study, results)
-    rows = [
-        [run, paper, *(results.of(run, what) for what in columns.values())]
-        for run, paper in table.paper.items()
-    ]
-    return ["run", "paper", *columns], rows
-
-
-def show(value: float | list[float] | None) -> str:
-    """A cell: a number, or the mean of the seeds with their standard deviation."""
-    if value is None or value == []:
-        return "–"
-    if isinstance(value, list):
-        spread = f" ± {statistics.stdev(value):.2g}" if len(value) > 1 else ""
-        return f"{statistics.fmean(value):.4g}{spread}"
-    return f"{value:g}"
-
-
-def markdown(study: Study, results: Results) -> str:
-    """All tables; a mean over the seeds has their standard deviation after ±."""
-    lines = [f"# {study.title}", "", study.about, ""]
-    for table in study.tables:
-        head, rows = rows_of(table, study, results)
-        lines += [f"## {table.title}", "", _row(head), "|" + "---|" * len(head)]
-        for name, paper, *values in rows:
-            quoted = " / ".join(f"{number:g}" for number in paper) if isinstance(paper, list) else show(paper)
-            lines.append(_row([name, quoted, *map(show, values)]))
-        lines += ["", f"![{table.title}]({table.name}.png)", ""]
-    return "\n".join(lines)
-
-
-def _row(cells: Sequence[str]) -> str:
-    """A line of a table, whose cells may have its bars."""
-    escaped = [cell.replace("|", r"\|") for cell in cells]
-    return f"| {' | '.join(escaped)} |"
-
-
-def as_json(study: Study, results: Results) -> dict:
-    """The same, with each seed's value."""
-    tables = []
-    for table in study.tables:
-        head, rows = rows_of(table, study, results)
-        tables.append({"title": table.title, "kind": table.kind, "columns": head, "rows": rows})
-    return {"title": study.title, "seeds": study.seeds, "metric": study.metric, "tables": tables}

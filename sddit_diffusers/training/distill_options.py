@@ -278,3 +278,20 @@ def parse(arguments: list[str] | None = None) -> DistillConfig:
         return DistillConfig(**chosen)
     except ValueError as error:
         parser.error(str(error))
+
+
+def parse_planned(arguments: list[str], parent: RunConfig) -> DistillConfig:
+    """The configuration of a distillation of what need not be trained yet.
+
+    No default comes from its weights: lambda must be given.
+
+    Args:
+        parent: configuration of its training, of which data, evaluation and precision are taken over.
+
+    Raises:
+        ValueError: a setting is wrong.
+    """
+    parser = Parser(GROUPS, allow_abbrev=False)
+    inherited = {name: getattr(parent, name) for name in (*INHERITED, "mixed_precision")}
+    parser.set_defaults(model=parent.output_dir, **inherited)
+    return DistillConfig(**parser.parse_known_options(arguments))

@@ -53,14 +53,24 @@ class Parent:
         Raises:
             ValueError: it cannot take the steps.
         """
-        changes = {"diffusion": "none"} if "diffusion" in self.scheduler.config else {}
-        steps = {"num_inference_steps": num_inference_steps, "solver": solver}
         try:
-            return type(self.scheduler).from_config(self.scheduler.config, **steps, **changes)
+            return sampler_of(self.scheduler, num_inference_steps, solver)
         except ValueError as error:
             raise ValueError(
                 f"The scheduler of {self.name} cannot take the steps: {one_line(error)}"
             ) from None
+
+
+def sampler_of(process: Process, num_inference_steps: int, solver: str) -> Process:
+    """A process with the sampler of so many steps of an ODE solver.
+
+    Raises:
+        ValueError: it cannot take the steps.
+    """
+    changes = {"diffusion": "none"} if "diffusion" in process.config else {}
+    return type(process).from_config(
+        process.config, num_inference_steps=num_inference_steps, solver=solver, **changes
+    )
 
 
 @lru_cache(maxsize=1)

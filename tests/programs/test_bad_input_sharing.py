@@ -10,7 +10,7 @@ from conftest import TINY, randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from small_study import STUDY
+from small_study import CHILDREN, STUDY
 
 from sddit_diffusers import (
     EDMHeunScheduler,
@@ -21,7 +21,8 @@ from sddit_diffusers import (
     reproduce,
 )
 from sddit_diffusers.evaluation.figures import draw
-from sddit_diffusers.evaluation.studies import Results, markdown, read_study, slug
+from sddit_diffusers.evaluation.studies import read_study, slug
+from sddit_diffusers.evaluation.tables import Results, markdown
 from sddit_diffusers.reproduce import ReproduceConfig, Reproduction
 
 STUDIES = Path(reproduce.__file__).parents[1] / "studies"
@@ -141,9 +142,14 @@ def places(value, path=()):
 
 
 @settings(max_examples=150, deadline=None)
-@given(place=st.sampled_from([place for place in places(STUDY) if place]), value=ANYTHING)
-def test_a_study_with_anything_anywhere_is_read_and_told_of_or_refused(place, value, tmp_path_factory):
-    study = json.loads(json.dumps(STUDY))
+@given(
+    start=st.sampled_from(
+        [(study, place) for study in (STUDY, CHILDREN) for place in places(study) if place]
+    ),
+    value=ANYTHING,
+)
+def test_a_study_with_anything_anywhere_is_read_and_told_of_or_refused(start, value, tmp_path_factory):
+    study, place = json.loads(json.dumps(start))
     inner = study
     for key in place[:-1]:
         inner = inner[key]

@@ -12,8 +12,10 @@ from processes import Started, launch
 from small_study import STUDY
 
 from sddit_diffusers import reproduce
-from sddit_diffusers.evaluation.studies import Results, markdown, read_study
+from sddit_diffusers.evaluation.studies import read_study
+from sddit_diffusers.evaluation.tables import Results, markdown
 from sddit_diffusers.reproduce import ReproduceConfig, Reproduction
+from sddit_diffusers.training import measuring
 from sddit_diffusers.training.options import parse
 
 STUDIES = Path(reproduce.__file__).parents[1] / "studies"
@@ -42,7 +44,7 @@ def table_of(results, title):
 @pytest.mark.long
 @pytest.mark.figures
 def test_a_study_in_parts_is_the_study(write, tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "SPEED_ROUNDS", 2)
+    monkeypatch.setattr(measuring, "SPEED_ROUNDS", 2)
     path = write()
     empty = run(path, tmp_path / "a", "--report_only")
     assert table_of(empty, "Table 1") == {"DiT": [68.40], "SD-DiT": [48.39]}
