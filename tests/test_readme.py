@@ -19,6 +19,7 @@ from sddit_diffusers.generate import GenerateConfig
 from sddit_diffusers.plot import PlotConfig
 from sddit_diffusers.prepare_latents import PrepareConfig
 from sddit_diffusers.reproduce import ReproduceConfig
+from sddit_diffusers.training.distill_options import parse as parse_distillation
 from sddit_diffusers.training.options import TrainingConfig, parse
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +38,8 @@ def test_python_snippets_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     transformer = randomize(SDDiTTransformer2DModel(**TINY | {"num_classes": 10}))
     SDDiTPipeline(transformer, EDMHeunScheduler()).save_pretrained("sddit-digits")
+    child = EDMHeunScheduler(num_inference_steps=10, solver="euler")
+    SDDiTPipeline(transformer, child).save_pretrained("sddit-digits-progressive-10")
     variables = {}
     for block in blocks("python"):
         lines = [line for line in block.splitlines() if "# needs the Hub" not in line]
@@ -53,6 +56,19 @@ def commands():
 @pytest.mark.parametrize("command", [c for c in commands() if "train_sddit.py --" in c and "--help" not in c])
 def test_training_commands_parse(command):
     assert isinstance(parse(command.split("train_sddit.py ")[1].split()), TrainingConfig)
+
+
+def test_commands_of_distillation_parse(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    transformer = SDDiTTransformer2DModel(**TINY)
+    SDDiTPipeline(transformer, EDMHeunScheduler()).save_pretrained("sddit-digits")
+    Path("sddit-digits/training_config.json").write_text('{"preset": "digits", "dataset_name": "digits"}')
+    found = [line for line in commands() if "distill_sddit.py --model sddit-digits" in line]
+    assert len(found) >= 3
+    folders = [
+        parse_distillation(shlex.split(line.split("distill_sddit.py")[1])).output_dir for line in found
+    ]
+    assert "sddit-digits-progressive-10" in folders
 
 
 @pytest.mark.parametrize(
