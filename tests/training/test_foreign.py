@@ -35,6 +35,7 @@ from sddit_diffusers.training.distillation import (
     ProgressiveDistillation,
 )
 from sddit_diffusers.training.foreign import DDIMProcess, ForeignDiT, ForeignUNet, Kept
+from sddit_diffusers.training.memory import keep_products
 from sddit_diffusers.training.metrics import read_metrics
 
 CAPTIONS = ["a red cat", "a cat on a car", "rain"]
@@ -301,6 +302,24 @@ def test_issd_mixes_what_diffusers_blocks_add(batch):
         assert (loss < 1e-10) == (weight == 0)
         assert inside is None or not inside.any()
         assert weight == 0 or network.model.proj_out_2.weight.grad.any()
+
+
+@pytest.mark.parametrize("function", [None, keep_products])
+@pytest.mark.parametrize("case", ["dit, ssd", "dit, issd", "unet, ssd"])
+def test_activation_checkpoints_change_nothing(case, function, kept, batch):
+    kind = ImplicitSelfDistillation if "issd" in case else ExplicitSelfDistillation
+    gradients = []
+    for has_checkpoints in (False, True):
+        network = ForeignUNet(make_unet(), kept) if "unet" in case else ForeignDiT(make_dit(), kept)
+        if has_checkpoints:
+            network.train().enable_gradient_checkpointing(function)
+        objective = kind(network.double(), samplers("leading")[0], fusion_weight=0.3)
+        randomize(objective.teacher, seed=1)
+        objective(*batch, draw(objective))["loss"].backward()
+        gradients.append([weight.grad for weight in network.parameters()])
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second)
+    assert first.any()
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
