@@ -101,8 +101,7 @@ def warn_untrained(trainer: Trainer) -> None:
 @torch.no_grad()
 def unexplained(trainer: Trainer) -> float:
     """The parent's error of the denoised data at the sampler's times, as a share of that of the best linear
-    guess, E[x0 | x] of Gaussian data of the pictures' mean and variance; the median of a few pictures. All
-    processes call it."""
+    guess, E[x0 | x] of Gaussian data of the pictures' mean and variance; all processes call it."""
     objective, config, device = trainer.objective, trainer.config, trainer.accelerator.device
     process, count = objective.scheduler, min(64, len(trainer.dataset))
     sampler = BatchSampler(len(trainer.dataset), count, 1, 0, 1, config.seed, max_steps=1)
@@ -118,5 +117,5 @@ def unexplained(trainer: Trainer) -> float:
     alpha, sigma = (process.noised(*pair, draws.t) for pair in ((1.0, 0.0), (0.0, 1.0)))
     guess = mean + alpha * variance / (alpha**2 * variance + sigma**2) * (x - alpha * mean)
     errors, of_guesses = ((found - x0).square().flatten(1).sum(1) for found in (denoised, guess))
-    # The median: where there is next to no signal, the data that a prediction of noise stands for is far off.
+    # The median of the pictures: next to no signal, the data that a prediction of noise stands for is far off.
     return (errors / of_guesses).median().item()
