@@ -117,5 +117,5 @@ def unexplained(trainer: Trainer) -> float:
     alpha, sigma = (process.noised(*pair, draws.t) for pair in ((1.0, 0.0), (0.0, 1.0)))
     guess = mean + alpha * variance / (alpha**2 * variance + sigma**2) * (x - alpha * mean)
     errors, of_guesses = ((found - x0).square().flatten(1).sum(1) for found in (denoised, guess))
-    # The median of the pictures: next to no signal, the data that a prediction of noise stands for is far off.
+    # The median of the pictures: next to no signal, a prediction of noise tells little of the data.
     return (errors / of_guesses).median().item()
