@@ -322,6 +322,13 @@ def test_activation_checkpoints_change_nothing(case, function, kept, batch):
     assert first.any()
 
 
+def test_their_blocks_are_compiled(kept):
+    for network, count in ((ForeignDiT(make_dit(), kept), 2), (ForeignUNet(make_unet(), kept), 8 + 4)):
+        objective = ExplicitSelfDistillation(network, samplers("leading")[0], fusion_weight=0.3)
+        objective.compile_blocks()
+        assert sum(module._compiled_call_impl is not None for module in network.modules()) == count
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_steps_are_diffusers(name):
     process, plain = samplers(name)
