@@ -107,7 +107,8 @@ class DDIMProcess(DDIMScheduler):
         return (sample - sigma * model_output) / alpha, model_output
 
     def velocity(self, model_output: Tensor, sample: Tensor, t: Tensor) -> Tensor:
-        """What is learnt: the noise, `[b, c, h, w]` ("Effectively Its Own Teacher", Algorithm 1)."""
+        """What is learnt: the noise, `[b, c, h, w]` ("Diffusion Model is Effectively Its
+        Own Teacher", Algorithm 1)."""
         return self.solve(model_output, sample, t)[1]
 
     def moved(self, sample: Tensor, x0: Tensor, noise: Tensor, t: Tensor, end: Tensor) -> Tensor:
@@ -297,7 +298,8 @@ class ForeignDiT(ForeignNetwork):
 class ForeignUNet(ForeignNetwork):
     """The network of a StableDiffusionPipeline: its classes are captions, and the null class is "".
 
-    The defaults are the supplement's (A.2), where the predictions with and without caption are learnt apart.
+    The defaults are those of "Diffusion Model is Effectively Its Own Teacher" (A.2), where the predictions with
+    and without caption are learnt apart.
     """
 
     kind, part, title, task = "StableDiffusionPipeline", "unet", "Stable Diffusion", "text-to-image"
