@@ -58,8 +58,8 @@ class DistillationOptions:
     _argument_group_name = "distillation"
 
     model: str = option(
-        "", "the trained pipeline, ours or diffusers' DiTPipeline or StableDiffusionPipeline: a folder or a name "
-        "on the Hub; it is never changed"
+        "", "the trained pipeline, ours or diffusers' DiTPipeline or StableDiffusionPipeline: a folder or a "
+        "name on the Hub; it is never changed"
     )  # fmt: skip
     objective: str = option(
         "ssd", "'ssd', 'issd' (Algorithms 1 and 2) or 'progressive'", choices=OBJECTIVES.keys()

@@ -3,8 +3,8 @@
 [`ForeignNetwork`] gives their networks the face of ours, and [`DDIMProcess`] their process. A child is its
 parent's folder with other weights and a DDIM scheduler, and needs nothing of this package.
 
-Shapes: b batch, c channels, h x w pixels of the sample, n tokens of a caption of width d,
-T steps of noising.
+Shapes: b batch, c channels, h x w pixels of the sample, n tokens of a caption of width d, T steps of
+noising.
 """
 
 import json
@@ -37,7 +37,7 @@ class DDIMProcess(DDIMScheduler):
 
     @classmethod
     def from_config(
-        cls, config: dict, num_inference_steps: int | None = None, solver: str = "euler", **changes
+        cls, config: dict, num_inference_steps: int | None = None, solver: str = "euler"
     ) -> "DDIMProcess":
         """Of the config of any discrete scheduler, without its clipping.
 
@@ -48,9 +48,9 @@ class DDIMProcess(DDIMScheduler):
             ValueError: the config is of no such scheduler, the solver is another than Euler's, or there are
                 more steps than those of noising.
         """
-        config = {**config, **changes}
-        steps = num_inference_steps or config.get("num_inference_steps")
-        config.pop("num_inference_steps", None)
+        config = dict(config)
+        told = config.pop("num_inference_steps", None)
+        steps = num_inference_steps or told
         if "beta_schedule" not in config:
             raise ValueError("it has no betas, which DDIM needs.")
         if (kind := config.get("prediction_type", "epsilon")) not in PREDICTIONS:
@@ -298,8 +298,8 @@ class ForeignDiT(ForeignNetwork):
 class ForeignUNet(ForeignNetwork):
     """The network of a StableDiffusionPipeline: its classes are captions, and the null class is "".
 
-    The defaults are those of "Diffusion Model is Effectively Its Own Teacher" (A.2), where the predictions with
-    and without caption are learnt apart.
+    The defaults are those of "Diffusion Model is Effectively Its Own Teacher" (A.2), where what is
+    predicted with and without a caption is learnt apart.
     """
 
     kind, part, title, task = "StableDiffusionPipeline", "unet", "Stable Diffusion", "text-to-image"
