@@ -34,9 +34,11 @@ from sddit_diffusers.training.distillation import (
     ImplicitSelfDistillation,
     ProgressiveDistillation,
 )
+from sddit_diffusers.training.distilling import build_distillation, unexplained
 from sddit_diffusers.training.foreign import DDIMProcess, ForeignDiT, ForeignUNet, Kept
 from sddit_diffusers.training.memory import keep_products
 from sddit_diffusers.training.metrics import read_metrics
+from sddit_diffusers.training.trainer import training
 
 CAPTIONS = ["a red cat", "a cat on a car", "rain"]
 BETAS = dict(num_train_timesteps=100, beta_start=1e-3, beta_end=0.1)
@@ -431,6 +433,23 @@ def test_stable_diffusion_is_distilled(sd_folder, sd_latents, tmp_path, capsys):
     assert (child / "text_encoder/model.safetensors").is_file()
     losses = [row["loss"] for row in read_metrics(child / "metrics.jsonl")]
     assert losses[0] > 0 and len(losses) == 4
+
+
+@pytest.mark.parametrize(("share", "trained"), [(0.25, True), (0.75, False)])
+def test_trained_is_what_knows_most_pictures(share, trained, dit_folder, dit_latents, tmp_path, monkeypatch):
+    """A few whose noise is nearly all are far off where noise is predicted."""
+    arguments = ["--model", dit_folder, "--dataset_name", dit_latents, "--output_dir", tmp_path, *OPTIONS]
+    with training(parse([str(argument) for argument in arguments]), build_distillation) as trainer:
+        process, seen = trainer.objective.scheduler, []
+        noised = process.noised
+        monkeypatch.setattr(process, "noised", lambda *inputs: seen.append(inputs) or noised(*inputs))
+
+        def output(network, x, t, labels):
+            is_wrong = torch.arange(len(x)) < share * len(x)
+            return seen[0][1] + 1e3 * is_wrong[:, None, None, None]
+
+        monkeypatch.setattr(trainer.objective, "output", output)
+        assert (unexplained(trainer) < 1) == trained
 
 
 @pytest.mark.parametrize("kind", ["dit", "sd"])
