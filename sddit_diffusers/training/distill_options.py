@@ -20,6 +20,7 @@ from .configuration import (
     read_options,
 )
 from .distillation import OBJECTIVES
+from .foreign import ForeignNetwork
 from .parents import Parent, load_parent
 
 # lambda by number of steps (supplement of "Diffusion Model is Effectively Its Own Teacher"): Table 10 of SSD,
@@ -53,7 +54,10 @@ class DistillationOptions:
 
     _argument_group_name = "distillation"
 
-    model: str = option("", "the trained pipeline, a folder or a name on the Hub; it is never changed")
+    model: str = option(
+        "", "the trained pipeline, ours or diffusers' DiTPipeline or StableDiffusionPipeline: a folder or a "
+        "name on the Hub; it is never changed"
+    )  # fmt: skip
     objective: str = option(
         "ssd", "'ssd', 'issd' (Algorithms 1 and 2) or 'progressive'", choices=OBJECTIVES.keys()
     )
@@ -147,13 +151,15 @@ class DistillConfig(*GROUPS, RunConfig):
 
     def card(self) -> dict:
         parent = Path(self.model).name if Path(self.model).exists() else self.model
+        steps = f"it samples in {self.trial_steps} steps where it is not told how many"
+        if isinstance(self.parent.network, ForeignNetwork):  # no config of diffusers tells it
+            steps = f"sample it with num_inference_steps={self.trial_steps} and its own scheduler, DDIM"
         return {
             "method": self.parent.title,
             "tags": ["self-distillation", self.objective],
             "program": "distill_sddit.py",
             "rows": {},
-            "distilled": f"It is {parent}, distilled by itself: it samples in {self.trial_steps} steps "
-            f"where it is not told how many. It was made with {self.way}.",
+            "distilled": f"It is {parent}, distilled by itself: {steps}. It was made with {self.way}.",
         }
 
     @property
@@ -225,15 +231,17 @@ def layers_of(parent: Parent) -> int:
 
 
 def is_small(parent: Parent) -> bool:
-    """Whether it is no wider than S/2."""
+    """Whether it is a transformer no wider than S/2."""
     config = parent.network.config
-    return config.get("num_attention_heads", 12) * config.get("attention_head_dim", 64) <= 384
+    heads, size = config.get("num_attention_heads"), config.get("attention_head_dim")
+    return isinstance(heads, int) and isinstance(size, int) and heads * size <= 384
 
 
 def defaults_of(parent: Parent, objective: str) -> dict:
     """What a distillation of a pipeline changes in the defaults."""
     rate, batch = RATE_OF_S2 if is_small(parent) else RATES[nearest(RATES, layers_of(parent))]
     found = {"learning_rate": rate, "train_batch_size": batch, "max_train_steps": 4000, "ema_decay": 0.999}
+    found |= getattr(parent.network, "defaults", {})
     usual = {each.name: each.default for each in dataclasses.fields(DistillConfig)}
     inherited = INHERITED + OF_A_CHILD * parent.is_child
     for name in inherited:

@@ -7,10 +7,12 @@ from contextlib import closing
 import torch
 
 from ..data.order import BatchSampler
+from ..data.shards import Manifest, find_latents
 from ..models.attention_cpu import use_cpu_attention
 from ..seeds import generator_for
 from .distill_options import DistillConfig
 from .distillation import OBJECTIVES, SelfDistillation
+from .foreign import ForeignUNet
 from .memory import keep_products
 from .output import is_complete
 from .trainer import Trainer, training
@@ -27,6 +29,8 @@ def build_distillation(config: DistillConfig, network: dict, device: str) -> Sel
         ValueError: the parent cannot be distilled, or has other classes than the data.
     """
     parent = config.parent
+    if isinstance(parent.network, ForeignUNet):
+        parent.network.kept.captions = captions_of(config.dataset_name)
     if network["num_classes"] != parent.network.config.num_classes:
         raise ValueError(
             f"{config.dataset_name} has {network['num_classes']} classes; {parent.name} was trained with "
@@ -51,6 +55,20 @@ def build_distillation(config: DistillConfig, network: dict, device: str) -> Sel
     if device == "cpu":
         use_cpu_attention(objective)
     return objective
+
+
+def captions_of(name: str) -> tuple[str, ...]:
+    """The captions of a folder of latents, which are the names of its classes.
+
+    Raises:
+        ValueError: it has none.
+    """
+    names = Manifest.read(find_latents(name)).class_names
+    if not names:
+        raise ValueError(
+            f"{name} has no captions; prepare_latents takes them from a --label_column of texts."
+        )
+    return tuple(names)
 
 
 def distil(config: DistillConfig) -> None:
@@ -103,4 +121,6 @@ def unexplained(trainer: Trainer) -> float:
     mean, variance = x0.mean(0), (x0 - x0.mean(0)).square().mean()
     alpha, sigma = (process.noised(*pair, draws.t) for pair in ((1.0, 0.0), (0.0, 1.0)))
     guess = mean + alpha * variance / (alpha**2 * variance + sigma**2) * (x - alpha * mean)
-    return ((denoised - x0).square().sum() / (guess - x0).square().sum()).item()
+    errors, of_guesses = ((found - x0).square().flatten(1).sum(1) for found in (denoised, guess))
+    # The median of the pictures: next to no signal, a prediction of noise tells little of the data.
+    return (errors / of_guesses).median().item()

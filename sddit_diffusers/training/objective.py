@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.order import Batch
-from ..models.transformer_sddit import PLAIN_TIME, PatchTransformer2DModel, SDDiTBlock, check_number
+from ..models.transformer_sddit import PLAIN_TIME, PatchTransformer2DModel, check_number
 from ..pipelines.pipeline_sddit import SDDiTPipeline
 from .auxiliary import AuxiliaryLoss, Process, View, network_inputs
 from .discrimination import Discrimination
@@ -180,7 +180,9 @@ class Objective(nn.Module):
         self, weights: dict[str, Tensor], vae: nn.Module | None, id2label: dict | None
     ) -> SDDiTPipeline:
         """What samples, with other weights of the network, such as their averages."""
-        transformer = type(self.transformer).from_config(self.transformer.config)
+        network = self.transformer
+        is_foreign = hasattr(network, "fresh")
+        transformer = network.fresh() if is_foreign else type(network).from_config(network.config)
         transformer.load_state_dict(weights)
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         return SDDiTPipeline(transformer, scheduler, vae=vae, id2label=id2label)
@@ -227,7 +229,7 @@ class Objective(nn.Module):
         Once for any number of tokens, where it changes from step to step.
         """
         for module in self.modules():
-            if isinstance(module, SDDiTBlock):
+            if type(module).__name__ in self._no_split_modules:
                 module.compile(dynamic=self.mask_ratio_schedule != "constant")
 
 

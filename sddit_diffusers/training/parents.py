@@ -10,10 +10,12 @@ from torch import nn
 
 from ..cli import one_line
 from ..files import read_json
-from ..pipelines.loading import load_pipeline, sha256_of_weights
+from ..pipelines.loading import load_pipeline, load_vae, sha256_of_weights
+from ..pipelines.pipeline_sddit import SDDiTPipeline
 from ..schedulers.scheduling_edm_heun import EDMHeunScheduler
 from ..schedulers.scheduling_interpolant import InterpolantScheduler
 from .auxiliary import Process
+from .foreign import FOREIGN, load_foreign, pipeline_class
 from .methods import METHODS
 
 
@@ -80,6 +82,14 @@ def load_parent(name: str) -> Parent:
     Raises:
         ValueError: there is none, or it is of a class or has a scheduler that is not known.
     """
+    kind = pipeline_class(name)
+    if kind in FOREIGN:
+        network, scheduler = load_foreign(name, kind)
+        return Parent(name, network, scheduler, load_vae(name), network.title, settings=read_settings(name))
+    if kind not in ("", SDDiTPipeline.__name__):
+        raise ValueError(
+            f"{name} is a {kind}; those that can be distilled are {', '.join(FOREIGN)} and SDDiTPipeline."
+        )
     pipe = load_pipeline(name)
     if not isinstance(pipe.scheduler, (EDMHeunScheduler, InterpolantScheduler)):
         raise ValueError(

@@ -20,6 +20,7 @@ TEMPLATE = Path(__file__).parent / "model_card.md"
 # What is uploaded of an output folder; its checkpoints and trial samples are not.
 SHARED = (
     "README.md", "model_index.json", "*.py", "transformer/*", "scheduler/*", "vae/*",
+    "unet/*", "text_encoder/*", "tokenizer/*", "safety_checker/*", "feature_extractor/*", "image_encoder/*",
     "samples.png", "curves.png", "metrics.jsonl", "training_config.json",
 )  # fmt: skip
 
@@ -77,7 +78,8 @@ def write_card(
     scores = [score for row in rows[-1:] for score in row.items() if score[0] in METRICS]
     start = rows[0] if config.scores_start and rows else {}
     title = one_line(repo.split("/")[-1])
-    data = _data_of(title, config, source, public, scores)
+    foreign = pipe.transformer if hasattr(pipe.transformer, "snippet") else None  # of a pipeline of diffusers
+    data = _data_of(title, config, source, public, scores, foreign)
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -93,7 +95,9 @@ def write_card(
         steps=config.max_train_steps,
         weights=sum(weight.numel() for weight in pipe.transformer.parameters()),
         side=pipe.transformer.config.sample_size * pipe.vae_scale_factor,
-        label=_example(pipe),
+        label=None if foreign else _example(pipe),
+        foreign=foreign,
+        snippet=foreign and foreign.snippet(repo, config.trial_steps, 0),
         settings={
             name: markdown(str(value))
             for name, value in (_settings(config) | {"transformer": json.dumps(network)}).items()
@@ -109,19 +113,20 @@ def write_card(
 
 
 def _data_of(
-    title: str, config: RunConfig, source: str, public: str | None, scores: list[tuple[str, float]]
+    title: str, config: RunConfig, source: str, public: str | None, scores: list[tuple[str, float]], foreign
 ) -> ModelCardData:
     """What the Hub is told of the model."""
+    tags, task = config.card()["tags"], foreign.task if foreign else "unconditional-image-generation"
     return ModelCardData(
-        license="apache-2.0",
+        license=None if foreign else "apache-2.0",  # that of the parent, which nobody has told
         library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
-        tags=["sd-dit", *config.card()["tags"], "class-conditional", "diffusion-transformer"],
+        pipeline_tag=task,
+        tags=tags if foreign else ["sd-dit", *tags, "class-conditional", "diffusion-transformer"],
         datasets=[public] if public else None,
         model_name=title,
         eval_results=[
             EvalResult(
-                task_type="unconditional-image-generation", dataset_type=public or "custom",
+                task_type=task, dataset_type=public or "custom",
                 dataset_name=source, metric_type=METRICS[key][0],
                 metric_name=_score_name(key, config), metric_value=round(value, 4),
             )

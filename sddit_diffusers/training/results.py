@@ -5,6 +5,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
+from textwrap import indent
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +24,7 @@ from ..pipelines.pipeline_sddit import SDDiTPipeline
 from ..pipelines.sampling import sample_grid
 from .configuration import RunConfig
 from .engines import whole_weights
+from .foreign import ForeignNetwork
 from .metrics import MetricsLog, draw_curves, read_metrics
 from .objective import Objective
 from .output import Records
@@ -152,12 +154,18 @@ class Results:
     def tell(self, output_dir: Path, sampled: bool) -> None:
         """Says what there is, and how it is used."""
         label = self.dataset.num_classes - 3 if self.dataset.num_classes > 2 else None
+        network = self.objective.transformer
+        if isinstance(network, ForeignNetwork):
+            snippet = network.snippet(str(output_dir), self.config.trial_steps, label or 0)
+        else:
+            snippet = (
+                "from sddit_diffusers import SDDiTPipeline\n"
+                f"pipe = SDDiTPipeline.from_pretrained({python_text(str(output_dir))})\n"
+                f'pipe(class_labels=[{label}]).images[0].save("sample.png")'
+            )
         print(
             f"Done: the pipeline, metrics.jsonl, curves.png{', samples.png' * bool(sampled)} are in "
-            f"{output_dir}/. Use it:\n\n"
-            "    from sddit_diffusers import SDDiTPipeline\n"
-            f"    pipe = SDDiTPipeline.from_pretrained({python_text(str(output_dir))})\n"
-            f'    pipe(class_labels=[{label}]).images[0].save("sample.png")'
+            f"{output_dir}/. Use it:\n\n{indent(snippet, ' ' * 4)}"
         )
 
 
@@ -167,13 +175,16 @@ def told(step: int, scores: dict[str, float]) -> str:
 
 
 def save_weights(pipe: SDDiTPipeline, folder: Path) -> None:
-    """Saves a pipeline.
+    """Saves a pipeline, that of another's network as what it was.
 
     Raises:
         OSError: the disk is full.
     """
     try:
-        pipe.save_pretrained(folder)
+        if isinstance(pipe.transformer, ForeignNetwork):
+            pipe.transformer.save_pipeline(folder, pipe.scheduler)
+        else:
+            pipe.save_pretrained(folder)
     except SafetensorError as error:  # what safetensors makes of a disk that is full
         message = f"The pipeline cannot be written: {error}"
         raise OSError(errno.EIO, message, str(folder.parent)) from error
