@@ -61,10 +61,10 @@ def is_complete(config: RunConfig) -> bool:
     path = folder / "training_config.json"
     if not path.is_file():
         return False
-    usual = {each.name: each.default for each in dataclasses.fields(config)}
-    begun = {name: usual[name] for name in wanted if name in usual} | read_json(
-        path, dict, "training's settings"
-    )
+    # What an earlier version did not know, it did as is usual; of lists, as is wanted.
+    fields = [each for each in dataclasses.fields(config) if each.default is not dataclasses.MISSING]
+    begun = wanted | {each.name: each.default for each in fields}
+    begun |= read_json(path, dict, "training's settings")
     if others := differences(begun, wanted):
         raise ValueError(
             f"{folder} was begun with other settings: {'; '.join(others)}. Choose another --output_dir."
