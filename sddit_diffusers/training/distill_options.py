@@ -258,7 +258,7 @@ def parse(arguments: list[str] | None = None) -> DistillConfig:
     """The configuration of a command line, `sys.argv` by default; leaves with a message where it is wrong."""
     parser = Parser(
         GROUPS,
-        description="Makes a trained pipeline better at a small number of steps, by itself (SSD, iSSD).",
+        description="Makes a trained pipeline better at a small number of steps, by itself.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="JSON file of options, which the command line overrides")

@@ -8,7 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 from bad_input import contents, refusal
 from safetensors import SafetensorError
-from small_runs import make_trainer, names, train, weights_of
+from small_runs import SMALL, make_trainer, names, train, weights_of
 
 from sddit_diffusers import SDDiTPipeline
 from sddit_diffusers.training import checkpointing, results
@@ -20,6 +20,8 @@ from sddit_diffusers.training.checkpointing import (
     set_aside,
 )
 from sddit_diffusers.training.metrics import read_metrics
+from sddit_diffusers.training.options import parse
+from sddit_diffusers.training.output import is_complete
 from sddit_diffusers.training.trainer import MetricsLog
 
 
@@ -206,3 +208,17 @@ def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "O_NOFOLLOW", 0)
     with pytest.raises(OSError, match="No space left on device: .*metrics.jsonl"):
         log.write({"step": 1})
+
+
+def test_a_run_of_a_version_with_fewer_options_is_complete(tmp_path):
+    train(tmp_path, "--max_train_steps", 2)
+    config = parse([*SMALL, "--output_dir", str(tmp_path), "--max_train_steps", "2"])
+    path = tmp_path / "training_config.json"
+    settings = json.loads(path.read_text())
+    for name in ("process", "auxiliary"):
+        del settings[name]
+    path.write_text(json.dumps(settings))
+    assert is_complete(config)
+    path.write_text(json.dumps(settings | {"seed": 1}))
+    with pytest.raises(ValueError, match="begun with other settings: seed: 1 there, 0 here"):
+        is_complete(config)
