@@ -6,38 +6,13 @@ Without options it trains on handwritten digits and leaves a pipeline, pictures 
 Everything random in a step, and every schedule, follows from the seed and the number of the step alone.
 """
 
-import dataclasses
-
-import torch
-from accelerate import Accelerator
+from functools import partial
 
 from sddit_diffusers.cli import one_line_errors
-from sddit_diffusers.training.building import build_objective
-from sddit_diffusers.training.configuration import CHECKPOINTING
-from sddit_diffusers.training.memory import memory_lines
-from sddit_diffusers.training.objective import Objective
-from sddit_diffusers.training.options import TrainingConfig, parse
+from sddit_diffusers.training.building import build_objective, build_process
+from sddit_diffusers.training.memory import dry_run
+from sddit_diffusers.training.options import parse
 from sddit_diffusers.training.trainer import training
-
-
-def dry_run(config: TrainingConfig) -> None:
-    """Prints the memory that a step takes."""
-    accelerator = Accelerator(mixed_precision=config.mixed_precision or None)
-    device, dtype = accelerator.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}
-    network = config.network()
-
-    def build(checkpointing: str) -> Objective:
-        changed = dataclasses.replace(config, gradient_checkpointing=checkpointing)
-        return build_objective(changed, network, device)
-
-    accelerator.print(
-        f"{config.preset}, {network['sample_size']} x {network['sample_size']}, "
-        f"mixed precision {accelerator.mixed_precision}, on one {device}"
-    )
-    if accelerator.is_main_process:
-        precision = dtype.get(accelerator.mixed_precision)
-        for line in memory_lines(build, config.train_batch_size, device, precision, CHECKPOINTING):
-            print(line, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,7 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = parse(arguments)
         config.check_choices()
         if config.dry_run:
-            return dry_run(config)
+            return dry_run(config, config.preset, partial(build_objective, process=build_process(config)))
         with training(config) as trainer:
             trainer.run()
             trainer.accelerator.state.destroy_process_group()

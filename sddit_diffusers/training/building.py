@@ -21,12 +21,15 @@ def build_process(config: TrainingConfig) -> Process:
     return PROCESSES[config.process].build(config)
 
 
-def build_objective(config: TrainingConfig, network: dict, device: str) -> Objective:
+def build_objective(
+    config: TrainingConfig, network: dict, device: str, process: Process | None = None
+) -> Objective:
     """The configured method's network and what trains it on the configured process, on a kind of device.
 
     Args:
         network: its arguments.
         device: type of the device.
+        process: the configured one, where there is one already.
 
     Raises:
         ValueError: the weights to begin with are not there, or of another network.
@@ -41,7 +44,7 @@ def build_objective(config: TrainingConfig, network: dict, device: str) -> Objec
     auxiliaries = {name: AUXILIARIES[name].build(transformer, config) for name in config.auxiliaries}
     objective = method.objective(
         transformer,
-        build_process(config),
+        process or build_process(config),
         {name: auxiliary for name, auxiliary in auxiliaries.items() if auxiliary is not None},
         mask_ratio=config.mask_ratio,
         mask_ratio_schedule=config.mask_ratio_schedule,

@@ -168,7 +168,7 @@ class ExplicitSelfDistillation(SelfDistillation):
     def __init__(self, transformer: nn.Module, scheduler: Process, *, fusion_weight: float, **arguments):
         check_number("fusion_weight", fusion_weight, low=0, high=1)
         super().__init__(transformer, scheduler, **arguments)
-        self.times = self.times[self.times[:, -1] > 0]
+        self.times = self.times[: scheduler.num_inference_steps - 1]
         self.fusion_weight = fusion_weight
 
     def denoise(self, batch: Batch, draws: Draws) -> tuple[dict[str, Tensor], View]:

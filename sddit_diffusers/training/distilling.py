@@ -3,6 +3,7 @@
 import copy
 import sys
 from contextlib import closing
+from functools import partial
 
 import torch
 
@@ -10,20 +11,34 @@ from ..data.order import BatchSampler
 from ..data.shards import Manifest, find_latents
 from ..models.attention_cpu import use_cpu_attention
 from ..seeds import generator_for
+from .auxiliary import Process
 from .distill_options import DistillConfig
 from .distillation import OBJECTIVES, SelfDistillation
 from .foreign import ForeignUNet
-from .memory import keep_products
+from .memory import dry_run, keep_products
+from .objective import blank
 from .output import is_complete
 from .trainer import Trainer, training
 
 
-def build_distillation(config: DistillConfig, network: dict, device: str) -> SelfDistillation:
+def build_sampler(config: DistillConfig) -> Process:
+    """The parent's process with the sampler that is distilled for.
+
+    Raises:
+        ValueError: it cannot take the steps.
+    """
+    return config.parent.sampler(config.trial_steps, config.solver)
+
+
+def build_distillation(
+    config: DistillConfig, network: dict, device: str, process: Process | None = None
+) -> SelfDistillation:
     """The student, a copy of its parent, and what trains it, on a kind of device.
 
     Args:
         network: the arguments of the parent's network.
         device: type of the device.
+        process: for a dry run, which has no weights: the parent's with the wanted sampler.
 
     Raises:
         ValueError: the parent cannot be distilled, or has other classes than the data.
@@ -36,14 +51,15 @@ def build_distillation(config: DistillConfig, network: dict, device: str) -> Sel
             f"{config.dataset_name} has {network['num_classes']} classes; {parent.name} was trained with "
             f"{parent.network.config.num_classes}."
         )
-    student = copy.deepcopy(parent.network).train().requires_grad_(True)
+    student = copy.deepcopy(parent.network) if process is None else blank(parent.network)
+    student.train().requires_grad_(True)
     if config.gradient_checkpointing != "none":
         selective = config.gradient_checkpointing == "selective"
         student.enable_gradient_checkpointing(keep_products if selective else None)
     own = {"fusion_weight": config.fusion_weight[-1]} if config.fusion_weight else {}
     objective = OBJECTIVES[config.objective](
         student,
-        parent.sampler(config.trial_steps, config.solver),
+        process or build_sampler(config),
         **own,
         teacher_steps=config.teacher_steps_each,
         guidance_scales=(config.guidance_scale[0], config.guidance_scale[-1]),
@@ -77,6 +93,8 @@ def distil(config: DistillConfig) -> None:
     Raises:
         ValueError: the settings are wrong, or an earlier run's model or checkpoints are in the way.
     """
+    if config.dry_run:
+        return dry_run(config, config.title, partial(build_distillation, process=build_sampler(config)))
     stages = config.stages()
     for stage in stages:
         if config.resume_from_checkpoint == "latest" and len(stages) > 1 and is_complete(stage):
@@ -85,6 +103,8 @@ def distil(config: DistillConfig) -> None:
         with training(stage, build_distillation) as trainer:
             warn_untrained(trainer)
             trainer.run()
+            if stage is stages[-1]:
+                trainer.accelerator.state.destroy_process_group()
 
 
 def warn_untrained(trainer: Trainer) -> None:

@@ -1,5 +1,6 @@
 """Memory of a training step: what the backward pass keeps, and how much a step takes before it is run."""
 
+import copy
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,6 +18,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from ..data.order import Batch
 from ..models.attention_cpu import attention  # noqa: F401  (registers torch.ops.sddit.attention)
+from .configuration import CHECKPOINTING, RunConfig
 from .engines import Alone
 from .step import train_step
 
@@ -60,7 +63,10 @@ class StepMemory:
 
 
 class _Unfilled(FakeTensorMode):
-    """Makes tensors without memory."""
+    """Makes tensors without memory, also of those that have some."""
+
+    def __init__(self):
+        super().__init__(allow_non_fake_inputs=True)
 
     def __deepcopy__(self, memo):
         return self  # a copied module is of the same mode
@@ -137,6 +143,32 @@ def step_memory(
         )
         memory.activations = alive.most - memory.fixed
     return memory
+
+
+def dry_run(config: RunConfig, title: str, build: Callable[[RunConfig, dict, str], nn.Module]) -> None:
+    """Prints the memory that a step of a run takes.
+
+    Args:
+        title: of what is trained.
+        build: makes the objective, of the configuration, the network's arguments and the type of the device.
+    """
+    accelerator = Accelerator(mixed_precision=config.mixed_precision or None)
+    device, dtype = accelerator.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}
+    network = config.network()
+
+    def build_with(checkpointing: str) -> nn.Module:
+        changed = copy.copy(config)
+        changed.gradient_checkpointing = checkpointing
+        return build(changed, network, device)
+
+    accelerator.print(
+        f"{title}, {network['sample_size']} x {network['sample_size']}, "
+        f"mixed precision {accelerator.mixed_precision}, on one {device}"
+    )
+    if accelerator.is_main_process:
+        precision = dtype.get(accelerator.mixed_precision)
+        for line in memory_lines(build_with, config.train_batch_size, device, precision, CHECKPOINTING):
+            print(line, flush=True)
 
 
 def _bytes(tensors) -> int:

@@ -180,9 +180,7 @@ class Objective(nn.Module):
         self, weights: dict[str, Tensor], vae: nn.Module | None, id2label: dict | None
     ) -> SDDiTPipeline:
         """What samples, with other weights of the network, such as their averages."""
-        network = self.transformer
-        is_foreign = hasattr(network, "fresh")
-        transformer = network.fresh() if is_foreign else type(network).from_config(network.config)
+        transformer = blank(self.transformer)
         transformer.load_state_dict(weights)
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         return SDDiTPipeline(transformer, scheduler, vae=vae, id2label=id2label)
@@ -344,3 +342,9 @@ class MDTObjective(Objective):
 def mask_ratio_at(step: int, max_steps: int, start: float) -> float:
     """A ratio that falls from `start` to 0 with the fourth power of a cosine: MaskDiT's unmask tuning."""
     return start * math.cos(math.pi / 2 * min(step / max_steps, 1.0)) ** 4
+
+
+def blank(network: nn.Module) -> nn.Module:
+    """A network of the same kind and settings, whose weights come later."""
+    is_foreign = hasattr(network, "fresh")
+    return network.fresh() if is_foreign else type(network).from_config(network.config)

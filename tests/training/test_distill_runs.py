@@ -15,6 +15,7 @@ from small_runs import train, weights_of
 import distill_sddit
 from sddit_diffusers import EDMHeunScheduler, InterpolantScheduler, SDDiTPipeline
 from sddit_diffusers.models.transformer_baselines import PlainDiTTransformer2DModel
+from sddit_diffusers.training.configuration import CHECKPOINTING
 from sddit_diffusers.training.distill_options import default_weight, defaults_of, parse
 from sddit_diffusers.training.distilling import build_distillation, unexplained
 from sddit_diffusers.training.metrics import read_metrics
@@ -89,6 +90,15 @@ def test_a_chain_goes_from_child_to_child(tmp_path, parent):
     assert weights_of(chain / "steps-3") == weights_of(second)
     config = json.loads((chain / "steps-3/training_config.json").read_text())
     assert config["num_inference_steps"] == [3] and config["model"] == str(chain / "steps-6")
+
+
+@pytest.mark.parametrize("objective", ["ssd", "issd", "progressive"])
+def test_a_dry_run_tells_the_memory_and_distils_nothing(tmp_path, parent, capsys, objective):
+    distil(tmp_path / "child", parent, "--objective", objective, "--dry_run")
+    assert not (tmp_path / "child").exists()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{objective} of {parent} for 10 steps, 8 x 8")
+    assert lines[1].startswith("GiB: weights") and [line.split()[0] for line in lines[3:]] == [*CHECKPOINTING]
 
 
 # Distils, and of a chain's second stage tells when half of it is done.
