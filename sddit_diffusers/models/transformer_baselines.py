@@ -81,6 +81,8 @@ class MaskDiTTransformer2DModel(PatchTransformer2DModel):
             `SDDiTTransformer2DModel`.
     """
 
+    only_with_mask = ("mask_token",)  # of its weights
+
     @register_to_config
     def __init__(
         self,
@@ -147,6 +149,8 @@ class MDTTransformer2DModel(PatchTransformer2DModel):
     Raises:
         ValueError: no block would be left for the encoder.
     """
+
+    only_with_mask = ("mask_token", "side_interpolater")  # of its weights
 
     @register_to_config
     def __init__(

@@ -12,6 +12,7 @@ from ..files import read_json, written_aside
 
 BELOW_1 = 1 - 2**-53  # the largest number
 CHECKPOINTING = ("none", "selective", "full")
+FACTS = ("parent_sha256",)  # in a training_config.json, and no options
 TRIAL_STEPS = 18  # of the sampler, while a run is not at its end
 
 
@@ -90,9 +91,7 @@ class OutputOptions:
 
     _argument_group_name = "output"
 
-    output_dir: str = option(
-        "", "where the pipeline goes; sddit-PRESET if not given, METHOD-PRESET of others"
-    )
+    output_dir: str = option("", "where the pipeline goes; named after what is trained if not given")
     overwrite_output_dir: bool = option(
         False, "begin anew where a model or checkpoints are; it is replaced once the new one is complete"
     )
@@ -149,15 +148,19 @@ class RunConfig:
         """What a model card tells of the stage.
 
         Returns:
-            The `method`, `tags`, the `program`, its own `rows` of the table of settings, and a sentence on
-            how it was `distilled`, if it was.
+            The `method`, `tags`, the `program`, its own `rows` of the table of settings, whether it is
+            `guided` when it samples, and a sentence on how it was `distilled`, if it was.
         """
         raise NotImplementedError
+
+    def facts(self) -> dict:
+        """What a run is of, beside its settings: of `FACTS`."""
+        return {}
 
     def save(self, path: Path) -> None:
         """Writes the resolved settings as a file that `--config` reads."""
         with written_aside(path, "w") as file:
-            settings = dataclasses.asdict(self) | {"overwrite_output_dir": False}  # once is enough
+            settings = dataclasses.asdict(self) | self.facts() | {"overwrite_output_dir": False}  # once
             file.write(json.dumps(settings, indent=2) + "\n")
 
 
@@ -175,6 +178,7 @@ def read_options(path: str, kind: type) -> dict:
         ValueError: it cannot be read, or has another option or a value of another type.
     """
     options = read_json(Path(path), dict, "file of options")
+    options = {name: value for name, value in options.items() if name not in FACTS}
     types = {f.name: get_origin(f.type) or f.type for f in dataclasses.fields(kind)}
     items = {f.name: get_args(f.type) for f in dataclasses.fields(kind)}
     for name, value in options.items():

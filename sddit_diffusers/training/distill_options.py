@@ -6,6 +6,7 @@ papers' tables or what was measured on the parent's data, the JSON file of `--co
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,19 +98,30 @@ class DistillConfig(*GROUPS, RunConfig):
 
     def __post_init__(self):
         check_options(self)
+        if Path(self.output_dir or ".").resolve() == Path(self.model).resolve():
+            raise ValueError(f"output_dir is {self.output_dir}, which is the model: it is never changed.")
         steps, weights, scales = self.num_inference_steps, self.fusion_weight, self.guidance_scale
         if not steps or any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
             raise ValueError(f"num_inference_steps is {steps}; it must be numbers that fall.")
         if self.objective == "progressive":
             if weights:
                 raise ValueError(f"fusion_weight is {weights}; progressive distillation has none.")
+            if self.teacher_steps * steps[0] > 10**6:
+                raise ValueError(f"teacher_steps is {self.teacher_steps}; they may be a million in all.")
+        elif self.teacher_steps:
+            raise ValueError(
+                f"teacher_steps is {self.teacher_steps}; {self.objective} takes one: leave it at 0."
+            )
         elif len(weights) not in (1, len(steps)):
             raise ValueError(f"fusion_weight is {weights}; it must be one, or one for each of {steps} steps.")
         if len(scales) not in (1, 2) or scales[0] > scales[-1]:
             raise ValueError(f"guidance_scale is {scales}; it must be one, or two that rise.")
         if self.distil_guidance and scales == [1.0]:
             raise ValueError("distil_guidance needs a guidance_scale other than 1.")
-        self.output_dir = self.output_dir or f"{Path(self.model).name}-{self.objective}-{steps[-1]}"
+        if self.apart:
+            self.label_dropout = 0.0  # both are learnt of each image
+        name = Path(self.model).resolve().name
+        self.output_dir = self.output_dir or f"{name}-{self.objective}-{steps[-1]}"
         if not self.dataset_name:
             raise ValueError(
                 f"--dataset_name is needed: what {self.model} was trained on is not told by a "
@@ -141,16 +153,26 @@ class DistillConfig(*GROUPS, RunConfig):
         return {
             "process": self.parent.scheduler.config.get("path", "edm"),
             "objective": self.objective,
-            "parent": self.parent.sha256(),
+            "parent": self.parent.sha256,
             "num_inference_steps": self.num_inference_steps,
             "solver": self.solver,
         }
 
+    def facts(self) -> dict:
+        return {"parent_sha256": self.parent.sha256}
+
     def own(self) -> list[str]:
-        return [field.name for field in dataclasses.fields(DistillationOptions)]
+        left_out = {"model", "teacher_steps"}
+        if self.objective == "progressive":
+            left_out = {"model", "teacher_steps", "fusion_weight"}
+        names = [each.name for each in dataclasses.fields(DistillationOptions) if each.name not in left_out]
+        return [*names, "teacher_steps_each"] if self.objective == "progressive" else names
 
     def card(self) -> dict:
-        parent = Path(self.model).name if Path(self.model).exists() else self.model
+        parent = self.model
+        if (path := Path(self.model)).exists():
+            path = path.resolve()
+            parent = f"{path.parent.name}/{path.name}" if path.name.startswith("steps-") else path.name
         steps = f"it samples in {self.trial_steps} steps where it is not told how many"
         if isinstance(self.parent.network, ForeignNetwork):  # no config of diffusers tells it
             steps = f"sample it with num_inference_steps={self.trial_steps} and its own scheduler, DDIM"
@@ -159,6 +181,7 @@ class DistillConfig(*GROUPS, RunConfig):
             "tags": ["self-distillation", self.objective],
             "program": "distill_sddit.py",
             "rows": {},
+            "guided": not self.distil_guidance,
             "distilled": f"It is {parent}, distilled by itself: {steps}. It was made with {self.way}.",
         }
 
@@ -188,7 +211,7 @@ class DistillConfig(*GROUPS, RunConfig):
         if len(steps) == 1:
             return [self]
         weights = self.fusion_weight * (len(steps) if len(self.fusion_weight) == 1 else 1)
-        stages, model = [], self.model
+        stages, model, name = [], self.model, self.hub_model_id or Path(self.output_dir).resolve().name
         for i, number in enumerate(steps):
             folder = str(Path(self.output_dir) / f"steps-{number}")
             stages.append(
@@ -198,6 +221,7 @@ class DistillConfig(*GROUPS, RunConfig):
                     num_inference_steps=[number],
                     output_dir=folder,
                     fusion_weight=weights[i : i + 1],
+                    hub_model_id=f"{name}-{number}",
                 )  # fmt: skip
             )
             model = folder
@@ -240,6 +264,8 @@ def is_small(parent: Parent) -> bool:
 def defaults_of(parent: Parent, objective: str) -> dict:
     """What a distillation of a pipeline changes in the defaults."""
     rate, batch = RATE_OF_S2 if is_small(parent) else RATES[nearest(RATES, layers_of(parent))]
+    if layers_of(parent) == 28 and parent.network.config.sample_size >= 64:
+        batch = 64  # XL/2 at 512
     found = {"learning_rate": rate, "train_batch_size": batch, "max_train_steps": 4000, "ema_decay": 0.999}
     found |= getattr(parent.network, "defaults", {})
     usual = {each.name: each.default for each in dataclasses.fields(DistillConfig)}
@@ -251,6 +277,9 @@ def defaults_of(parent: Parent, objective: str) -> dict:
         found["vae"] = parent.name
     if parent.settings.get("preset") in ("digits", "digits-flow"):
         found |= OF_DIGITS | {"learning_rate": RATES_OF_DIGITS[objective]}
+    if not parent.is_child:  # the papers' batches are those of all processes
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        found["train_batch_size"] = max(1, found["train_batch_size"] // processes)
     return found
 
 
@@ -265,13 +294,18 @@ def parse(arguments: list[str] | None = None) -> DistillConfig:
     first = Parser([], add_help=False, allow_abbrev=False)
     for name in ("--config", "--model", "--objective"):
         first.add_argument(name)
+    first.add_argument("-h", "--help", action="store_true")
     chosen, _ = first.parse_known_args(arguments)
+    if chosen.help:
+        parser.parse_args(["--help"])
     try:
         settings = read_options(chosen.config, DistillConfig) if chosen.config else {}
         name = chosen.model or settings.get("model")
         if not name:
             raise ValueError("--model is needed: the trained pipeline that is distilled.")
         objective = chosen.objective or settings.get("objective")
+        if objective != settings.get("objective"):  # what is left of another's settings
+            settings = {name: settings[name] for name in settings.keys() - {"fusion_weight", "teacher_steps"}}
         if objective not in OBJECTIVES:
             objective = DistillConfig.objective  # another one is refused below
         parser.set_defaults(**defaults_of(load_parent(name), objective) | settings)

@@ -61,8 +61,8 @@ class SelfDistillation(Objective):
         label_dropout: float = 0.1,
     ):
         check_number("teacher_momentum", teacher_momentum, low=0, high=1)
-        if apart and not transformer.config.num_classes:
-            raise ValueError("The model has no classes, so there is nothing to learn apart from them.")
+        if not transformer.config.num_classes and (apart or guidance_scales != (1.0, 1.0)):
+            raise ValueError("The model has no classes: it needs guidance_scale 1, and cannot learn apart.")
         super().__init__(transformer, scheduler, label_dropout=0.0 if apart else label_dropout)
         self._no_split_modules = [*transformer._no_split_modules]
         if (steps := scheduler.num_inference_steps) < 2:
@@ -70,6 +70,9 @@ class SelfDistillation(Objective):
         self.times = scheduler.refined(teacher_steps)  # [steps, k + 1]
         self.guidance_scales, self.apart = guidance_scales, apart
         self.distil_guidance, self.teacher_momentum = distil_guidance, teacher_momentum
+        for name, parameter in transformer.named_parameters():
+            if name.split(".")[0] in getattr(transformer, "only_with_mask", ()):
+                parameter.requires_grad_(False)  # there is none here
         self.teacher = copy.deepcopy(transformer).requires_grad_(False).eval()
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator | None = None, device=None) -> Draws:
@@ -87,7 +90,7 @@ class SelfDistillation(Objective):
         """A batch as the student sees it: twice, without labels the second time, where both are learnt."""
         if not self.apart:
             return x, t, labels
-        return x.repeat(2, 1, 1, 1), t.repeat(2, 1, 1, 1), None if labels is None else self.both(labels)
+        return x.repeat(2, 1, 1, 1), t.repeat(2, 1, 1, 1), self.both(labels)
 
     def both(self, labels: Tensor) -> Tensor:
         """The labels, and the null class as many times."""
@@ -184,8 +187,7 @@ class ExplicitSelfDistillation(SelfDistillation):
 
     def loss(self, output, x: Tensor, t: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The mean squared difference of dx/dt from the target."""
-        (x, t, _) = self.doubled(x, t, None)
-        loss = (self.scheduler.velocity(output.sample.float(), x, t) - target).square().mean()
+        loss = (self.velocity(output.sample.float(), x, t) - target).square().mean()
         return {"loss": loss, "loss_generative": loss}
 
 
@@ -228,6 +230,7 @@ class ImplicitSelfDistillation(ExplicitSelfDistillation):
             self.stores = True
             self.evaluate(*self.doubled(x_s, s, labels), None)
             self.stores = False
+            torch.clear_autocast_cache()  # its weights in half precision take no gradient
             _, x_t = self.step(x_s, labels, s, t, scale, self.scheduler.order)
             target = self.predict(self.teacher, x_t, t, labels, scale)
         output = self.evaluate(*self.doubled(x_t, t, labels), None)
@@ -249,10 +252,12 @@ class ProgressiveDistillation(SelfDistillation):
         super().__init__(transformer, scheduler, **arguments)
         if scheduler.order != 1:
             raise ValueError("solver is 'heun'; progressive distillation is for steps of 'euler'.")
-        if self.apart or (self.guidance_scales != (1.0, 1.0) and not self.distil_guidance):
+        if self.apart:
+            raise ValueError("apart is set; progressive distillation learns one prediction.")
+        if self.guidance_scales != (1.0, 1.0) and not self.distil_guidance:
             raise ValueError(
-                "Progressive distillation learns the way of the sampler itself: with a guidance_scale it "
-                "needs distil_guidance, and it learns nothing apart."
+                f"guidance_scale is {self.guidance_scales}; progressive distillation learns where guided "
+                "steps lead, so it needs distil_guidance too."
             )
 
     def denoise(self, batch: Batch, draws: Draws) -> tuple[dict[str, Tensor], View]:

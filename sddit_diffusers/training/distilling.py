@@ -1,11 +1,13 @@
 """Runs a distillation: what is built for a stage, and a chain of stages."""
 
 import copy
+import gc
 import sys
 from contextlib import closing
 from functools import partial
 
 import torch
+from accelerate import PartialState
 
 from ..data.order import BatchSampler
 from ..data.shards import Manifest, find_latents
@@ -100,11 +102,18 @@ def distil(config: DistillConfig) -> None:
         if config.resume_from_checkpoint == "latest" and len(stages) > 1 and is_complete(stage):
             print(f"{stage.output_dir} is complete.", flush=True)
             continue
-        with training(stage, build_distillation) as trainer:
-            warn_untrained(trainer)
-            trainer.run()
-            if stage is stages[-1]:
-                trainer.accelerator.state.destroy_process_group()
+        run_stage(stage)
+        if stage is not stages[-1]:
+            gc.collect()  # before the next is built
+    if PartialState._shared_state:
+        PartialState().destroy_process_group()
+
+
+def run_stage(config: DistillConfig) -> None:
+    """Runs a distillation to a number of steps."""
+    with training(config, build_distillation) as trainer:
+        warn_untrained(trainer)
+        trainer.run()
 
 
 def warn_untrained(trainer: Trainer) -> None:

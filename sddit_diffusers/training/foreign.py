@@ -232,15 +232,20 @@ class ForeignNetwork(nn.Module):
         """What the network gives, as its pipeline calls it."""
         raise NotImplementedError
 
-    def call(self, steps: int, number: int) -> str:
+    def call(self, number: int) -> str:
         """Python of the arguments of its pipeline's call for an image of a class."""
         raise NotImplementedError
 
-    def snippet(self, name: str, steps: int, number: int) -> str:
+    def takes_guidance(self) -> bool:
+        """Whether its pipeline can guide it."""
+        return True
+
+    def snippet(self, name: str, steps: int, number: int, guided: bool = True) -> str:
         """Python that makes an image of a class with the child of a name."""
+        call = self.call(number) + ", guidance_scale=1.0" * (not guided or not self.takes_guidance())
         return (
             f"from diffusers import {self.kind}\n\npipe = {self.kind}.from_pretrained({python_text(name)})\n"
-            f'pipe({self.call(steps, number)}, num_inference_steps={steps}).images[0].save("sample.png")'
+            f'pipe({call}, num_inference_steps={steps}).images[0].save("sample.png")'
         )
 
     def fresh(self) -> "ForeignNetwork":
@@ -289,10 +294,12 @@ class ForeignDiT(ForeignNetwork):
     def predict(self, sample: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
         return self.model(sample, timestep=timestep, class_labels=labels).sample
 
-    def call(self, steps: int, number: int) -> str:
-        # DiTPipeline takes 1000 for the null class, whatever the number of classes.
-        unguided = ", guidance_scale=1.0" * (self.model.config.num_embeds_ada_norm != 1000)
-        return f"class_labels=[{number}]{unguided}"
+    def call(self, number: int) -> str:
+        return f"class_labels=[{number}]"
+
+    def takes_guidance(self) -> bool:
+        """Whether it has a thousand classes: DiTPipeline takes 1000 for the null class in any case."""
+        return self.model.config.num_embeds_ada_norm == 1000
 
 
 class ForeignUNet(ForeignNetwork):
@@ -321,14 +328,14 @@ class ForeignUNet(ForeignNetwork):
         """Embeddings `[b, n, d]` of captions by number, as the pipeline makes them."""
         kept = self.kept
         captions = [kept.captions[i] if i < len(kept.captions) else "" for i in labels.tolist()]
-        if kept.prompts.keys() != {*captions}:
+        if not kept.prompts.keys() >= {*captions}:
             texts = sorted({*captions})
             kept.pipe.text_encoder.to(labels.device)
             found, _ = kept.pipe.encode_prompt(texts, labels.device, 1, False)
             kept.prompts = dict(zip(texts, found, strict=True))
         return torch.stack([kept.prompts[caption] for caption in captions])
 
-    def call(self, steps: int, number: int) -> str:
+    def call(self, number: int) -> str:
         return python_text(self.kept.captions[number])
 
 

@@ -233,6 +233,7 @@ class TrainingConfig(*GROUPS, RunConfig):
             "tags": [self.method],
             "program": "train_sddit.py",
             "rows": {"preset": self.preset, "process": PROCESSES[self.process].title},
+            "guided": True,
             "distilled": "",
         }
 

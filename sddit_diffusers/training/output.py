@@ -9,7 +9,7 @@ from pathlib import Path
 from ..cli import differences
 from ..files import locked, read_json, remove
 from .checkpointing import find_checkpoints, set_aside
-from .configuration import RunConfig
+from .configuration import OutputOptions, RunConfig
 from .metrics import MetricsLog, read_metrics
 
 # What a run leaves at its end, in the order in which it does.
@@ -57,15 +57,16 @@ def is_complete(config: RunConfig) -> bool:
     Raises:
         ValueError: it was begun with others.
     """
-    folder, wanted = Path(config.output_dir), json.loads(json.dumps(vars(config)))
+    folder = Path(config.output_dir)
     path = folder / "training_config.json"
     if not path.is_file():
         return False
-    # What an earlier version did not know, it did as is usual; of lists, as is wanted.
+    wanted = json.loads(json.dumps(vars(config) | config.facts()))
+    # What an earlier version did not know, it did as is usual; of lists and facts, as is wanted.
     fields = [each for each in dataclasses.fields(config) if each.default is not dataclasses.MISSING]
     begun = wanted | {each.name: each.default for each in fields}
     begun |= read_json(path, dict, "training's settings")
-    if others := differences(begun, wanted):
+    if others := differences(_of_result(begun), _of_result(wanted)):
         raise ValueError(
             f"{folder} was begun with other settings: {'; '.join(others)}. Choose another --output_dir."
         )
@@ -73,6 +74,12 @@ def is_complete(config: RunConfig) -> bool:
         return False
     metrics = read_metrics(folder / "metrics.jsonl")
     return bool(metrics) and metrics[-1]["step"] == wanted["max_train_steps"]
+
+
+def _of_result(settings: dict) -> dict:
+    """Without those that change what is told and kept of a run, and not what is learnt."""
+    others = {"dataloader_num_workers", *(each.name for each in dataclasses.fields(OutputOptions))}
+    return {name: value for name, value in settings.items() if name not in others}
 
 
 class Records:

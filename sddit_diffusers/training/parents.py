@@ -1,7 +1,7 @@
 """The trained pipelines that a second stage begins with."""
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -45,6 +45,7 @@ class Parent:
         """Whether it was distilled itself."""
         return "objective" in self.settings
 
+    @cached_property
     def sha256(self) -> str:
         """Of the weights."""
         return sha256_of_weights(self.network)
@@ -102,11 +103,15 @@ def load_parent(name: str) -> Parent:
 
 
 def read_settings(name: str) -> dict:
-    """The training_config.json of a pipeline; empty where there is none."""
+    """The training_config.json of a pipeline; empty where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     path = Path(name) / "training_config.json"
-    try:
-        if not path.parent.is_dir():
+    if not path.parent.is_dir():
+        try:
             path = Path(hf_hub_download(name, path.name))
-        return read_json(path, dict, "training's settings") if path.is_file() else {}
-    except Exception:  # it is not needed
-        return {}
+        except Exception:  # whatever the Hub and its client raise: it is not needed
+            return {}
+    return read_json(path, dict, "training's settings") if path.is_file() else {}

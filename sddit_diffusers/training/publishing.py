@@ -97,7 +97,8 @@ def write_card(
         side=pipe.transformer.config.sample_size * pipe.vae_scale_factor,
         label=None if foreign else _example(pipe),
         foreign=foreign,
-        snippet=foreign and foreign.snippet(repo, config.trial_steps, 0),
+        guided=about["guided"],
+        snippet=foreign and foreign.snippet(repo, config.trial_steps, 0, about["guided"]),
         settings={
             name: markdown(str(value))
             for name, value in (_settings(config) | {"transformer": json.dumps(network)}).items()

@@ -3,18 +3,19 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from bad_input import contents, refusal
 from diffusers import DDIMScheduler
+from diffusers.configuration_utils import FrozenDict
 from processes import Started
 from small_runs import train, weights_of
 
 import distill_sddit
 from sddit_diffusers import EDMHeunScheduler, InterpolantScheduler, SDDiTPipeline
-from sddit_diffusers.models.transformer_baselines import PlainDiTTransformer2DModel
 from sddit_diffusers.training.configuration import CHECKPOINTING
 from sddit_diffusers.training.distill_options import default_weight, defaults_of, parse
 from sddit_diffusers.training.distilling import build_distillation, unexplained
@@ -92,13 +93,64 @@ def test_a_chain_goes_from_child_to_child(tmp_path, parent):
     assert config["num_inference_steps"] == [3] and config["model"] == str(chain / "steps-6")
 
 
-@pytest.mark.parametrize("objective", ["ssd", "issd", "progressive"])
+@pytest.mark.parametrize("objective", ["issd"])
 def test_a_dry_run_tells_the_memory_and_distils_nothing(tmp_path, parent, capsys, objective):
     distil(tmp_path / "child", parent, "--objective", objective, "--dry_run")
     assert not (tmp_path / "child").exists()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{objective} of {parent} for 10 steps, 8 x 8")
     assert lines[1].startswith("GiB: weights") and [line.split()[0] for line in lines[3:]] == [*CHECKPOINTING]
+
+
+def test_a_guided_child_is_not_guided_again(tmp_path, parent):
+    for options, guided in (([], True), (["--distil_guidance", "--guidance_scale", 1.5], False)):
+        child = distil(tmp_path / str(guided), parent, "--objective", "progressive", *options)
+        card = (child / "README.md").read_text()
+        assert (", guidance_scale=1.5)" in card) == guided
+        assert "| teacher_steps_each | 2 |" in card and "| fusion" not in card and str(parent) not in card
+
+
+def test_a_chain_that_is_complete_is_left_unless_its_parent_is_another(tmp_path, parent, capsys):
+    mine = tmp_path / "mine"
+    shutil.copytree(parent, mine)
+    steps, latest = ["--num_inference_steps", 4, 2], ["--resume_from_checkpoint", "latest"]
+    chain = distil(tmp_path / "chain", mine, *steps)
+    before = contents(chain)
+    distil(chain, mine, *steps, *latest, "--dataloader_num_workers", 1)
+    assert contents(chain) == before and capsys.readouterr().out.count("is complete.") == 2
+    train(tmp_path / "other", "--max_train_steps", 2)
+    shutil.copytree(tmp_path / "other/transformer", mine / "transformer", dirs_exist_ok=True)
+    with pytest.raises(SystemExit, match="steps-4 was begun with other settings: parent_sha256: "):
+        distil(chain, mine, *steps, *latest)
+
+
+def test_of_a_chain_each_stage_has_a_name_on_the_hub(tmp_path, parent):
+    for name, more in (("chain", []), ("me/child", ["--hub_model_id", "me/child"])):
+        options = [
+            "--model",
+            parent,
+            "--num_inference_steps",
+            4,
+            2,
+            "--output_dir",
+            tmp_path / "chain",
+            *more,
+        ]
+        stages = parse([*map(str, options)]).stages()
+        assert [stage.hub_model_id for stage in stages] == [f"{name}-4", f"{name}-2"]
+
+
+def test_help_needs_no_model(capsys):
+    with pytest.raises(SystemExit) as exit:
+        distill_sddit.main(["--help"])
+    assert not exit.value.code and "--num_inference_steps" in capsys.readouterr().out
+
+
+def test_a_file_of_another_objective_gives_what_both_have(tmp_path, parent):
+    child = distil(tmp_path / "child", parent, "--fusion_weight", 0.3, "--learning_rate", 0.5)
+    options = ["--config", child / "training_config.json", "--objective", "progressive"]
+    config = parse([*map(str, options)])
+    assert (config.fusion_weight, config.learning_rate, config.max_train_steps) == ([], 0.5, 3)
 
 
 # Distils, and of a chain's second stage tells when half of it is done.
@@ -198,10 +250,8 @@ TABLE_9 = {"S/2": [0.05, 0.1, 0.05], "B/2": [0.35, 0.25, 0.25], "L/2": [0.25] * 
 
 def parent_of(size, path=None, **settings):
     layers, width = SIZES[size]
-    with torch.device("meta"):
-        network = PlainDiTTransformer2DModel(
-            num_layers=layers, num_attention_heads=width // 64, attention_head_dim=64
-        )
+    sizes = dict(num_layers=layers, num_attention_heads=width // 64, attention_head_dim=64, sample_size=32)
+    network = SimpleNamespace(config=FrozenDict(sizes))
     process = EDMHeunScheduler() if path is None else InterpolantScheduler(path=path)
     return Parent(size, network, process, None, "DiT", settings=settings)
 
@@ -248,6 +298,11 @@ BAD = {
     "guidance that falls": (["--guidance_scale", 3, 2], "guidance_scale is [3.0, 2.0]"),
     "guidance below 0": (["--guidance_scale", -1], "guidance_scale is -1.0"),
     "no guidance to learn": (["--distil_guidance"], "needs a guidance_scale other than 1"),
+    "steps of no teacher": (["--teacher_steps", 4], "teacher_steps is 4; ssd takes one: leave it at 0"),
+    "very many steps": (
+        ["--objective", "progressive", "--teacher_steps", 1000, "--num_inference_steps", 1_000_000],
+        "teacher_steps is 1000; they may be a million in all",
+    ),
     "no such model": (["--model", "./nowhere"], "./nowhere"),
     "other classes": (["--label_column", ""], "digits has 0 classes; "),
 }  # fmt: skip
@@ -259,6 +314,18 @@ def test_what_is_refused(tmp_path, parent, capsys, options, words):
     folder.mkdir()
     with refusal(capsys, words, untouched=folder):
         distil(folder, parent, *options)
+
+
+def test_the_parent_is_never_replaced(parent, capsys):
+    with refusal(capsys, "which is the model: it is never changed", untouched=parent):
+        distil(parent, parent, "--overwrite_output_dir")
+
+
+def test_guidance_needs_classes(tmp_path, capsys):
+    train(tmp_path / "plain", "--label_column", "", "--max_train_steps", 1)
+    options = ["--guidance_scale", 3, "--distil_guidance"]
+    with refusal(capsys, "The model has no classes: it needs guidance_scale 1"):
+        distil(tmp_path / "child", tmp_path / "plain", *options)
 
 
 def test_a_scheduler_that_cannot_be_distilled(tmp_path, parent, capsys):

@@ -249,7 +249,7 @@ def test_steps_are_the_samplers():
     ("process", "arguments", "message"),
     [
         ("edm, Heun", {}, "solver is 'heun'"),
-        ("edm", {"apart": True}, "nothing apart"),
+        ("edm", {"apart": True}, "apart is set"),
         ("edm", {"guidance_scales": (2.0, 2.0)}, "needs distil_guidance"),
     ],
 )

@@ -1,5 +1,6 @@
 """Several processes train what one does, whole or in shards."""
 
+import json
 import os
 import re
 import subprocess
@@ -13,11 +14,12 @@ from accelerate.utils import is_deepspeed_available
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from conftest import CORES
 from processes import launch, torchrun
-from small_runs import SCRIPT, SMALL, train
+from small_runs import NETWORK, SCRIPT, SMALL, train
 
 import distill_sddit
 from sddit_diffusers import SDDiTPipeline
 from sddit_diffusers.training.checkpointing import load_state
+from sddit_diffusers.training.methods import METHODS
 from sddit_diffusers.training.metrics import read_metrics
 
 pytestmark = pytest.mark.process
@@ -135,6 +137,34 @@ def test_distils_in_shards_what_one_process_does(tmp_path, objective):
     result = launch(2, script, *options, **launch_environment("fsdp2"))
     assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("method", ["maskdit", "mdt"])
+def test_what_only_a_mask_uses_is_not_distilled(tmp_path, method):
+    """Two processes wait for no gradient of it, and a checkpoint has no state of it."""
+    network = METHODS[method].network(NETWORK | {"num_layers": 3})
+    of_parent = ["--method", method, "--transformer", json.dumps(network), "--max_train_steps", "2"]
+    train(tmp_path / "parent", *of_parent)
+    options = ["--model", tmp_path / "parent", "--num_inference_steps", "3", "--evaluation_steps", "0"]
+    options += [
+        "--train_batch_size",
+        "16",
+        "--checkpointing_steps",
+        "2",
+        "--resume_from_checkpoint",
+        "latest",
+    ]
+    for steps in (2, 4):
+        command = [*options, "--max_train_steps", steps, "--output_dir", tmp_path / "child"]
+        result = launch(2, SCRIPT.parent / "distill_sddit.py", *command)
+        assert result.returncode == 0, result.stderr
+    parent, child = (
+        SDDiTPipeline.from_pretrained(tmp_path / name).transformer.state_dict()
+        for name in ("parent", "child")
+    )
+    kept = {name for name in parent if torch.equal(parent[name], child[name]) and name != "pos_embed.table"}
+    only_with_mask = METHODS[method].transformer.only_with_mask
+    assert {name.split(".")[0] for name in kept} - {"label_embed"} == {*only_with_mask}
 
 
 @needs_deepspeed
