@@ -209,6 +209,10 @@ class MDTTransformer2DModel(PatchTransformer2DModel):
         sample = unpatchify(self.proj_out(self.norm_out(complete, temb)), self.config.patch_size, *grid)
         return SDDiTTransformer2DOutput(sample, tokens) if return_dict else (sample, tokens)
 
+    def sees_part(self, layer: int) -> bool:
+        """As of `PatchTransformer2DModel`: those before the side-interpolater."""
+        return layer <= self.config.num_layers - self.config.num_decoder_layers
+
     def interpolate(self, tokens: Tensor, visible_ids: Tensor, temb: Tensor, positions: Tensor) -> Tensor:
         """Visible tokens `[b, k, D]` at their positions, and what a block makes of mask tokens elsewhere."""
         complete = (

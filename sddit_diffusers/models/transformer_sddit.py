@@ -325,6 +325,10 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixi
         align(model)
         return model.eval().to(device)
 
+    def sees_part(self, layer: int) -> bool:
+        """Whether a block, counted from 1, sees the visible patches alone where there is a mask."""
+        return True
+
     def _embed(self, hidden_states: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The patches at their positions, `[b, n, D]`, and how many there are down and across.
 

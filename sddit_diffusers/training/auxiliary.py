@@ -4,6 +4,7 @@ Shapes: b batch, c channels, h x w pixels of the sample, n patches, k visible pa
 """
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,15 +26,35 @@ class Process(Protocol):
     def error(self, model_output: Tensor, sample: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
 
 
+class Tokens(NamedTuple):
+    """What a layer has of the patches, without [CLS]."""
+
+    values: Tensor  # [b, m, D]
+    ids: Tensor | None  # [b, m], the patches' places; None: all, in their order
+
+
+class Pass(NamedTuple):
+    """What the network made of a noised view."""
+
+    sample: Tensor  # [b, c, h, w], the noised view
+    output: Tensor  # [b, c, h, w], the network's
+    tokens: Tensor  # of the encoder's last block, [b, k, D], or [b, 1 + k, D] with [CLS] first
+    layers: dict[int, Tokens]  # after each of the blocks that auxiliary losses ask for, counted from 1
+
+
 class View(NamedTuple):
     """What an auxiliary loss sees of a step."""
 
     batch: Batch
     class_labels: Tensor | None  # [b], some of which have become the null class
     t: Tensor  # [b, 1, 1, 1], of the noised view
+    noise: Tensor  # [b, c, h, w], of the noised view
     visible_ids: Tensor | None  # [b, k], patches that the encoder saw; None: all
-    tokens: Tensor  # of the encoder's last block, [b, k, D], or [b, 1 + k, D] with [CLS] first
     has_cls: bool
+    sample: Tensor  # these four as of [`Pass`]
+    output: Tensor
+    tokens: Tensor
+    layers: dict[int, Tokens]
 
 
 class AuxiliaryLoss(nn.Module):
@@ -46,12 +67,14 @@ class AuxiliaryLoss(nn.Module):
 
     Attributes:
         name: of the metric `loss_NAME`, which is the loss without its weight.
+        layers: blocks of the network whose tokens the loss sees, counted from 1.
 
     Raises:
         ValueError: a weight that is none.
     """
 
     name: str
+    layers: tuple[int, ...] = ()
 
     def __init__(self, weight: float):
         check_number("weight", weight, low=0)
@@ -84,6 +107,11 @@ class AuxiliaryLoss(nn.Module):
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that it goes on with, in JSON's types."""
         return {}
+
+
+def check_layer(name: str, layer: int, network: nn.Module) -> None:
+    """Raises a ValueError for a block that a network does not have."""
+    check_number(name, layer, low=1, high=len(network.transformer_blocks), kind=Integral)
 
 
 def network_inputs(process: Process, sample: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

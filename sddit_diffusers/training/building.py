@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from torch import nn
+
 from ..models.attention_cpu import use_cpu_attention
 from ..models.transformer_sddit import PLAIN_TIME, PatchTransformer2DModel, differing_names
 from ..pipelines.loading import load_pipeline
@@ -38,9 +40,7 @@ def build_objective(
     transformer = method.transformer(**network)
     if config.pretrained_model_name_or_path:
         load_weights(transformer, config.pretrained_model_name_or_path)
-    if config.gradient_checkpointing != "none":
-        selective = config.gradient_checkpointing == "selective"
-        transformer.enable_gradient_checkpointing(keep_products if selective else None)
+    set_checkpointing(transformer, config.gradient_checkpointing)
     auxiliaries = {name: AUXILIARIES[name].build(transformer, config) for name in config.auxiliaries}
     objective = method.objective(
         transformer,
@@ -54,6 +54,12 @@ def build_objective(
     if device == "cpu":
         use_cpu_attention(objective)
     return objective
+
+
+def set_checkpointing(network: nn.Module, kind: str) -> None:
+    """Lets a network keep less for its backward pass; `kind` is one of `CHECKPOINTING`."""
+    if kind != "none":
+        network.enable_gradient_checkpointing(keep_products if kind == "selective" else None)
 
 
 def load_weights(transformer: PatchTransformer2DModel, name: str) -> None:

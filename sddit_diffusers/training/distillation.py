@@ -182,12 +182,12 @@ class ExplicitSelfDistillation(SelfDistillation):
             at_s, x_t = self.step(x_s, labels, s, t, scale, self.scheduler.order)
             at_t = self.predict(self.teacher, x_t, t, labels, scale)
             target = at_s + self.fusion_weight * (at_t - at_s)
-        output = self.evaluate(*self.doubled(x_s, s, labels), None)
-        return self.loss(output, x_s, s, target), self.view(batch, draws, output.encoder_hidden_states)
+        made = self.evaluate(*self.doubled(x_s, s, labels), None)
+        return self.loss(made.output, x_s, s, target), self.view(batch, draws, made)
 
-    def loss(self, output, x: Tensor, t: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def loss(self, output: Tensor, x: Tensor, t: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The mean squared difference of dx/dt from the target."""
-        loss = (self.velocity(output.sample.float(), x, t) - target).square().mean()
+        loss = (self.velocity(output.float(), x, t) - target).square().mean()
         return {"loss": loss, "loss_generative": loss}
 
 
@@ -233,8 +233,8 @@ class ImplicitSelfDistillation(ExplicitSelfDistillation):
             torch.clear_autocast_cache()  # its weights in half precision take no gradient
             _, x_t = self.step(x_s, labels, s, t, scale, self.scheduler.order)
             target = self.predict(self.teacher, x_t, t, labels, scale)
-        output = self.evaluate(*self.doubled(x_t, t, labels), None)
-        return self.loss(output, x_t, t, target), self.view(batch, draws, output.encoder_hidden_states)
+        made = self.evaluate(*self.doubled(x_t, t, labels), None)
+        return self.loss(made.output, x_t, t, target), self.view(batch, draws, made)
 
 
 class ProgressiveDistillation(SelfDistillation):
@@ -268,12 +268,11 @@ class ProgressiveDistillation(SelfDistillation):
             x_t, t = x_s, s
             for end in times.unbind(1):
                 x_t, t = self.step(x_t, batch.labels, t, end, scale, order=2)[1], end
-        output = self.evaluate(x_s, s, batch.labels, None)
-        x0, noise = process.solve(output.sample.float(), x_s, s)
+        made = self.evaluate(x_s, s, batch.labels, None)
+        x0, noise = process.solve(made.output.float(), x_s, s)
         error = (process.moved(x_s, x0, noise, s, t) - x_t) / (t - s)
         loss = error.square().mean()
-        view = self.view(batch, draws, output.encoder_hidden_states)
-        return {"loss": loss, "loss_generative": loss}, view
+        return {"loss": loss, "loss_generative": loss}, self.view(batch, draws, made)
 
 
 OBJECTIVES = {

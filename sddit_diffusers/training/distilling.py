@@ -2,22 +2,25 @@
 
 import copy
 import gc
+import os
 import sys
 from contextlib import closing
 from functools import partial
 
 import torch
 from accelerate import PartialState
+from accelerate.state import is_initialized
 
 from ..data.order import BatchSampler
 from ..data.shards import Manifest, find_latents
 from ..models.attention_cpu import use_cpu_attention
 from ..seeds import generator_for
 from .auxiliary import Process
+from .building import set_checkpointing
 from .distill_options import DistillConfig
 from .distillation import OBJECTIVES, SelfDistillation
 from .foreign import ForeignUNet
-from .memory import dry_run, keep_products
+from .memory import dry_run
 from .objective import blank
 from .output import is_complete
 from .trainer import Trainer, training
@@ -55,9 +58,7 @@ def build_distillation(
         )
     student = copy.deepcopy(parent.network) if process is None else blank(parent.network)
     student.train().requires_grad_(True)
-    if config.gradient_checkpointing != "none":
-        selective = config.gradient_checkpointing == "selective"
-        student.enable_gradient_checkpointing(keep_products if selective else None)
+    set_checkpointing(student, config.gradient_checkpointing)
     own = {"fusion_weight": config.fusion_weight[-1]} if config.fusion_weight else {}
     objective = OBJECTIVES[config.objective](
         student,
@@ -100,12 +101,13 @@ def distil(config: DistillConfig) -> None:
     stages = config.stages()
     for stage in stages:
         if config.resume_from_checkpoint == "latest" and len(stages) > 1 and is_complete(stage):
-            print(f"{stage.output_dir} is complete.", flush=True)
+            if os.environ.get("RANK", "0") == "0":  # accelerate knows its processes later
+                print(f"{stage.output_dir} is complete.", flush=True)
             continue
         run_stage(stage)
         if stage is not stages[-1]:
             gc.collect()  # before the next is built
-    if PartialState._shared_state:
+    if is_initialized():
         PartialState().destroy_process_group()
 
 

@@ -5,6 +5,7 @@ Shapes: b batch, c channels, h x w pixels of the sample, n patches, k visible pa
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from ..data.order import Batch
 from ..models.transformer_sddit import PLAIN_TIME, PatchTransformer2DModel, check_number
 from ..pipelines.pipeline_sddit import SDDiTPipeline
-from .auxiliary import AuxiliaryLoss, Process, View, network_inputs
+from .auxiliary import AuxiliaryLoss, Pass, Process, Tokens, View, network_inputs
 from .discrimination import Discrimination
 
 MASK_SCHEDULES = ("constant", "cosine")
@@ -94,6 +95,9 @@ class Objective(nn.Module):
         self.transformer = transformer
         self.scheduler = scheduler
         self.auxiliaries = nn.ModuleDict(auxiliaries)
+        self.kept: dict[int, Tensor] | None = None  # tokens of layers, while the network is evaluated
+        for layer in {layer for loss in self.auxiliaries.values() for layer in loss.layers}:
+            transformer.transformer_blocks[layer - 1].register_forward_hook(partial(self.keep, layer))
         self.mask_ratio = self.first_mask_ratio = mask_ratio
         self.mask_ratio_schedule = mask_ratio_schedule
         self.label_dropout = label_dropout
@@ -154,27 +158,46 @@ class Objective(nn.Module):
         Args:
             batch: its labels are those that dropping has left.
         """
-        loss, tokens = self.generative_loss(batch, draws.t, draws.noise, draws.visible_ids)
-        return {"loss": loss, "loss_generative": loss}, self.view(batch, draws, tokens)
+        loss, made = self.generative_loss(batch, draws.t, draws.noise, draws.visible_ids)
+        return {"loss": loss, "loss_generative": loss}, self.view(batch, draws, made)
 
     def generative_loss(
         self, batch: Batch, t: Tensor, noise: Tensor, visible_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """L_G (Eq. 9), the mean over all patches, of a view with this noise and mask; and its tokens."""
+    ) -> tuple[Tensor, Pass]:
+        """L_G (Eq. 9), the mean over all patches, of a view with this noise and mask; and its pass."""
         sample = self.scheduler.noised(batch.x0, noise, t)
-        output = self.evaluate(sample, t, batch.labels, visible_ids)
-        error = self.scheduler.error(output.sample, sample, batch.x0, noise, t)
-        return error.mean(), output.encoder_hidden_states
+        made = self.evaluate(sample, t, batch.labels, visible_ids)
+        return self.scheduler.error(made.output, sample, batch.x0, noise, t).mean(), made
 
-    def evaluate(self, sample: Tensor, t: Tensor, class_labels: Tensor | None, visible_ids: Tensor | None):
-        """The network's output for a noised sample `[b, c, h, w]`."""
+    def evaluate(
+        self, sample: Tensor, t: Tensor, class_labels: Tensor | None, visible_ids: Tensor | None
+    ) -> Pass:
+        """What the network makes of a noised sample `[b, c, h, w]`."""
         seen = () if visible_ids is None else (visible_ids,)
-        return self.transformer(*network_inputs(self.scheduler, sample, t), class_labels, *seen)
+        self.kept = {}
+        output = self.transformer(*network_inputs(self.scheduler, sample, t), class_labels, *seen)
+        kept, self.kept = self.kept, None
+        layers = {}
+        for layer, tokens in kept.items():
+            sees_part = visible_ids is not None and self.transformer.sees_part(layer)
+            layers[layer] = Tokens(tokens[:, self.has_cls :], visible_ids if sees_part else None)
+        return Pass(sample, output.sample, output.encoder_hidden_states, layers)
 
-    def view(self, batch: Batch, draws: Draws, tokens: Tensor) -> View:
+    @property
+    def has_cls(self) -> bool:
+        """Whether the encoder's first token is [CLS]."""
+        return hasattr(self.transformer, "cls_token")
+
+    def keep(self, layer: int, block: nn.Module, inputs: tuple, tokens: Tensor) -> None:
+        """Keeps what a block makes in `evaluate`; activation checkpoints come by again later."""
+        if self.kept is not None:
+            self.kept[layer] = tokens
+
+    def view(self, batch: Batch, draws: Draws, made: Pass) -> View:
         """What the auxiliary losses see."""
-        has_cls = hasattr(self.transformer, "cls_token")
-        return View(batch, batch.labels, draws.t, draws.visible_ids, tokens, has_cls)
+        return View(
+            batch, batch.labels, draws.t, draws.noise, draws.visible_ids, self.has_cls, **made._asdict()
+        )
 
     def pipeline(
         self, weights: dict[str, Tensor], vae: nn.Module | None, id2label: dict | None
@@ -302,14 +325,14 @@ class MaskDiTObjective(Objective):
     def denoise(self, batch: Batch, draws: Draws) -> tuple[dict[str, Tensor], View]:
         """As of [`Objective`]: `loss` = `loss_generative` (L_DSM) + weight x `loss_mae`."""
         t, sample = draws.t, self.scheduler.noised(batch.x0, draws.noise, draws.t)
-        output = self.evaluate(sample, t, batch.labels, draws.visible_ids)
-        view = self.view(batch, draws, output.encoder_hidden_states)
-        denoising = self._by_patch(self.scheduler.error(output.sample, sample, batch.x0, draws.noise, t))
+        made = self.evaluate(sample, t, batch.labels, draws.visible_ids)
+        view = self.view(batch, draws, made)
+        denoising = self._by_patch(self.scheduler.error(made.output, sample, batch.x0, draws.noise, t))
         if draws.visible_ids is None:
             unused = 0 * self.transformer.mask_token.sum()  # for DDP, which waits for all gradients
             loss = denoising.mean() + unused
             return {"loss": loss, "loss_generative": loss, "loss_mae": torch.zeros_like(loss)}, view
-        denoised = self.scheduler.precondition_outputs(sample, output.sample.float(), t)
+        denoised = self.scheduler.precondition_outputs(sample, made.output.float(), t)
         reconstruction = self._by_patch((denoised - sample) ** 2)
         masked = torch.ones_like(denoising).scatter(1, draws.visible_ids, 0.0)  # [b, n]
         loss_generative = (denoising * (1 - masked)).sum() / (1 - masked).sum()
@@ -333,10 +356,10 @@ class MDTObjective(Objective):
         if visible_ids is None:  # the side-interpolater has nothing to fill, and its part all the same
             n = batch.x0[0, 0].numel() // self.transformer.config.patch_size**2
             visible_ids = torch.arange(n, device=batch.x0.device).expand(len(batch.x0), -1)
-        whole, tokens = self.generative_loss(batch, draws.t, draws.noise, None)
+        whole, made = self.generative_loss(batch, draws.t, draws.noise, None)
         masked, _ = self.generative_loss(batch, draws.t, draws.second_noise, visible_ids)
         losses = {"loss": whole + masked, "loss_generative": whole, "loss_masked": masked}
-        return losses, self.view(batch, draws._replace(visible_ids=None), tokens)
+        return losses, self.view(batch, draws._replace(visible_ids=None), made)
 
 
 def mask_ratio_at(step: int, max_steps: int, start: float) -> float:

@@ -149,7 +149,7 @@ def test_mdt_sees_the_image_whole_and_masked(batch):
 
     x_s = x0 + draws.t * draws.second_noise  # its own noise, the same level
     labels = labels.masked_fill(draws.label_dropped, 4)
-    output = objective.evaluate(x_s, draws.t, labels, draws.visible_ids).sample
+    output = objective.evaluate(x_s, draws.t, labels, draws.visible_ids).output
     denoised = objective.scheduler.precondition_outputs(x_s, output, draws.t)
     weight = (draws.t**2 + 0.25) / (draws.t * 0.5) ** 2
     torch.testing.assert_close(actual["loss_masked"], (weight * (denoised - x0) ** 2).mean())
