@@ -6,6 +6,7 @@ from .models.transformer_baselines import (
     MaskDiTTransformer2DModel,
     MDTTransformer2DModel,
     PlainDiTTransformer2DModel,
+    TREADTransformer2DModel,
 )
 from .models.transformer_sddit import SDDiTTransformer2DModel
 from .pipelines.pipeline_sddit import SDDiTPipeline
@@ -21,6 +22,7 @@ hub.register(
     PlainDiTTransformer2DModel,
     MaskDiTTransformer2DModel,
     MDTTransformer2DModel,
+    TREADTransformer2DModel,
 )
 
 __version__ = "0.2.0.dev0"
@@ -34,4 +36,5 @@ __all__ = [
     "SDDiTObjective",
     "SDDiTPipeline",
     "SDDiTTransformer2DModel",
+    "TREADTransformer2DModel",
 ]

@@ -180,8 +180,10 @@ def check_network(network: dict, arguments: Mapping, weights: dict[str, Tensor])
     sizes = range(1, 1 << 16)
     structure = {f"{name}?": (None, sizes) if name == "out_channels" else sizes for name in arguments}
     structure |= {f"{name}?": float for name in ("mlp_ratio", "timestep_scale", "timestep_shift")}
-    # An encoder alone has no decoder; no classes are 0.
-    structure |= {f"{name}?": range(1 << 16) for name in ("num_decoder_layers", "num_classes")}
+    # An encoder alone has no decoder; no classes are 0; a route may begin before the first block.
+    numbers = range(1 << 16)
+    structure |= {f"{name}?": numbers for name in ("num_decoder_layers", "num_classes", "route_start")}
+    structure["route_end?"] = (None, numbers)
     parse_json(json.dumps(network), structure, "network", "the config")
     for name in ("num_layers", "num_decoder_layers"):
         if network.get(name, 0) > max(1000, len(weights)):

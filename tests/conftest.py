@@ -36,7 +36,13 @@ TINY = dict(
     num_classes=4,
 )
 _ENCODER = {name: value for name, value in TINY.items() if "decoder" not in name}
-NETWORKS = {"sddit": TINY, "dit": _ENCODER, "maskdit": TINY, "mdt": _ENCODER | {"num_decoder_layers": 2}}
+NETWORKS = {
+    "sddit": TINY,
+    "dit": _ENCODER,
+    "maskdit": TINY,
+    "mdt": _ENCODER | {"num_decoder_layers": 2},
+    "tread": _ENCODER | {"route_start": 1, "route_end": 2},
+}
 
 
 def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

@@ -16,7 +16,7 @@ SMALL = [*HEAD, "--transformer", json.dumps(NETWORK), "--train_batch_size", "16"
 
 
 def train(folder, *options):
-    others = {"dit", "maskdit", "mdt"}.intersection(options)  # which have no head
+    others = {"dit", "maskdit", "mdt", "tread"}.intersection(options)  # which have no head
     train_sddit.main(
         [*(SMALL[len(HEAD) :] if others else SMALL), "--output_dir", str(folder), *map(str, options)]
     )

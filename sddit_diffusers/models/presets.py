@@ -38,6 +38,8 @@ PRESETS = {
 _FRACTIONS = {
     "mlp_ratio": Limits(low=0, high=64), "timestep_scale": Limits(), "timestep_shift": Limits()
 }  # fmt: skip
+# Whole numbers are from 1, all but one.
+_LIMITS = _FRACTIONS | {"route_start": Limits(low=0, high=MOST_WIDTH)}
 
 
 def read_changes(text: str, network: dict) -> dict:
@@ -45,7 +47,7 @@ def read_changes(text: str, network: dict) -> dict:
 
     Args:
         text: JSON.
-        network: what it changes; `num_classes` is the dataset's.
+        network: what it changes; `num_classes` is the dataset's. What is None there may stay so.
 
     Raises:
         ValueError: another setting, or a value that is no number of its type and range.
@@ -57,9 +59,11 @@ def read_changes(text: str, network: dict) -> dict:
             raise ValueError(f"transformer has no setting {shortened(name)}; there are {', '.join(known)}.")
     for name in filter(changes.__contains__, known):
         value, is_fraction = changes[name], name in _FRACTIONS
+        if value is None and network.get(name, 0) is None:
+            continue
         if type(value) is not int and not (is_fraction and type(value) is float):
             problem = "it must be a number" if is_fraction else "it must be a whole number"
-        elif not (problem := _FRACTIONS.get(name, Limits(low=1, high=MOST_WIDTH)).problem(value)):
+        elif not (problem := _LIMITS.get(name, Limits(low=1, high=MOST_WIDTH)).problem(value)):
             empty = name == "mlp_ratio" and int(_narrowest(network | changes) * value) == 0
             problem = "it must leave the MLPs a width" * empty
         if problem:

@@ -1,8 +1,10 @@
-"""The networks that SD-DiT is compared with, made of its blocks: DiT, MaskDiT and MDT as EDM's raw network F.
+"""The networks that SD-DiT is compared with, made of its blocks: DiT, MaskDiT, MDT and TREAD as EDM's F.
 
 Shapes are those of `transformer_sddit.py`. None has a [CLS] token. Unlike a copy of that file, one of this
 needs the package: its absolute import makes diffusers say so.
 """
+
+from numbers import Integral
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -15,6 +17,7 @@ from sddit_diffusers.models.transformer_sddit import (
     SDDiTBlock,
     SDDiTDecoder,
     SDDiTTransformer2DOutput,
+    check_number,
     gather_tokens,
     run_block,
     scatter_tokens,
@@ -220,6 +223,103 @@ class MDTTransformer2DModel(PatchTransformer2DModel):
         )  # [b, n, D]
         filled = run_block(self, self.side_interpolater, complete, temb)
         return scatter_tokens(filled, gather_tokens(complete, visible_ids), visible_ids)
+
+
+class TREADTransformer2DModel(PatchTransformer2DModel):
+    """TREAD (Krause et al., ICCV 2025): DiT in whose training a share of the tokens skips the middle blocks.
+
+    Its weights are `PlainDiTTransformer2DModel`'s. Without `visible_ids` it computes the same. The paper's
+    route from i to j is `route_start` i and `route_end` j.
+
+    Args:
+        sample_size, patch_size, in_channels, out_channels, num_layers, num_attention_heads,
+            attention_head_dim, mlp_ratio, num_classes, timestep_scale, timestep_shift: as of
+            `SDDiTTransformer2DModel`.
+        route_start: the blocks 1 to this one see all tokens, 0 to num_layers - 1.
+        route_end: the blocks route_start + 1 to this one see the routed tokens alone, those after it all
+            tokens, `route_start` (then nothing is skipped) to num_layers - 1. None for [`route_end_of`] the
+            depth, which the config then holds.
+
+    Raises:
+        ValueError: a route that is not in these ranges, and as of `SDDiTTransformer2DModel`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        num_layers: int = 28,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        timestep_scale: float = 1.0,
+        timestep_shift: float = 0.0,
+        route_start: int = 2,
+        route_end: int | None = None,
+    ):
+        super().__init__()
+        dim = self._build_encoder(
+            sample_size, patch_size, in_channels, num_layers, num_attention_heads, attention_head_dim,
+            mlp_ratio, num_classes,
+        )  # fmt: skip
+        check_number("route_start", route_start, low=0, high=num_layers - 1, kind=Integral)
+        if route_end is None:
+            route_end = route_end_of(num_layers, route_start)
+        check_number("route_end", route_end, low=route_start, high=num_layers - 1, kind=Integral)
+        self.register_to_config(route_end=route_end)
+        self.norm_out = AdaLayerNorm(dim, dim)
+        self.proj_out = nn.Linear(dim, patch_size**2 * (out_channels or in_channels))
+        self._initialize_weights()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        visible_ids: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SDDiTTransformer2DOutput | tuple:
+        """As `SDDiTTransformer2DModel.forward`; `encoder_hidden_states` are always all tokens, `[b, n, D]`.
+
+        Args:
+            visible_ids: indices of the patches that go through the routed blocks, `[b, k]`, without repeats;
+                the others skip these. None, as in sampling: all go through.
+        """
+        tokens, grid = self._embed(hidden_states)  # [b, n, D]
+        temb = self._condition(timestep, class_labels, hidden_states)  # [b, D]
+        start, end = self.config.route_start, self.config.route_end
+        for block in self.transformer_blocks[:start]:
+            tokens = run_block(self, block, tokens, temb)
+        if visible_ids is None:
+            routed = tokens
+        else:
+            routed = gather_tokens(tokens, visible_ids)  # [b, k, D]
+        for block in self.transformer_blocks[start:end]:
+            routed = run_block(self, block, routed, temb)
+        # Those that skipped are as they left, at their own places.
+        tokens = routed if visible_ids is None else scatter_tokens(tokens, routed, visible_ids)
+        for block in self.transformer_blocks[end:]:
+            tokens = run_block(self, block, tokens, temb)  # [b, n, D]
+        sample = unpatchify(self.proj_out(self.norm_out(tokens, temb)), self.config.patch_size, *grid)
+        return SDDiTTransformer2DOutput(sample, tokens) if return_dict else (sample, tokens)
+
+    def sees_part(self, layer: int) -> bool:
+        """As of `PatchTransformer2DModel`: the routed blocks."""
+        return self.config.route_start < layer <= self.config.route_end
+
+
+def route_end_of(num_layers: int, route_start: int) -> int:
+    """Where TREAD's route ends: four blocks before the last, or at two thirds of the depth if that is later.
+
+    The paper has 8 of 12 blocks and L - 4 of 28. At least one block is routed, if the start leaves one; the
+    last block never is.
+    """
+    # Paper silent: networks of fewer than 12 blocks.
+    return min(max(route_start + 1, num_layers - 4, 2 * num_layers // 3), num_layers - 1)
 
 
 def fill_with(mask_token: Tensor, tokens: Tensor, visible_ids: Tensor, n: int) -> Tensor:

@@ -49,7 +49,7 @@ class View(NamedTuple):
     class_labels: Tensor | None  # [b], some of which have become the null class
     t: Tensor  # [b, 1, 1, 1], of the noised view
     noise: Tensor  # [b, c, h, w], of the noised view
-    visible_ids: Tensor | None  # [b, k], patches that the encoder saw; None: all
+    visible_ids: Tensor | None  # [b, k], patches that `tokens` are of; None: all
     has_cls: bool
     sample: Tensor  # these four as of [`Pass`]
     output: Tensor

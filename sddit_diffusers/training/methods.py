@@ -7,6 +7,7 @@ from ..models.transformer_baselines import (
     MaskDiTTransformer2DModel,
     MDTTransformer2DModel,
     PlainDiTTransformer2DModel,
+    TREADTransformer2DModel,
 )
 from ..models.transformer_sddit import PatchTransformer2DModel, SDDiTTransformer2DModel
 from .objective import MaskDiTObjective, MDTObjective, Objective
@@ -14,6 +15,11 @@ from .objective import MaskDiTObjective, MDTObjective, Objective
 
 def _without_decoder(network: dict) -> dict:
     return {name: value for name, value in network.items() if "decoder" not in name}
+
+
+def _routed(network: dict) -> dict:
+    """Two blocks before the route in all of the paper's sizes, at most half of a small network's."""
+    return _without_decoder(network) | {"route_start": min(2, network["num_layers"] // 2), "route_end": None}
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Method:
         settings: what the method changes in `TrainingConfig`.
         options: those that it has and others have not; they are arguments of the objective.
         network: the network's arguments, of those of SD-DiT's.
-        has_mask: whether the network can leave patches out.
+        has_mask: whether the network can leave patches out, of all its encoder or of some blocks.
     """
 
     title: str
@@ -52,4 +58,5 @@ METHODS = {
         "MDT", MDTTransformer2DModel, MDTObjective, {"mask_ratio": 0.3},
         network=lambda network: _without_decoder(network) | {"num_decoder_layers": 2},  # in all sizes
     ),
+    "tread": Method("TREAD", TREADTransformer2DModel, settings={"mask_ratio": 0.5}, network=_routed),
 }  # fmt: skip

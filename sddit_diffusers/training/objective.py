@@ -51,7 +51,7 @@ class Objective(nn.Module):
         transformer: the network, trained in place.
         scheduler: the process: how samples are noised, and what the network is to give.
         auxiliaries: losses by name, in the order of their draws.
-        mask_ratio: share of the patches hidden from the encoder, in [0, 1).
+        mask_ratio: share of the patches hidden from the encoder, or that skip its routed blocks, in [0, 1).
         mask_ratio_schedule: "constant", or "cosine", which lets the ratio fall to 0 ([`mask_ratio_at`]).
         label_dropout: probability that an image's label becomes the null class, for guidance.
 
@@ -195,9 +195,12 @@ class Objective(nn.Module):
 
     def view(self, batch: Batch, draws: Draws, made: Pass) -> View:
         """What the auxiliary losses see."""
-        return View(
-            batch, batch.labels, draws.t, draws.noise, draws.visible_ids, self.has_cls, **made._asdict()
-        )
+        visible_ids = draws.visible_ids
+        if visible_ids is not None and not self.transformer.sees_part(
+            len(self.transformer.transformer_blocks)
+        ):
+            visible_ids = None  # the last tokens are of all patches
+        return View(batch, batch.labels, draws.t, draws.noise, visible_ids, self.has_cls, **made._asdict())
 
     def pipeline(
         self, weights: dict[str, Tensor], vae: nn.Module | None, id2label: dict | None

@@ -94,7 +94,9 @@ class NetworkOptions:
     _argument_group_name = "network"
 
     method: str = option(
-        "sddit", "'sddit', or what it is compared with: 'dit', 'maskdit', 'mdt'", choices=METHODS.keys()
+        "sddit",
+        "'sddit', or what it is compared with: 'dit', 'maskdit', 'mdt', 'tread'",
+        choices=METHODS.keys(),
     )
     preset: str = option("digits", "network and recipe: " + ", ".join(PRESETS), choices=PRESETS.keys())
     transformer: str = option("{}", "JSON of network settings that differ from the preset's")
@@ -111,7 +113,8 @@ class NetworkOptions:
     )
     mask_ratio: float = option(
         0.2,
-        "share of the patches hidden from the student's encoder; 0.5 for maskdit, 0.3 for mdt",
+        "share of the patches hidden from the student's encoder, with tread of those that skip the routed "
+        "blocks; 0.5 for maskdit and tread, 0.3 for mdt",
         low=0,
         high=BELOW_1,
     )

@@ -18,6 +18,7 @@ from sddit_diffusers import (
     SDDiTObjective,
     SDDiTPipeline,
     SDDiTTransformer2DModel,
+    TREADTransformer2DModel,
 )
 from sddit_diffusers.training.objective import MaskDiTObjective
 
@@ -27,6 +28,7 @@ NETWORKS = {
     PlainDiTTransformer2DModel: ENCODER,
     MaskDiTTransformer2DModel: TINY,
     MDTTransformer2DModel: ENCODER | {"num_decoder_layers": 1},
+    TREADTransformer2DModel: ENCODER | {"route_start": 1},
 }
 NAN, INF = math.nan, math.inf
 

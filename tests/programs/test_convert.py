@@ -35,7 +35,7 @@ def refusal(capsys, *arguments):
 # Single files
 
 
-@pytest.fixture(params=["sddit", "dit", "maskdit", "mdt"])
+@pytest.fixture(params=["sddit", "dit", "maskdit", "mdt", "tread"])
 def saved(request, tmp_path):
     """A pipeline in a folder, of each kind of transformer."""
     kind, network = METHODS[request.param].transformer, NETWORKS[request.param]

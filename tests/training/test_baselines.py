@@ -1,4 +1,4 @@
-"""DiT, MaskDiT and MDT: their networks, their losses, and the runs that train them."""
+"""DiT, MaskDiT, MDT and TREAD: their networks, their losses, and the runs that train them."""
 
 import json
 import math
@@ -18,6 +18,7 @@ from sddit_diffusers import (
     PlainDiTTransformer2DModel,
     SDDiTPipeline,
     SDDiTTransformer2DModel,
+    TREADTransformer2DModel,
 )
 from sddit_diffusers.models.originals import translate
 from sddit_diffusers.training.methods import METHODS
@@ -27,6 +28,7 @@ CLASSES = {
     "dit": (PlainDiTTransformer2DModel, Objective, NETWORKS["dit"]),
     "maskdit": (MaskDiTTransformer2DModel, MaskDiTObjective, NETWORKS["maskdit"]),
     "mdt": (MDTTransformer2DModel, MDTObjective, NETWORKS["mdt"]),
+    "tread": (TREADTransformer2DModel, Objective, NETWORKS["tread"]),
 }
 VISIBLE = torch.tensor([[5, 0, 11, 7, 2], [14, 15, 1, 3, 8]])
 
@@ -182,8 +184,8 @@ def test_every_weight_gets_a_gradient(method, mask_ratio, batch):
 @pytest.mark.parametrize("method", CLASSES)
 def test_the_masked_are_hidden(method, inputs):
     """No image shows through the mask: neither in the encoder nor in the decoder."""
-    if method == "dit":
-        pytest.skip("has no mask")
+    if method in ("dit", "tread"):
+        pytest.skip("hides nothing")
     model = make(method).transformer
     changed = inputs[0].clone()
     changed[0, :, 0, 2:4] += 1  # patch 1, masked in the first image
@@ -199,6 +201,8 @@ SMALL_NETWORKS = {
     "maskdit": NETWORK,
     "mdt": {name: value for name, value in NETWORK.items() if "decoder" not in name}
     | {"num_decoder_layers": 1},
+    "tread": {name: value for name, value in NETWORK.items() if "decoder" not in name}
+    | {"num_layers": 3, "route_start": 1, "route_end": 2},
 }
 
 
