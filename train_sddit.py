@@ -1,6 +1,6 @@
 """Trains SD-DiT: `accelerate launch train_sddit.py [--preset NAME] [--dataset_name NAME] [options]`.
 
-`--method dit`, `maskdit` and `mdt` train what it is compared with instead.
+`--method dit`, `maskdit`, `mdt` and `tread` train what it is compared with instead.
 
 Without options it trains on handwritten digits and leaves a pipeline, pictures and curves in `sddit-digits/`.
 Everything random in a step, and every schedule, follows from the seed and the number of the step alone.

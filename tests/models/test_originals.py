@@ -13,6 +13,7 @@ from small_runs import NETWORK, make_trainer
 from their_networks import HEADS, original_forward, originals, run
 
 from sddit_diffusers import (
+    EDMHeunScheduler,
     MaskDiTTransformer2DModel,
     PlainDiTTransformer2DModel,
     SDDiTPipeline,
@@ -95,6 +96,21 @@ def test_dit_computes_its_noise_but_not_its_variance(inputs, tmp_path, capsys):
         actual = model(inputs[0], t, inputs[2]).sample
         for i in range(2):
             expected = original_forward(weights, inputs[0][i], t[i], inputs[2][i])[:3]
+            torch.testing.assert_close(actual[i], expected, rtol=0, atol=1e-5)
+
+
+def test_tread_has_dit_s_names_and_computes_what_it_did(inputs, tmp_path, capsys):
+    """Of EDM: without a variance, at ln(sigma) / 4."""
+    weights = originals(out_channels=3)
+    torch.save(weights, tmp_path / "tread.pt")
+    run(tmp_path / "tread.pt", tmp_path / "out", "--method", "dit", "--transformer", HEADS)
+    assert told(capsys) == ([], [])
+    pipe = SDDiTPipeline.from_pretrained(tmp_path / "out")
+    assert type(pipe.scheduler) is EDMHeunScheduler
+    with torch.no_grad():
+        actual = pipe.transformer(*inputs).sample
+        for i in range(2):
+            expected = original_forward(weights, inputs[0][i], inputs[1][i], inputs[2][i])
             torch.testing.assert_close(actual[i], expected, rtol=0, atol=1e-5)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from conftest import NETWORKS, TINY, Touch, randomize
+from conftest import NETWORKS, Touch, randomize
 from diffusers import (
     AutoencoderKL,
     AutoModel,
@@ -23,12 +23,7 @@ from diffusers import (
 from loopback_hub import serve
 
 import sddit_diffusers
-from sddit_diffusers import (
-    EDMHeunScheduler,
-    InterpolantScheduler,
-    MaskDiTTransformer2DModel,
-    SDDiTPipeline,
-)
+from sddit_diffusers import EDMHeunScheduler, InterpolantScheduler, SDDiTPipeline
 from sddit_diffusers.training.methods import METHODS
 
 PACKAGE = Path(sddit_diffusers.__file__).parent
@@ -206,8 +201,8 @@ def test_parts_may_be_passed_and_swapped(pipe, tmp_path):
 REFUSED = """
 import sys
 from diffusers import DiffusionPipeline
-ours, baseline = sys.argv[1:]
-for name, options in ((ours, {}), (baseline, {"trust_remote_code": True})):
+ours, *baselines = sys.argv[1:]
+for name, options in ((ours, {}), *((baseline, {"trust_remote_code": True}) for baseline in baselines)):
     try: DiffusionPipeline.from_pretrained(name, **options)
     except (ValueError, ImportError) as error: print(type(error).__name__, error)
 """
@@ -216,12 +211,13 @@ for name, options in ((ours, {}), (baseline, {"trust_remote_code": True})):
 @pytest.mark.process
 def test_without_the_package_code_must_be_trusted_and_baselines_need_the_package(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "ours")
-    transformer = randomize(MaskDiTTransformer2DModel(**TINY))
-    baseline = SDDiTPipeline(transformer, EDMHeunScheduler(), id2label={3: "truck"})
-    baseline.save_pretrained(tmp_path / "baseline")
-    assert torch.equal(images(DiffusionPipeline.from_pretrained(tmp_path / "baseline")), images(baseline))
-    said = run(REFUSED, tmp_path / "ours", tmp_path / "baseline", without=True)
-    refusals = "(?s)^ValueError .*trust_remote_code.*\nModuleNotFoundError .*sddit_diffusers"
+    for name in ("maskdit", "tread"):
+        transformer = randomize(METHODS[name].transformer(**NETWORKS[name]))
+        baseline = SDDiTPipeline(transformer, EDMHeunScheduler(), id2label={3: "truck"})
+        baseline.save_pretrained(tmp_path / name)
+        assert torch.equal(images(DiffusionPipeline.from_pretrained(tmp_path / name)), images(baseline))
+    said = run(REFUSED, tmp_path / "ours", tmp_path / "maskdit", tmp_path / "tread", without=True)
+    refusals = "(?s)^ValueError .*trust_remote_code" + 2 * ".*\nModuleNotFoundError [^\n]*sddit_diffusers"
     assert re.search(refusals, said), said
 
 

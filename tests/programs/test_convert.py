@@ -100,6 +100,18 @@ def test_a_pipeline_s_other_parts_stay_with_it(pipe, tmp_path):
     assert SDDiTPipeline.from_pretrained(tmp_path / "third").vae is not None
 
 
+def test_a_tread_becomes_a_dit(inputs, tmp_path, capsys):
+    tread = randomize(METHODS["tread"].transformer(**NETWORKS["tread"] | {"route_start": 0}))
+    SDDiTPipeline(tread, EDMHeunScheduler()).save_pretrained(tmp_path / "tread")
+    run(tmp_path / "tread", tmp_path / "dit", "--method", "dit")
+    assert len(capsys.readouterr().out.splitlines()) == 1  # nothing is missing, or left over
+    dit = SDDiTPipeline.from_pretrained(tmp_path / "dit").transformer
+    assert type(dit) is PlainDiTTransformer2DModel and "route_end" not in dit.config
+    assert dit(*inputs).sample.equal(tread(*inputs).sample)
+    run(tmp_path / "tread", tmp_path / "tread.safetensors")
+    assert type(tread).from_single_file(tmp_path / "tread.safetensors").config.route_start == 0
+
+
 def test_from_single_file_takes_what_models_of_diffusers_take(transformer, inputs, tmp_path):
     path = tmp_path / "model.safetensors"
     convert.save_single_file(transformer, path)

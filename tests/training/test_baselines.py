@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from bad_input import refusal
 from conftest import NETWORKS, randomize
 from diffusers import DiTTransformer2DModel
 from small_runs import NETWORK, make_trainer, train
@@ -256,6 +257,31 @@ def test_unmask_tuning_begins_with_trained_weights(start, tmp_path):
     assert all(row["loss_mae"] > 0 for row in metrics)
     at_zero = ["--mask_ratio", 0, "--max_train_steps", 1, *tuning[:2]]
     assert train(tmp_path / "c", *options("maskdit", *at_zero))[0]["loss_mae"] == 0
+
+
+@pytest.mark.parametrize(("first", "then"), [("dit", "tread"), ("tread", "dit"), ("tread", "tread")])
+def test_routing_may_begin_and_end_within_a_training(first, then, tmp_path):
+    deep = {"dit": SMALL_NETWORKS["dit"] | {"num_layers": 3}, "tread": SMALL_NETWORKS["tread"]}
+    of = {method: ["--method", method, "--transformer", json.dumps(deep[method])] for method in deep}
+    train(tmp_path / "a", *of[first], "--max_train_steps", 2)
+    begin = ["--pretrained_model_name_or_path", tmp_path / "a", "--max_train_steps", 1]
+    begin += ["--mask_ratio", 0] if first == then else []
+    transformer = make_trainer(tmp_path / "b", *of[then], *begin).objective.transformer
+    assert type(transformer) is CLASSES[then][0]
+    trained = SDDiTPipeline.from_pretrained(tmp_path / "a").transformer.state_dict()
+    assert all(weight.equal(trained[name]) for name, weight in transformer.state_dict().items())
+
+
+def test_tread_lets_go_of_its_route_with_the_schedule(tmp_path):
+    tuning = ["--mask_ratio_schedule", "cosine", "--max_train_steps", 3]
+    ratios = [row["mask_ratio"] for row in train(tmp_path, *options("tread", *tuning))]
+    assert ratios == pytest.approx([0.5 * math.cos(math.pi / 2 * step / 3) ** 4 for step in range(3)])
+
+
+def test_no_route_leaves_the_folder_alone(tmp_path, capsys):
+    network = json.dumps(SMALL_NETWORKS["tread"] | {"route_end": 3})
+    with refusal(capsys, "route_end is 3", "at least 1 and at most 2", untouched=tmp_path):
+        train(tmp_path, "--method", "tread", "--transformer", network, "--max_train_steps", 1)
 
 
 def test_weights_of_another_network_are_refused(tmp_path):
