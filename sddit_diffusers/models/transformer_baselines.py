@@ -294,12 +294,9 @@ class TREADTransformer2DModel(PatchTransformer2DModel):
         start, end = self.config.route_start, self.config.route_end
         for block in self.transformer_blocks[:start]:
             tokens = run_block(self, block, tokens, temb)
-        if visible_ids is None:
-            routed = tokens
-        else:
-            routed = gather_tokens(tokens, visible_ids)  # [b, k, D]
+        routed = tokens if visible_ids is None else gather_tokens(tokens, visible_ids)
         for block in self.transformer_blocks[start:end]:
-            routed = run_block(self, block, routed, temb)
+            routed = run_block(self, block, routed, temb)  # [b, k, D]
         # Those that skipped are as they left, at their own places.
         tokens = routed if visible_ids is None else scatter_tokens(tokens, routed, visible_ids)
         for block in self.transformer_blocks[end:]:
@@ -315,8 +312,8 @@ class TREADTransformer2DModel(PatchTransformer2DModel):
 def route_end_of(num_layers: int, route_start: int) -> int:
     """Where TREAD's route ends: four blocks before the last, or at two thirds of the depth if that is later.
 
-    The paper has 8 of 12 blocks and L - 4 of 28. At least one block is routed, if the start leaves one; the
-    last block never is.
+    That is block 8 of 12 and L - 4 of 28, the paper's routes. At least one block is routed, if the start
+    leaves one. The last block never is.
     """
     # Paper silent: networks of fewer than 12 blocks.
     return min(max(route_start + 1, num_layers - 4, 2 * num_layers // 3), num_layers - 1)
