@@ -212,6 +212,18 @@ class MDTTransformer2DModel(PatchTransformer2DModel):
         sample = unpatchify(self.proj_out(self.norm_out(complete, temb)), self.config.patch_size, *grid)
         return SDDiTTransformer2DOutput(sample, tokens) if return_dict else (sample, tokens)
 
+    def encode(
+        self, hidden_states: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None
+    ) -> Tensor:
+        """As of `PatchTransformer2DModel`; the decoder's blocks get the positions once more."""
+        tokens, grid = self._embed(hidden_states)
+        temb = self._condition(timestep, class_labels, hidden_states)
+        for layer, block in enumerate(self.transformer_blocks):
+            if layer == self.config.num_layers - self.config.num_decoder_layers:
+                tokens = tokens + self.pos_embed(*grid).to(tokens.dtype)
+            tokens = run_block(self, block, tokens, temb)
+        return tokens
+
     def sees_part(self, layer: int) -> bool:
         """As of `PatchTransformer2DModel`: those before the side-interpolater."""
         return layer <= self.config.num_layers - self.config.num_decoder_layers

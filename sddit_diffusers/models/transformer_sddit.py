@@ -329,6 +329,25 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixi
         """Whether a block, counted from 1, sees the visible patches alone where there is a mask."""
         return True
 
+    def encode(
+        self, hidden_states: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None
+    ) -> Tensor:
+        """Tokens of all patches after the last of `transformer_blocks`; nothing that follows them is run.
+
+        Args:
+            hidden_states, timestep, class_labels: as of `forward`.
+
+        Returns:
+            `[b, n, D]`, or `[b, 1 + n, D]` with [CLS] first.
+        """
+        tokens, _ = self._embed(hidden_states)
+        if hasattr(self, "cls_token"):
+            tokens = torch.cat([self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+        temb = self._condition(timestep, class_labels, hidden_states)
+        for block in self.transformer_blocks:
+            tokens = run_block(self, block, tokens, temb)
+        return tokens
+
     def _embed(self, hidden_states: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The patches at their positions, `[b, n, D]`, and how many there are down and across.
 

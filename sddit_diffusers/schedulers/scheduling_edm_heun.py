@@ -44,9 +44,13 @@ class EDMProcess:
         """Noise levels of standard normal draws, of the same shape (supplementary, Eq. 2)."""
         return (self.config.p_mean + self.config.p_std * normal).exp()
 
-    def time_of(self, ratio: float) -> float:
-        """The time at which the noise is `ratio` times as large as the signal."""
+    def time_of(self, ratio: float | Tensor) -> float | Tensor:
+        """The time at which the noise is `ratio` times as large as the signal, of any shape."""
         return ratio
+
+    def ratio_of(self, t: Tensor) -> Tensor:
+        """The noise-to-signal ratio at times, of the same shape."""
+        return t
 
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = x0 + sigma n, `[b, c, h, w]`, of noise of unit variance and t `[b, 1, 1, 1]`."""

@@ -140,10 +140,19 @@ class InterpolantProcess:
         ratio = (self.config.p_mean + self.config.p_std * normal).exp()
         return self.path.time_of(ratio).clamp(low, high)
 
-    def time_of(self, ratio: float) -> float:
-        """The time at which the noise is `ratio` times as large as the signal, in the interval."""
+    def time_of(self, ratio: float | Tensor) -> float | Tensor:
+        """The time at which the noise is `ratio` times as large as the signal, in the interval.
+
+        Of a tensor, one of its shape.
+        """
         low, high = self.interval
+        if isinstance(ratio, Tensor):
+            return self.path.time_of(ratio).clamp(low, high)
         return min(max(self.path.time_of(_tensor(ratio)).item(), low), high)
+
+    def ratio_of(self, t: Tensor) -> Tensor:
+        """The noise-to-signal ratio sigma / alpha at times, of the same shape; infinite at pure noise."""
+        return self.path.sigma(t) / self.path.alpha(t)
 
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t, `[b, c, h, w]`, of noise of unit variance and t `[b, 1, 1, 1]`."""
@@ -223,9 +232,6 @@ class InterpolantSDE(InterpolantProcess):
     @property
     def _has_last_step(self) -> bool:
         return self.config.diffusion != "none" and self.config.last_step != "none"
-
-    def _ratio(self, t: Tensor) -> Tensor:
-        return self.path.sigma(t) / self.path.alpha(t)
 
     def _noise_decays(self, begins: Tensor, ends: Tensor) -> Tensor:
         """exp(-A) of the steps, with the midpoint's value of w / (2 sigma^2)."""
@@ -398,7 +404,7 @@ class InterpolantScheduler(InterpolantSDE, SchedulerMixin, ConfigMixin):
         self._decays = self._noise_decays(begins, self._ends)
         self._downs = self._ends
         if self.config.diffusion != "none":
-            self._downs = self.path.time_of(self._ratio(self._ends) * self._decays)
+            self._downs = self.path.time_of(self.ratio_of(self._ends) * self._decays)
         self.times = begins
         if self.order == 2:  # the last step is Euler's
             self.times = torch.stack([begins, self._downs], dim=1).flatten()[:-1]

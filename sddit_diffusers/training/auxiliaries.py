@@ -7,7 +7,10 @@ from torch import nn
 
 from ..models.transformer_sddit import PatchTransformer2DModel, SDDiTTransformer2DModel
 from .auxiliary import AuxiliaryLoss
+from .contrastive import Contrastive, ContrastiveOptions
 from .discrimination import Discrimination, DiscriminationOptions
+from .dispersive import Dispersive, DispersiveOptions
+from .sra import SRA, SRAOptions
 
 
 @dataclass(frozen=True)
@@ -36,4 +39,7 @@ AUXILIARIES = {
         "self-supervised discrimination (L_D)", Discrimination.from_options, DiscriminationOptions,
         SDDiTTransformer2DModel,
     ),
+    "dispersive": Auxiliary("dispersive loss", Dispersive.from_options, DispersiveOptions),
+    "contrastive": Auxiliary("contrastive flow matching", Contrastive.from_options, ContrastiveOptions),
+    "sra": Auxiliary("self-representation alignment (SRA)", SRA.from_options, SRAOptions),
 }  # fmt: skip

@@ -8,6 +8,7 @@ from numbers import Integral
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.order import Batch
@@ -15,10 +16,16 @@ from ..models.transformer_sddit import check_number
 
 
 class Process(Protocol):
-    """What training asks of a scheduler: how samples are noised, and what the network is to give."""
+    """What training asks of a scheduler: how samples are noised, and what the network is to give.
 
+    `ratio_of`, `interval` and `time_of` of a tensor are for losses that move to another noise level.
+    """
+
+    @property
+    def interval(self) -> tuple[float, float]: ...
     def training_times(self, normal: Tensor) -> Tensor: ...
-    def time_of(self, ratio: float) -> float: ...
+    def time_of(self, ratio: float | Tensor) -> float | Tensor: ...
+    def ratio_of(self, t: Tensor) -> Tensor: ...
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
     def precondition_inputs(self, sample: Tensor, t: Tensor) -> Tensor: ...
     def precondition_noise(self, t: Tensor) -> Tensor: ...
@@ -55,6 +62,7 @@ class View(NamedTuple):
     output: Tensor
     tokens: Tensor
     layers: dict[int, Tokens]
+    scored_ids: Tensor | None = None  # [b, k], patches that the generative loss is the mean of; None: all
 
 
 class AuxiliaryLoss(nn.Module):
@@ -112,6 +120,25 @@ class AuxiliaryLoss(nn.Module):
 def check_layer(name: str, layer: int, network: nn.Module) -> None:
     """Raises a ValueError for a block that a network does not have."""
     check_number(name, layer, low=1, high=len(network.transformer_blocks), kind=Integral)
+
+
+def check_pairs(options, name: str) -> None:
+    """Raises a ValueError where a chosen loss compares images, and a micro-batch has one.
+
+    Args:
+        options: a run's configuration.
+        name: of the loss among the auxiliary ones.
+    """
+    if name in options.auxiliaries and options.train_batch_size < 2:
+        raise ValueError(
+            f"train_batch_size is {options.train_batch_size}; the {name} loss compares the images of a "
+            "micro-batch, so it must be at least 2."
+        )
+
+
+def by_patch(values: Tensor, patch_size: int) -> Tensor:
+    """Means of patches, `[b, c, h, w]` to `[b, n]`."""
+    return F.avg_pool2d(values.mean(1, keepdim=True), patch_size).flatten(1)
 
 
 def network_inputs(process: Process, sample: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

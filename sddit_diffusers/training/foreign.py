@@ -87,10 +87,21 @@ class DDIMProcess(DDIMScheduler):
         most = self.config.num_train_timesteps
         return (torch.special.ndtr(normal) * most).ceil().clamp(1, most) / most
 
-    def time_of(self, ratio: float) -> float:
-        """The first time at which the noise is at least `ratio` times as large as the signal, else 1."""
+    def time_of(self, ratio: float | Tensor) -> float | Tensor:
+        """The first time at which the noise is at least `ratio` times as large as the signal, else 1.
+
+        Of a tensor, one of its shape.
+        """
         levels = (1 / self.alphas_cumprod - 1) ** 0.5
+        if isinstance(ratio, Tensor):
+            below = torch.searchsorted(levels.to(ratio), ratio)
+            return ((below + 1).clamp(max=len(levels)) / len(levels)).to(ratio)
         return min((levels < ratio).sum().item() + 1, len(levels)) / len(levels)
+
+    def ratio_of(self, t: Tensor) -> Tensor:
+        """The noise-to-signal ratio at times, of the same shape."""
+        alpha, sigma = self.mixing(t)
+        return sigma / alpha
 
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t, `[b, c, h, w]`, of noise of unit variance and t `[b, 1, 1, 1]`."""
@@ -142,8 +153,7 @@ class DDIMProcess(DDIMScheduler):
     @property
     def noise_levels(self) -> Tensor:
         """Noise-to-signal ratios of the evaluations."""
-        alpha, sigma = self.mixing(self.times)
-        return sigma / alpha
+        return self.ratio_of(self.times)
 
     def refined(self, parts: int) -> Tensor:
         """Times `[N, parts + 1]` of the steps, in even parts, float64.

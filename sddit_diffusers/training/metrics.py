@@ -66,6 +66,8 @@ _PANELS = (
     ("learning rate", ("learning_rate",)),
     ("teacher momentum", ("teacher_momentum",)),
 )
+# Parts of the generative loss, and what has a panel above; of other losses each has its own.
+_NO_PANEL = {"loss", "loss_mae", "loss_masked"}.union(*(names for _, names in _PANELS))
 # Only in runs that are evaluated; an extractor other than Inception is in the name.
 _SCORE_PANELS = (("Fréchet distance", ("fid",)), ("precision and recall", ("precision", "recall")))
 
@@ -73,10 +75,12 @@ _SCORE_PANELS = (("Fréchet distance", ("fid",)), ("precision and recall", ("pre
 def draw_curves(metrics: list[dict], path: Path) -> None:
     """Draws the metrics over steps: the values pale, their mean over 2 % of the run around a step on top."""
     scores = {name for row in metrics for name in row if name in METRICS}
-    panels = [*_PANELS]
+    there = {name for row in metrics for name in row}
+    losses = sorted(name for name in there - _NO_PANEL if name.startswith("loss_"))
+    losses = [(f"{name.removeprefix('loss_')} loss", (name,)) for name in losses]
+    panels = [*_PANELS[:2], *losses, *_PANELS[2:]]
     for title, kinds in _SCORE_PANELS:
         panels.append((title, tuple(sorted(name for name in scores if METRICS[name][0] in kinds))))
-    there = {name for row in metrics for name in row}
     panels = [panel for panel in panels if there.intersection(panel[1])] or panels[:1]
     columns = -(-len(panels) // 2)
     figure, axes = plt.subplots(2, columns, figsize=(5 * columns, 7), layout="constrained", squeeze=False)

@@ -9,13 +9,12 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.order import Batch
 from ..models.transformer_sddit import PLAIN_TIME, PatchTransformer2DModel, check_number
 from ..pipelines.pipeline_sddit import SDDiTPipeline
-from .auxiliary import AuxiliaryLoss, Pass, Process, Tokens, View, network_inputs
+from .auxiliary import AuxiliaryLoss, Pass, Process, Tokens, View, by_patch, network_inputs
 from .discrimination import Discrimination
 
 MASK_SCHEDULES = ("constant", "cosine")
@@ -327,7 +326,7 @@ class MaskDiTObjective(Objective):
         """As of [`Objective`]: `loss` = `loss_generative` (L_DSM) + weight x `loss_mae`."""
         t, sample = draws.t, self.scheduler.noised(batch.x0, draws.noise, draws.t)
         made = self.evaluate(sample, t, batch.labels, draws.visible_ids)
-        view = self.view(batch, draws, made)
+        view = self.view(batch, draws, made)._replace(scored_ids=draws.visible_ids)
         denoising = self._by_patch(self.scheduler.error(made.output, sample, batch.x0, draws.noise, t))
         if draws.visible_ids is None:
             unused = 0 * self.transformer.mask_token.sum()  # for DDP, which waits for all gradients
@@ -342,8 +341,7 @@ class MaskDiTObjective(Objective):
         return {"loss": loss, "loss_generative": loss_generative, "loss_mae": loss_mae}, view
 
     def _by_patch(self, values: Tensor) -> Tensor:
-        """Means of patches, `[b, c, h, w]` to `[b, n]`."""
-        return F.avg_pool2d(values.mean(1, keepdim=True), self.transformer.config.patch_size).flatten(1)
+        return by_patch(values, self.transformer.config.patch_size)
 
 
 class MDTObjective(Objective):

@@ -105,7 +105,8 @@ class NetworkOptions:
     )
     auxiliary: list[str] = options(
         ["discrimination"],
-        "auxiliary losses, or 'none'; 'discrimination' is L_D. By default those of the method",
+        "auxiliary losses, by default the method's: 'none', or some of "
+        + ", ".join(f"'{name}' ({row.title})" for name, row in AUXILIARIES.items()),
     )
     pretrained_model_name_or_path: str = option(
         "",
@@ -231,11 +232,14 @@ class TrainingConfig(*GROUPS, RunConfig):
         return names
 
     def card(self) -> dict:
+        usual = METHODS[self.method].settings.get("auxiliary", [])
+        added = [AUXILIARIES[name].title for name in self.auxiliaries if name not in usual]
         return {
             "method": METHODS[self.method].title,
             "tags": [self.method],
             "program": "train_sddit.py",
-            "rows": {"preset": self.preset, "process": PROCESSES[self.process].title},
+            "rows": {"preset": self.preset, "process": PROCESSES[self.process].title}
+            | ({"auxiliary losses": ", ".join(added)} if added else {}),
             "guided": True,
             "distilled": "",
         }

@@ -63,6 +63,19 @@ def test_the_one_ruler():
     assert EDMHeunScheduler().time_of(0.3) == 0.3
 
 
+@pytest.mark.parametrize("process", ["edm", *PATHS])
+def test_the_ruler_takes_tensors(process):
+    process = EDMHeunScheduler() if process == "edm" else InterpolantScheduler(path=process)
+    ratios = torch.tensor([[0.002, 0.3], [1.0, 80.0]], dtype=torch.float64)
+    times = process.time_of(ratios)
+    expected = [process.time_of(ratio) for ratio in ratios.flatten().tolist()]
+    torch.testing.assert_close(times, torch.tensor(expected, dtype=torch.float64).view(2, 2))
+    torch.testing.assert_close(process.ratio_of(times), ratios)
+    if not isinstance(process, EDMHeunScheduler):
+        ends = torch.tensor([0.0, math.inf])
+        assert process.time_of(ends).tolist() == pytest.approx(process.interval)
+
+
 # Conversions
 
 

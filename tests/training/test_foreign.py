@@ -346,6 +346,10 @@ def test_the_steps_are_diffusers(name):
     assert end == 0
     level = process.noise_levels[2].item()
     assert process.time_of(level * 0.999) == pytest.approx(process.times[2].item())
+    ratios = torch.tensor([0.0, level * 0.999, level * 1.001, 1e6], dtype=torch.float64)
+    expected = [process.time_of(ratio) for ratio in ratios.tolist()]
+    assert process.time_of(ratios).tolist() == pytest.approx(expected)
+    assert process.ratio_of(process.times[2]).item() == pytest.approx(level)
 
 
 def test_images_are_those_of_the_pipeline():

@@ -27,8 +27,9 @@ pytestmark = pytest.mark.process
 
 @pytest.mark.parametrize(("start", "accumulation"), [(launch, 1), (torchrun, 2)])
 def test_two_processes_train_what_one_does(tmp_path, start, accumulation):
-    train(tmp_path / "one", "--max_train_steps", 20, "--train_batch_size", 32)
-    options = [*SMALL, "--output_dir", tmp_path / "two", "--max_train_steps", 20]
+    losses = ["--auxiliary", "discrimination", "sra", "--sra_momentum", "0.9"]
+    train(tmp_path / "one", *losses, "--max_train_steps", 20, "--train_batch_size", 32)
+    options = [*SMALL, *losses, "--output_dir", tmp_path / "two", "--max_train_steps", 20]
     options += ["--train_batch_size", 16 // accumulation, "--gradient_accumulation_steps", accumulation]
     result = start(2, SCRIPT, *options)
     assert result.returncode == 0, result.stderr
@@ -61,8 +62,9 @@ def watched(state, step):
     tensors = {"Adam": (moments, [p for p in state.objective.parameters() if p.requires_grad])}
     if os.environ["ENGINE"] == "fsdp2":
         loss = state.objective.auxiliaries["discrimination"]
-        networks = state.objective.transformer, loss.teacher, loss.head
-        tensors |= {network._get_name(): [list(network.parameters())] * 2 for network in networks}
+        sra = state.objective.auxiliaries["sra"]
+        networks = state.objective.transformer, loss.teacher, loss.head, sra.teacher, sra.head
+        tensors |= {i: [list(network.parameters())] * 2 for i, network in enumerate(networks)}
         tensors["EMA"] = [state.ema.shadow_params] * 2
     for name, (shards, whole) in tensors.items():
         share = sum(local(shard).numel() for shard in shards) / sum(tensor.numel() for tensor in whole)
@@ -83,6 +85,7 @@ needs_deepspeed = pytest.mark.skipif(not is_deepspeed_available(), reason="DeepS
 def test_trains_in_shards_what_one_process_does(tmp_path, engine):
     """Losses, checkpoints and pipeline are those of one process; a stopped run goes on with or without it."""
     options = [*SMALL, "--max_train_steps", "12", "--checkpointing_steps", "6", "--max_grad_norm", "0.5"]
+    options += ["--auxiliary", "discrimination", "sra", "--sra_momentum", "0.9"]
     train(tmp_path / "one", *options, "--train_batch_size", 32)
     script = tmp_path / "sharded.py"
     halves = ["--train_batch_size", "8", "--gradient_accumulation_steps", "2"]

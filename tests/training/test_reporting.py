@@ -79,6 +79,15 @@ def test_scores_have_panels_of_their_own(tmp_path):
     assert widths == [1000, 500]
 
 
+def test_auxiliary_losses_have_panels_of_their_own(tmp_path, monkeypatch):
+    """Parts of the generative loss have none."""
+    names = ["loss", "loss_generative", "loss_mae", "loss_masked", "loss_sra", "loss_dispersive"]
+    titles = []
+    monkeypatch.setattr(reporting.plt.Axes, "set_title", lambda self, title: titles.append(title))
+    draw_curves([dict.fromkeys(names, -1.0) | {"step": i} for i in range(3)], tmp_path / "curves.png")
+    assert titles == ["generative loss", "dispersive loss", "sra loss"]
+
+
 def test_several_runs_are_drawn_in_one_figure(tmp_path, monkeypatch):
     for name, end in (("a", 3.0), ("b", 5.0)):
         (tmp_path / name).mkdir()
