@@ -241,7 +241,8 @@ class TREADTransformer2DModel(PatchTransformer2DModel):
     """TREAD (Krause et al., ICCV 2025): DiT in whose training a share of the tokens skips the middle blocks.
 
     Its weights are `PlainDiTTransformer2DModel`'s. Without `visible_ids` it computes the same. The paper's
-    route from i to j is `route_start` i and `route_end` j.
+    route from i to j is `route_start` i and `route_end` j + 1, since its code counts blocks from 0 and has
+    both within the route.
 
     Args:
         sample_size, patch_size, in_channels, out_channels, num_layers, num_attention_heads,
@@ -322,13 +323,13 @@ class TREADTransformer2DModel(PatchTransformer2DModel):
 
 
 def route_end_of(num_layers: int, route_start: int) -> int:
-    """Where TREAD's route ends: four blocks before the last, or at two thirds of the depth if that is later.
+    """Where TREAD's route ends: three blocks before the end, or at two thirds of the depth if that is later.
 
-    That is block 8 of 12 and L - 4 of 28, the paper's routes. At least one block is routed, if the start
-    leaves one. The last block never is.
+    That is block 9 of 12 and block 25 of 28, the paper's routes 2 to 8 and 2 to L - 4. At least one block is
+    routed, if the start leaves one. The last block never is.
     """
     # Paper silent: networks of fewer than 12 blocks.
-    return min(max(route_start + 1, num_layers - 4, 2 * num_layers // 3), num_layers - 1)
+    return min(max(route_start + 1, num_layers - 3, 2 * num_layers // 3), num_layers - 1)
 
 
 def fill_with(mask_token: Tensor, tokens: Tensor, visible_ids: Tensor, n: int) -> Tensor:
