@@ -7,7 +7,8 @@ themselves, `[256, 2, 4, 32, 32]` in float16, as they go to a GPU, then the floa
 `[256, 4, 32, 32]`. The others are `load_dataset` with the Array3D feature and torch format, as datasets'
 documentation shows; webdataset, if it is installed; and a torch DataLoader over one `.npy` a sample, as the
 public code of DiT's relatives does. Then it tells the memory that the stream takes for a small and a large
-dataset, and how soon the first batch comes after a resume deep in an epoch.
+dataset, how soon the first batch comes after a resume deep in an epoch, and how fast latents come with the
+pictures that they are of, decoded, of several sizes.
 """
 
 import argparse
@@ -19,16 +20,20 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from sddit_diffusers.data.latents import LatentDataset
 from sddit_diffusers.data.order import BatchSampler
+from sddit_diffusers.data.pictures import WEBP_QUALITY, as_webp
 from sddit_diffusers.data.shards import Manifest, shard_schema, write_shard
 
 SHAPE, BATCH, SHARD = (4, 32, 32), 256, 4096
@@ -46,9 +51,23 @@ def sample(moments: Tensor) -> Tensor:
     return torch.addcmul(mean.float(), std.float(), torch.randn(mean.shape))
 
 
-def write_ours(folder: Path, rows: int) -> None:
+def pictures_of(size: int, count: int) -> list[dict]:
+    """Parts of two photographs as WebP files, as a shard holds them."""
+    generator, photographs = np.random.default_rng(0), load_sample_images().images
+    files = []
+    for i in range(count):
+        image = photographs[i % 2]
+        top, left = (generator.integers(side - 256 + 1) for side in image.shape[:2])
+        part = Image.fromarray(image[top : top + 256, left : left + 256]).resize((size, size))
+        files.append({"bytes": as_webp(np.asarray(part).transpose(2, 0, 1)), "path": None})
+    return files
+
+
+def write_ours(folder: Path, rows: int, size: int = 0) -> None:
+    """Made-up latents; with a size, and pictures of it beside them."""
     (folder / "data").mkdir(parents=True)
-    shards = []
+    shards, files = [], pictures_of(size, 512) if size else []
+    about = {"format": "WebP", "quality": WEBP_QUALITY} if size else None
     for start in range(0, rows, SHARD):
         count = min(SHARD, rows - start)
         columns = {
@@ -57,16 +76,21 @@ def write_ours(folder: Path, rows: int) -> None:
             "index": np.arange(start, start + count),
             "flipped": np.zeros(count, bool),
         }
+        if size:
+            columns["picture"] = [files[i % len(files)] for i in range(start, start + count)]
         name = f"data/train-{start // SHARD:05d}.parquet"
-        write_shard(folder / name, pa.table(columns).cast(shard_schema(1000, None)))
+        schema = shard_schema(1000, None, pictures=bool(size))
+        write_shard(folder / name, pa.table({each: columns[each] for each in schema.names}).cast(schema))
         shards.append({"file": name, "rows": count, "sha256": ""})
     vae = {"name": "", "sha256": "", "config": {"scaling_factor": 1.0}}
-    Manifest(list(SHAPE), rows, 1000, None, 256, vae, {"name": "made up"}, {}, shards).save(folder)
+    Manifest(
+        list(SHAPE), rows, 1000, None, size or 256, vae, {"name": "made up"}, {}, shards, pictures=about
+    ).save(folder)  # fmt: skip
 
 
-def read_ours(folder: Path, start_step: int = 0) -> Iterator[Tensor]:
-    dataset = LatentDataset(str(folder))
-    for moments, _ in dataset.batches(BatchSampler(len(dataset), BATCH, 1, 0, 1, 0, start_step)):
+def read_ours(folder: Path, start_step: int = 0, pictures: bool = False) -> Iterator[Tensor]:
+    dataset = LatentDataset(str(folder), pictures)
+    for moments, *_ in dataset.batches(BatchSampler(len(dataset), BATCH, 1, 0, 1, 0, start_step)):
         yield moments
 
 
@@ -173,15 +197,16 @@ import data, torch
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 before, most = resident(), 0
-for step, _ in zip(range({steps}), data.read_ours(Path({folder!r}))):
+for step, _ in zip(range({steps}), data.read_ours(Path({folder!r}), pictures={pictures})):
     most = max(most, resident())
 print((most - before) / 2**20)
 """
 
 
-def memory(folder: Path, steps: int) -> float:
+def memory(folder: Path, steps: int, pictures: bool = False) -> float:
     """Largest resident memory of the reader beyond what its imports take, in MiB, in a process of its own."""
-    code = MEMORY.format(here=str(Path(__file__).parent), folder=str(folder), steps=steps)
+    here = str(Path(__file__).parent)
+    code = MEMORY.format(here=here, folder=str(folder), steps=steps, pictures=pictures)
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     return float(output)
 
@@ -247,6 +272,16 @@ def main() -> None:
             ("the end of epoch 50", 50 * steps - 2),
         ):
             print(f"| {where} | {first_batch(large, step):.2f} |")
+
+        print("\n| pictures beside them | bytes each | samples/s | memory, MiB |\n|---|---|---|---|")
+        for size in (32, 64, 256):
+            folder = Path(root) / f"pictures-{size}"
+            write_ours(folder, 8192, size)
+            read = partial(read_ours, pictures=True)
+            rates = [speed(read, folder, arguments.seconds, True) for _ in range(arguments.rounds)]
+            each = statistics.mean(len(file["bytes"]) for file in pictures_of(size, 64))
+            rate, taken = statistics.median(rates), memory(folder, 60, pictures=True)
+            print(f"| {size} x {size} | {each:,.0f} | {rate:,.0f} | {taken:.0f} |")
 
 
 if __name__ == "__main__":

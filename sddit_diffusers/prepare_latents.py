@@ -27,12 +27,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from diffusers import AutoencoderKL, AutoencoderTiny
 from tqdm.auto import tqdm
 
 from .cli import Parser, check_options, differences, one_line_errors, option
 from .data.blocks import Blocks, counts_of_blocks, remove_damaged_blocks, write_block
 from .data.order import prefetch
-from .data.pictures import UnreadableImageError, decode_image
+from .data.pictures import WEBP_QUALITY, UnreadableImageError, as_webp, decode_image
 from .data.shards import Manifest, card, holds, verify, write_shard
 from .data.sources import Source
 from .files import LOCK, locked, read_json, remove, sha256_of, written_aside
@@ -60,6 +61,9 @@ class PrepareConfig:
         256, "side of the square that is cut from each image, in pixels", low=1, high=8192
     )
     flip: bool = option(False, "add each image's mirror image")
+    keep_pictures: bool = option(
+        False, "store what is encoded beside the latents too, as WebP: --auxiliary repa takes it"
+    )
     batch_size: int = option(32, "images that the VAE encodes at once", low=1)
     block_size: int = option(256, "images that a stopped run does again at most, in each process", low=1)
     shard_size: int = option(4096, "latents in a shard", low=1)
@@ -75,7 +79,8 @@ class PrepareConfig:
 
     def decisive(self) -> dict:
         """The settings that decide the bytes."""
-        others = ("output_dir", "vae", "skip_unreadable", "verify")  # the VAE's weights count, not its name
+        others = ["output_dir", "vae", "skip_unreadable", "verify"]  # the VAE's weights count, not its name
+        others += ["keep_pictures"] * (not self.keep_pictures)  # earlier versions had no such setting
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
 
 
@@ -87,6 +92,7 @@ class Decoded(NamedTuple):
     pixels: np.ndarray | None
     name: str | None = None
     problem: str | None = None
+    pictures: tuple[bytes, ...] = ()  # as it is and, if wanted, mirrored, where they are kept
 
 
 class Preparation:
@@ -124,7 +130,7 @@ class Preparation:
         """
         size = self.config.resolution
         try:
-            return list(self._moments(torch.zeros(1, 3, size, size)).shape[2:])
+            return list(moments_of(self.vae, torch.zeros(1, 3, size, size)).shape[2:])
         except RuntimeError as error:
             raise ValueError(f"resolution is {size}; the VAE cannot encode such images: {error}") from None
 
@@ -205,7 +211,8 @@ class Preparation:
         """Encodes the blocks of a unit from a row on."""
         with closing(prefetch(self._decoded_blocks(unit, offset), depth=2)) as blocks:
             for block in blocks:
-                write_block(self.blocks_dir, unit, offset, len(block), self._encode(unit, block))
+                rows = self._encode(unit, block)
+                write_block(self.blocks_dir, unit, offset, len(block), rows, self.config.keep_pictures)
                 offset += len(block)
                 progress.update(len(block))
 
@@ -220,11 +227,13 @@ class Preparation:
     def _decode(self, unit: int, row: int, item: tuple) -> Decoded:
         file, label = item
         try:
-            return Decoded(row, label, decode_image(file, "RGB", self.config.resolution))
+            pixels = decode_image(file, "RGB", self.config.resolution)
         except ValueError as error:
             if not self.config.skip_unreadable:
                 raise UnreadableImageError(f"{self.source.place(unit, row)} {error}") from error
             return Decoded(row, label, None, (file or {}).get("path"), str(error))
+        kept = [pixels, pixels[..., ::-1]][: (1 + self.config.flip) * self.config.keep_pictures]
+        return Decoded(row, label, pixels, pictures=tuple(map(as_webp, kept)))
 
     def _encode(self, unit: int, block: list[Decoded]) -> list[dict]:
         """What came of the block's rows, for `write_block`."""
@@ -236,7 +245,7 @@ class Preparation:
             batch = readable[i : i + self.config.batch_size]
             pixels = torch.from_numpy(np.stack([item.pixels for item in batch])).float() / 127.5 - 1
             for flipped in (False, True)[: 1 + self.config.flip]:
-                encoded = self._moments(pixels.flip(-1) if flipped else pixels)
+                encoded = moments_of(self.vae, pixels.flip(-1) if flipped else pixels)
                 for item, moments in zip(batch, encoded, strict=True):
                     if not np.isfinite(moments).all():
                         raise ValueError(
@@ -244,18 +253,10 @@ class Preparation:
                             f"in float16; --dtype is {self.config.dtype}."
                         )
                     row = {"row": item.row, "label": item.label, "flipped": flipped}
+                    if item.pictures:
+                        row["picture"] = item.pictures[flipped]
                     rows.append(row | {"moments": moments.tobytes()})
         return rows
-
-    @torch.inference_mode()
-    def _moments(self, pixels: torch.Tensor) -> np.ndarray:
-        """Mean and standard deviation of the latents, float16 `[b, 2, c, h, w]`."""
-        encoded = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
-        if hasattr(encoded, "latent_dist"):
-            mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
-        else:  # AutoencoderTiny has no noise
-            mean, std = encoded.latents, torch.zeros_like(encoded.latents)
-        return torch.stack([mean, std], dim=1).half().cpu().numpy()
 
     def write_shards(self) -> None:
         """Writes all latents in a random order, then the manifest, and removes the blocks."""
@@ -303,11 +304,23 @@ class Preparation:
             settings=self.settings,
             shards=shards,
             unreadable=blocks.unreadable,
+            pictures={"format": "WebP", "quality": WEBP_QUALITY} if self.config.keep_pictures else None,
         )
         with written_aside(self.output_dir / "README.md", "w") as file:
             file.write(card(manifest))
         manifest.save(self.output_dir)
         remove(self.blocks_dir)
+
+
+@torch.inference_mode()
+def moments_of(vae: AutoencoderKL | AutoencoderTiny, pixels: torch.Tensor) -> np.ndarray:
+    """Mean and standard deviation of the latents, float16 `[b, 2, c, h, w]`."""
+    encoded = vae.encode(pixels.to(vae.device, vae.dtype))
+    if hasattr(encoded, "latent_dist"):
+        mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+    else:  # AutoencoderTiny has no noise
+        mean, std = encoded.latents, torch.zeros_like(encoded.latents)
+    return torch.stack([mean, std], dim=1).half().cpu().numpy()
 
 
 def main(arguments: Iterable[str] | None = None) -> None:

@@ -24,16 +24,21 @@ _ROW = pa.schema(
     {"row": pa.int64(), "flipped": pa.bool_(), "moments": pa.binary(), "label": pa.string()}
     | {"name": pa.string(), "problem": pa.string()}
 )
+_PICTURE = pa.field("picture", pa.binary())
 
 
-def write_block(folder: Path, unit: int, first: int, count: int, rows: list[dict]) -> None:
+def write_block(
+    folder: Path, unit: int, first: int, count: int, rows: list[dict], pictures: bool = False
+) -> None:
     """Writes a block, complete or absent.
 
     Args:
         first, count: rows of the unit that it is of.
         rows: what came of them, by the columns of `_ROW`.
+        pictures: whether they have a `picture` too, a file's bytes.
     """
-    table, buffer = pa.Table.from_pylist(rows, _ROW), io.BytesIO()
+    table = pa.Table.from_pylist(rows, _ROW.append(_PICTURE) if pictures else _ROW)
+    buffer = io.BytesIO()
     with pa.ipc.new_stream(buffer, table.schema) as writer:
         writer.write_table(table)
     content = buffer.getbuffer()
@@ -97,7 +102,8 @@ class Blocks:
         if not len(self.order):
             raise ValueError(f"None of the {self.source_rows} images of {source.name} can be read.")
         self._number_labels(about["label"].to_pylist(), readable, source)
-        self._schema = shard_schema(self.num_classes, self.class_names)
+        self._has_pictures = "picture" in self._rows.column_names
+        self._schema = shard_schema(self.num_classes, self.class_names, self._has_pictures)
 
     def _number_labels(self, labels: list, readable: np.ndarray, source: Source) -> None:
         self.num_classes, self.class_names, self._labels = 0, source.class_names, None
@@ -116,6 +122,11 @@ class Blocks:
         columns = {"moments": found["moments"], "index": self._index[rows], "flipped": found["flipped"]}
         if self._labels is not None:
             columns["label"] = self._labels[rows]
+        if self._has_pictures:
+            content = found["picture"].combine_chunks()
+            columns["picture"] = pa.StructArray.from_arrays(
+                [content, pa.nulls(len(content), pa.string())], ["bytes", "path"]
+            )
         return (
             pa.table({name: columns[name] for name in self._schema.names}).cast(self._schema).combine_chunks()
         )

@@ -10,7 +10,9 @@ import glob
 import hashlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import cached_property, partial
 
 import datasets
 import numpy as np
@@ -21,10 +23,12 @@ from torch import Tensor
 from ..pipelines.pipeline_sddit import scale_latents
 from ..seeds import generator_for
 from .order import Batch, BatchSampler, prefetch, read_out
-from .shards import Manifest, UnreadableShardError
+from .pictures import from_webp
+from .shards import Manifest, UnreadableShardError, pictures_of
 
 LANES = 8
 BLOCK = 1024
+DECODERS = 4  # threads for pictures
 
 
 class LatentDataset:
@@ -32,6 +36,7 @@ class LatentDataset:
 
     Args:
         root: a folder or an fsspec URL, as [`find_latents`] gives.
+        gives_pictures: whether a batch has the pictures that its latents are of, too.
 
     Attributes:
         num_classes: 0 without labels.
@@ -41,15 +46,23 @@ class LatentDataset:
         vae: what made them: "name", "sha256" of the weights, "config".
 
     Raises:
-        ValueError: there are no latents.
+        ValueError: there are no latents, or no pictures beside them.
         UnreadableShardError: a shard is missing; and, when read, one is cut short or altered.
     """
 
     kind = "latents"
 
-    def __init__(self, root: str):
+    def __init__(self, root: str, gives_pictures: bool = False):
         self.name, self.manifest = root, Manifest.read(root)
         self.source, self.vae = self.manifest.source["name"], self.manifest.vae
+        if gives_pictures and not self.manifest.pictures:
+            raise ValueError(
+                f"There are no pictures beside the latents of {root}, and this run looks at them; this makes "
+                f"such a folder: accelerate launch -m sddit_diffusers.prepare_latents --keep_pictures "
+                f"--dataset_name {self.source} --vae {self.vae['name']} "
+                f"--resolution {self.manifest.resolution} --output_dir FOLDER"
+            )
+        self.gives_pictures = gives_pictures
         self.shape = tuple(self.manifest.shape)
         self.num_classes = self.manifest.num_classes
         names = self.manifest.class_names
@@ -72,7 +85,8 @@ class LatentDataset:
             )
         except Exception as error:  # whatever the Hub, the network and the reader raise
             raise UnreadableShardError(f"The shards of {root} cannot be opened: {error}") from error
-        self._stream = stream.select_columns(["moments"] + ["label"] * (self.num_classes > 0))
+        columns = ["moments"] + ["label"] * (self.num_classes > 0) + ["picture"] * gives_pictures
+        self._stream = stream.select_columns(columns)
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -86,10 +100,10 @@ class LatentDataset:
         """What is random in a global batch `[b, c, h, w]`: noise, to draw latents from posteriors."""
         return torch.randn(shape, generator=generator, device=device)
 
-    def batch(self, read: tuple[Tensor, Tensor | None], noise: Tensor, device: torch.device) -> Batch:
+    def batch(self, read: tuple[Tensor | None, ...], noise: Tensor, device: torch.device) -> Batch:
         """A micro-batch that was read, on a device, drawn with its rows of the noise `[b, c, h, w]`."""
-        moments, labels = (None if part is None else part.to(device, non_blocking=True) for part in read)
-        return Batch(scale_latents(self.sample(moments, noise), self.vae["config"]), labels)
+        moments, *others = (None if part is None else part.to(device, non_blocking=True) for part in read)
+        return Batch(scale_latents(self.sample(moments, noise), self.vae["config"]), *others)
 
     def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
         """The VAE's own latents, drawn from their posteriors; the transformer sees them scaled.
@@ -104,11 +118,15 @@ class LatentDataset:
         mean, std = moments.unbind(1)
         return torch.addcmul(mean.float(), std.float(), noise)
 
-    def batches(self, sampler: BatchSampler) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Moments `[b, 2, c, h, w]` and class numbers `[b]` of the sampler's micro-batches, read ahead."""
+    def batches(self, sampler: BatchSampler) -> Iterator[tuple[Tensor | None, ...]]:
+        """The sampler's micro-batches, read ahead.
+
+        Yields:
+            moments `[b, 2, c, h, w]`, class numbers `[b]`, and pictures `[b, 3, h', w']` or None.
+        """
         return prefetch(self._read(sampler))
 
-    def _read(self, sampler: BatchSampler) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _read(self, sampler: BatchSampler) -> Iterator[tuple[Tensor | None, ...]]:
         step = sampler.start_step
         while step < sampler.max_steps:
             epoch, first = divmod(step, sampler.steps_per_epoch)
@@ -132,26 +150,47 @@ class LatentDataset:
             for step in range(first, stop):
                 for rows in slices:
                     moments = np.empty((rows.stop - rows.start, 2 * int(np.prod(self.shape))), np.float16)
-                    labels = np.empty(len(moments), np.int64)
+                    labels, pictures = np.empty(len(moments), np.int64), []
                     for low, high, lane in zip(edges, edges[1:], lanes, strict=False):
                         a, b = max(low, rows.start), min(high, rows.stop)
                         if a < b:
                             start = steps * low + step * (high - low) + a - low
                             part = slice(a - rows.start, b - rows.start)
-                            lane.read(start, moments[part], labels[part])
-                    batch = torch.from_numpy(moments).view(-1, 2, *self.shape), torch.from_numpy(labels)
+                            pictures += lane.read(start, moments[part], labels[part])
+                    batch = [torch.from_numpy(moments).view(-1, 2, *self.shape), torch.from_numpy(labels)]
+                    if self.gives_pictures:
+                        batch.append(self._decoded(pictures))
                     if torch.cuda.is_available():
-                        batch = tuple(tensor.pin_memory() for tensor in batch)
-                    yield batch if self.num_classes else (batch[0], None)
+                        batch = [tensor.pin_memory() for tensor in batch]
+                    yield tuple(batch) if self.num_classes else (batch[0], None, *batch[2:])
         finally:
             for lane in lanes:
                 lane.blocks.close()
+
+    def _decoded(self, pictures: list[bytes]) -> Tensor:
+        """Files as bytes `[b, 3, h', w']`, decoded by threads."""
+        try:
+            decode = partial(from_webp, size=self.manifest.resolution)
+            return torch.from_numpy(np.stack(list(self._threads.map(decode, pictures))))
+        except ValueError as error:
+            raise UnreadableShardError(
+                f"A picture beside the latents of {self.name} {error}. {self._advice}"
+            ) from error
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(DECODERS)
+
+    @property
+    def _advice(self) -> str:
+        return f"Check all with: python -m sddit_diffusers.prepare_latents --verify {self.name}"
 
     def _blocks(self, seed: int, epoch: int, start: int, stop: int) -> Iterator:
         """The blocks that hold the positions from `start` to `stop` of an epoch's sequence.
 
         Yields:
-            position of the first row, moments, labels, and the order in which the rows follow one another.
+            position of the first row, moments, labels, pictures if they are wanted, and the order in which
+            the rows follow one another.
         """
         order = torch.randperm(len(self._rows), generator=generator_for(seed, 0, epoch)).numpy()
         ends = self._rows[order].cumsum()
@@ -161,17 +200,17 @@ class LatentDataset:
                 continue
             skipped = max(0, start - begin) // BLOCK * BLOCK
             with closing(self._read_shard(shard, skipped)) as blocks:
-                for moments, labels in blocks:
+                for block in blocks:
                     position = begin + skipped
                     if position >= stop:
                         break
                     generator = generator_for(seed, 0, epoch, 1 + shard, skipped)
-                    rows = torch.randperm(len(moments), generator=generator).numpy()
-                    yield position, moments, labels, rows
-                    skipped += len(moments)
+                    rows = torch.randperm(len(block[0]), generator=generator).numpy()
+                    yield position, *block, rows
+                    skipped += len(rows)
 
-    def _read_shard(self, shard: int, skipped: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """Moments and labels of a shard's blocks after the first rows, until its end."""
+    def _read_shard(self, shard: int, skipped: int) -> Iterator[tuple]:
+        """Moments, labels and pictures of a shard's blocks after the first rows, until its end."""
         written, name = self.manifest.shards[shard]["rows"], self.manifest.shards[shard]["file"]
         found = skipped
         try:
@@ -179,13 +218,12 @@ class LatentDataset:
             with closing(read_out(stream.iter(BLOCK))) as tables:
                 for table in tables:
                     found += table.num_rows
-                    yield self.manifest.rows_of(table)
+                    yield *self.manifest.rows_of(table), pictures_of(table) if self.gives_pictures else None
             if found != written:
                 raise ValueError(f"it has {found} rows, but {written} were written")
         except Exception as error:  # pyarrow, fsspec and the Hub raise many kinds
             raise UnreadableShardError(
-                f"The shard {name} of {self.name} cannot be read: {error}. "
-                f"Check all with: python -m sddit_diffusers.prepare_latents --verify {self.name}"
+                f"The shard {name} of {self.name} cannot be read: {error}. {self._advice}"
             ) from error
 
 
@@ -195,16 +233,19 @@ class _Lane:
     def __init__(self, blocks: Iterator):
         self.blocks, self.stop = blocks, -1
 
-    def read(self, start: int, moments: np.ndarray, labels: np.ndarray) -> None:
-        """Fills the arrays with the rows from position `start` on."""
-        done = 0
+    def read(self, start: int, moments: np.ndarray, labels: np.ndarray) -> list[bytes]:
+        """Fills the arrays with the rows from position `start` on; returns their pictures, if there are."""
+        done, pictures = 0, []
         while done < len(moments):
             while start + done >= self.stop:
-                self.position, self.moments, self.labels, self.order = next(self.blocks)
+                self.position, self.moments, self.labels, self.pictures, self.order = next(self.blocks)
                 self.stop = self.position + len(self.order)
             rows = self.order[start + done - self.position :][: len(moments) - done]
             # "clip", for numpy would fill a buffer first.
             np.take(self.moments, rows, axis=0, out=moments[done : done + len(rows)], mode="clip")
             if self.labels is not None:
                 labels[done : done + len(rows)] = self.labels[rows]
+            if self.pictures is not None:
+                pictures += [self.pictures[row] for row in rows.tolist()]
             done += len(rows)
+        return pictures

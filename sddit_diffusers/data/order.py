@@ -17,7 +17,7 @@ class Batch(NamedTuple):
 
     x0: Tensor  # clean samples, [b, c, h, w], as the network is to make them
     labels: Tensor | None  # class numbers [b]; None without classes
-    features: Tensor | None = None  # of a frozen encoder, if there is one
+    pictures: Tensor | None = None  # what x0 is of, as bytes [b, 3, h', w'], where a loss looks at them
 
 
 class BatchSampler(Sampler):

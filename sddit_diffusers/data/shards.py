@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 
 from ..cli import one_line, shortened
 from ..files import parse_json, sha256_of, written_aside
-from .pictures import MOST_CLASSES
+from .pictures import MOST_CLASSES, from_webp
 
 _MANIFEST = "manifest.json"
+_WITH_PICTURES = "sddit-latents-2"  # the format of folders that have pictures too
 
 
 class UnreadableShardError(ValueError):
@@ -33,7 +34,7 @@ class Manifest:
 
     A shard is a parquet file with the columns `moments` (binary: mean and standard deviation of the VAE's
     posterior, unscaled, float16, `[2, *shape]`), `label` (absent without classes), `index` (the row in the
-    source) and `flipped`.
+    source) and `flipped`; of format 2 also `picture`, what was encoded.
     """
 
     shape: list[int]  # of a latent, [c, h, w]
@@ -47,10 +48,18 @@ class Manifest:
     shards: list[dict]  # file, rows, sha256
     unreadable: list[dict] = field(default_factory=list)  # row, name, problem
     format: str = "sddit-latents-1"
+    pictures: dict | None = None  # format and quality of those that are kept
+
+    def __post_init__(self):
+        if self.pictures:
+            self.format = _WITH_PICTURES
 
     def save(self, folder: Path) -> None:
+        about = dataclasses.asdict(self)
+        if not self.pictures:
+            del about["pictures"]
         with written_aside(folder / _MANIFEST, "w") as file:
-            file.write(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+            file.write(json.dumps(about, indent=1) + "\n")
 
     @classmethod
     def read(cls, root: str) -> "Manifest":
@@ -69,9 +78,13 @@ class Manifest:
             raise ValueError(f"{place} cannot be read: {error}") from None
         kind = "manifest of latents"
         found = parse_json(content, {"format": str}, kind, place)["format"]
-        if found != cls.format:
-            raise ValueError(f"{root} has the format {shortened(found)}; this version reads {cls.format!r}.")
-        values = parse_json(content, _STRUCTURE, kind, place)
+        if found not in (cls.format, _WITH_PICTURES):
+            raise ValueError(
+                f"{root} has the format {shortened(found)}; this version reads {cls.format!r} and "
+                f"{_WITH_PICTURES!r}."
+            )
+        about_pictures = {"pictures": {"format": str, "quality": int}} if found == _WITH_PICTURES else {}
+        values = parse_json(content, _STRUCTURE | about_pictures, kind, place)
         names = {field.name for field in dataclasses.fields(cls)}
         manifest = cls(**{name: value for name, value in values.items() if name in names})
         if problem := manifest._problem():
@@ -115,6 +128,20 @@ class Manifest:
             label = column[wrong].as_py()
             raise ValueError(f"a row has the label {label}; allowed are 0 to {self.num_classes - 1}")
         return moments, column.to_numpy()
+
+
+def pictures_of(table: pa.Table) -> list[bytes]:
+    """The pictures of a part of a shard, as files.
+
+    Raises:
+        ValueError: there are none, or not one a row.
+    """
+    if "picture" not in table.column_names:
+        raise ValueError("it has no pictures")
+    column = pc.struct_field(table["picture"], "bytes")
+    if column.null_count:
+        raise ValueError(f"{column.null_count} of its rows have no picture")
+    return column.to_pylist()
 
 
 def _array(table: pa.Table, width: int) -> np.ndarray:
@@ -174,12 +201,14 @@ def find_latents(name: str) -> str | None:
 _ROW_GROUP = 256  # rows that are read at once; larger groups halve the reading speed
 
 
-def shard_schema(num_classes: int, class_names: list[str] | None) -> pa.Schema:
+def shard_schema(num_classes: int, class_names: list[str] | None, pictures: bool = False) -> pa.Schema:
     """The columns of a shard, with what `datasets` needs to know of them."""
     features = {"moments": datasets.Value("binary")}
     if num_classes:
         features["label"] = datasets.ClassLabel(names=class_names) if class_names else datasets.Value("int64")
     features |= {"index": datasets.Value("int64"), "flipped": datasets.Value("bool")}
+    if pictures:
+        features["picture"] = datasets.Image()
     return datasets.Features(features).arrow_schema
 
 
@@ -216,6 +245,9 @@ def verify(name: str) -> list[str]:
             if len(table) != shard["rows"]:
                 raise ValueError(f"it has {len(table)} rows, but {shard['rows']} were written")
             moments, _ = manifest.rows_of(table)
+            if manifest.pictures:
+                for picture in pictures_of(table):
+                    from_webp(picture, manifest.resolution)
             for number, row in enumerate(moments):
                 if not np.isfinite(row).all():
                     raise ValueError(f"row {number} is not of {len(row)} finite values")
@@ -228,6 +260,7 @@ def card(manifest: Manifest) -> str:
     """The dataset card: what the folder holds, and how it is read with and without this package."""
     c, h, w = manifest.shape
     classes = f", {manifest.num_classes} classes" if manifest.num_classes else ""
+    pictures = " `picture` is what was encoded, as WebP." if manifest.pictures else ""
     return f"""---
 configs:
 - config_name: default
@@ -244,7 +277,7 @@ tags:
 {manifest.count} latents of shape {c} x {h} x {w}{classes}, shuffled: the middle square of each image at
 {manifest.resolution} x {manifest.resolution} pixels, encoded by `{manifest.vae["name"]}`. `moments` holds the
 mean and the standard deviation of the posterior, unscaled; `index` is the row in the source, `flipped` tells
-mirror images. `manifest.json` lists what made them and each shard's SHA-256.
+mirror images.{pictures} `manifest.json` lists what made them and each shard's SHA-256.
 
 ```python
 import numpy as np

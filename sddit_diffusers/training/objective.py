@@ -128,7 +128,7 @@ class Objective(nn.Module):
         x0: Tensor,
         class_labels: Tensor | None = None,
         draws: Draws | None = None,
-        features: Tensor | None = None,
+        pictures: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The losses of a batch.
 
@@ -136,7 +136,8 @@ class Objective(nn.Module):
             x0: clean samples, `[b, c, h, w]`, of the standard deviation that the process expects.
             class_labels: integers `[b]`; None for a model without classes.
             draws: what is random in this step; None draws it here.
-            features: of a frozen encoder, for an auxiliary loss that takes them.
+            pictures: what the samples are of, as bytes `[b, 3, h', w']`, for an auxiliary loss that looks at
+                them.
 
         Returns:
             Scalars: `loss` = the generative loss + weight x each auxiliary loss, `loss_generative`, and what
@@ -144,7 +145,7 @@ class Objective(nn.Module):
         """
         if draws is None:
             draws = self.draw(x0.shape, device=x0.device)
-        losses, view = self.denoise(Batch(x0, self.drop_labels(class_labels, draws), features), draws)
+        losses, view = self.denoise(Batch(x0, self.drop_labels(class_labels, draws), pictures), draws)
         for name, auxiliary in self.auxiliaries.items():
             found = auxiliary(view, self.scheduler, draws.auxiliaries[name])
             losses["loss"] = losses["loss"] + auxiliary.weight * found[f"loss_{auxiliary.name}"]

@@ -40,7 +40,7 @@ def train_step(
     objective, total, count = engine.model, 0.0, 0
     for batch, draws in micro_batches:
         with engine.accumulating():
-            losses = engine.forward(batch.x0, batch.labels, draws, batch.features)
+            losses = engine.forward(batch.x0, batch.labels, draws, batch.pictures)
             engine.backward(losses["loss"])
         total, count = total + torch.stack([loss.detach().float() for loss in losses.values()]), count + 1
     means, norm = engine.reduce(total / count), engine.gradient_norm()

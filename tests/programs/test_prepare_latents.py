@@ -143,6 +143,34 @@ def test_flip_adds_mirror_images(vae, source, tmp_path):
         np.testing.assert_allclose(moments_of(row), expected[row["index"]], rtol=2e-3, atol=1e-4)
 
 
+def test_keeps_pictures_beside_their_latents(vae, tmp_path):
+    """As WebP, which loses a little of smooth pictures, each in its own row; mirrored where the latent is."""
+    ramp = np.linspace(0, 255, 20).astype(np.uint8)
+    arrays = np.stack([np.stack([np.tile(np.roll(ramp, i), (16, 1))] * 3, -1) for i in range(10)])
+    source = write_source(tmp_path / "source", arrays, [i % 3 for i in range(10)])
+    plain, before = prepare(vae, source, tmp_path / "plain", "--flip", True)
+    rows, manifest = prepare(vae, source, tmp_path / "kept", "--flip", True, "--keep_pictures")
+    for with_picture, without in zip(rows, plain, strict=True):
+        kept = with_picture.pop("picture")
+        assert with_picture == without and kept.format == "WEBP"
+        expected = arrays[with_picture["index"]][:, 2:-2].astype(int)
+        expected = expected[:, ::-1] if with_picture["flipped"] else expected
+        error, of_other = np.abs(kept - expected).mean(), np.abs(kept - expected[:, ::-1]).mean()
+        assert error < 12 < of_other
+    assert (before.format, before.pictures) == ("sddit-latents-1", None)
+    assert (manifest.format, manifest.pictures) == ("sddit-latents-2", {"format": "WebP", "quality": 90})
+    about = json.loads((tmp_path / "plain/manifest.json").read_text())
+    assert "pictures" not in about and "keep_pictures" not in about["settings"]  # as it ever was
+    assert "WebP" in (tmp_path / "kept/README.md").read_text()
+    assert "WebP" not in (tmp_path / "plain/README.md").read_text()
+
+
+def test_pictures_are_not_added_to_what_is_complete(vae, source, tmp_path, capsys):
+    prepare(vae, source, tmp_path / "out")
+    with refusal(capsys, "keep_pictures"):
+        prepare(vae, source, tmp_path / "out", "--keep_pictures")
+
+
 def test_streaming_stores_the_same(vae, source, tmp_path):
     stored, _ = prepare(vae, source, tmp_path / "a")
     streamed, _ = prepare(vae, source, tmp_path / "b", "--streaming", True)
@@ -204,7 +232,7 @@ class Killed(BaseException):
 
 @pytest.mark.long
 def test_stopped_at_any_moment_it_ends_with_the_same_bytes(vae, source, tmp_path, monkeypatch):
-    prepare(vae, source, tmp_path / "whole")
+    prepare(vae, source, tmp_path / "whole", "--keep_pictures")
     expected, replace = content(tmp_path / "whole"), files.os.replace
     for moment in range(14):  # 1 file of settings, 6 blocks, 4 shards, card, manifest
         writes = []
@@ -220,13 +248,13 @@ def test_stopped_at_any_moment_it_ends_with_the_same_bytes(vae, source, tmp_path
         monkeypatch.setattr(files.os, "replace", stopping)
         if moment < 13:
             with pytest.raises(Killed):
-                prepare(vae, source, folder)
+                prepare(vae, source, folder, "--keep_pictures")
         else:
-            prepare(vae, source, folder)
+            prepare(vae, source, folder, "--keep_pictures")
         monkeypatch.setattr(files.os, "replace", replace)
         for kept in folder.rglob("*.kept"):  # what a kill leaves is half of a file
             kept.rename(kept.with_suffix(""))
-        prepare(vae, source, folder)
+        prepare(vae, source, folder, "--keep_pictures")
         assert content(folder) == expected, moment
 
 
