@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import processes
 import pytest
@@ -13,8 +14,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline, SDDiTTransformer2DModel, prepare_latents
+from sddit_diffusers.evaluation.extractors import train_classifier
+from sddit_diffusers.training import encoders
 
 CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {*range(os.cpu_count())}
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
@@ -59,6 +63,8 @@ def cache(tmp_path_factory, monkeypatch):
     """Features and classifiers are cached where no other run finds them."""
     folder = tmp_path_factory.getbasetemp() / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    few_steps = partial(train_classifier, steps=10)
+    monkeypatch.setattr(encoders, "train_classifier", few_steps)  # REPA's; any weights do here
     return folder
 
 
@@ -168,7 +174,21 @@ def latent_pipe(request):
     return make_latent_pipe(request.param)
 
 
-def write_latents(folder, rows, shard_size):
+@pytest.fixture(scope="session")
+def vision_model(tmp_path_factory):
+    """A folder of a DINOv2 of random weights, whose patches are of 3 x 3 pixels."""
+    folder = tmp_path_factory.mktemp("vision-model")
+    config = Dinov2Config(
+        image_size=12, patch_size=3, hidden_size=12, num_hidden_layers=2, num_attention_heads=2
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        Dinov2Model(config).save_pretrained(folder)
+    BitImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.25, 0.3]).save_pretrained(folder)
+    return str(folder)
+
+
+def write_latents(folder, rows, shard_size, *more):
     """Latents of a source of ten classes, sorted by class, as the program writes them.
 
     The moments are made up: the means of row 4321 are 4 in the first channel and 321 in the second.
@@ -195,7 +215,7 @@ def write_latents(folder, rows, shard_size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_latents, "load_vae", lambda name: Numbers())
         options = ["--dataset_name", source, "--vae", "numbers", "--output_dir", folder, "--resolution", 4]
-        prepare_latents.main([str(option) for option in [*options, "--shard_size", shard_size]])
+        prepare_latents.main([str(option) for option in [*options, "--shard_size", shard_size, *more]])
     AcceleratorState._reset_state(True)
 
 

@@ -15,16 +15,20 @@ SMALL = [*HEAD, "--transformer", json.dumps(NETWORK), "--train_batch_size", "16"
          "--num_validation_images", "0"]  # fmt: skip
 
 
+def arguments(folder, *options):
+    """A small run's command line; the sizes of a head where there is one."""
+    headless = {"dit", "maskdit", "mdt", "tread"}.intersection(options)
+    headless = headless or ("--auxiliary" in options and "discrimination" not in options)
+    return [*(SMALL[len(HEAD) :] if headless else SMALL), "--output_dir", str(folder), *map(str, options)]
+
+
 def train(folder, *options):
-    others = {"dit", "maskdit", "mdt", "tread"}.intersection(options)  # which have no head
-    train_sddit.main(
-        [*(SMALL[len(HEAD) :] if others else SMALL), "--output_dir", str(folder), *map(str, options)]
-    )
+    train_sddit.main(arguments(folder, *options))
     return read_metrics(folder / "metrics.jsonl")
 
 
 def make_trainer(folder, *options):
-    return Trainer(train_sddit.parse([*SMALL, "--output_dir", str(folder), *map(str, options)]))
+    return Trainer(train_sddit.parse(arguments(folder, *options)))
 
 
 def batches_of(trainer):

@@ -207,16 +207,9 @@ class ClassifierExtractor(Extractor):
         super().__init__(name, features_list)
         if not feature_extractor_weights_path:
             raise ValueError("The classifier has weights of its own data: train_classifier makes them.")
-        try:
-            weights = load_file(feature_extractor_weights_path)
-            self.net = SmallClassifier(len(weights["head.bias"]))
-            self.net.load_state_dict(weights)
-        except (SafetensorError, OSError, KeyError, RuntimeError) as error:
-            raise ValueError(
-                f"{feature_extractor_weights_path} does not hold a classifier's weights: {one_line(error)}."
-            ) from None
+        self.net = load_classifier(feature_extractor_weights_path)
         self.requires_grad_(False).eval()
-        self.identity = f"classifier-{_hash_of('', weights)}"
+        self.identity = f"classifier-{_hash_of('', self.net.state_dict())}"
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         features = self.net.features(images)
@@ -275,10 +268,29 @@ class SmallClassifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """`[b, 128]` of uint8 `[b, 3, h, w]`."""
+        return self.map(images).mean((2, 3))
+
+    def map(self, images: Tensor) -> Tensor:
+        """The same before the mean, `[b, 128, h', w']`: a quarter of the picture's sides, at most 16."""
         pixels = images.float() / 127.5 - 1
         if max(images.shape[2:]) > 64:
             pixels = F.adaptive_avg_pool2d(pixels, 64)
-        return self.body(pixels).mean((2, 3))
+        return self.body(pixels)
+
+
+def load_classifier(path: str | Path) -> SmallClassifier:
+    """The classifier of a file.
+
+    Raises:
+        ValueError: the file does not hold its weights.
+    """
+    try:
+        weights = load_file(path)
+        net = SmallClassifier(len(weights["head.bias"]))
+        net.load_state_dict(weights)
+    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path} does not hold a classifier's weights: {one_line(error)}.") from None
+    return net
 
 
 def train_classifier(

@@ -10,6 +10,7 @@ from .auxiliary import AuxiliaryLoss
 from .contrastive import Contrastive, ContrastiveOptions
 from .discrimination import Discrimination, DiscriminationOptions
 from .dispersive import Dispersive, DispersiveOptions
+from .repa import REPA, REPAOptions
 from .sra import SRA, SRAOptions
 
 
@@ -22,12 +23,14 @@ class Auxiliary:
         build: makes it of the network and the options; None where it has no part.
         options: a dataclass of its options, which `TrainingConfig` takes in; None without.
         networks: the class of the networks that it works with.
+        looks_at_pictures: whether it does, of the options; batches have them then.
     """
 
     title: str
     build: Callable[[nn.Module, object], AuxiliaryLoss | None]
     options: type | None = None
     networks: type = PatchTransformer2DModel
+    looks_at_pictures: Callable[[object], bool] = lambda options: False
 
     def names(self) -> list[str]:
         """Of its options."""
@@ -38,6 +41,10 @@ AUXILIARIES = {
     "discrimination": Auxiliary(
         "self-supervised discrimination (L_D)", Discrimination.from_options, DiscriminationOptions,
         SDDiTTransformer2DModel,
+    ),
+    "repa": Auxiliary(
+        "representation alignment (REPA)", REPA.from_options, REPAOptions,
+        looks_at_pictures=REPA.looks_at_pictures,
     ),
     "dispersive": Auxiliary("dispersive loss", Dispersive.from_options, DispersiveOptions),
     "contrastive": Auxiliary("contrastive flow matching", Contrastive.from_options, ContrastiveOptions),

@@ -3,7 +3,7 @@
 Shapes: b batch, c channels, h x w pixels of the sample, n patches, k visible patches, D encoder width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple, Protocol
 
@@ -76,6 +76,7 @@ class AuxiliaryLoss(nn.Module):
     Attributes:
         name: of the metric `loss_NAME`, which is the loss without its weight.
         layers: blocks of the network whose tokens the loss sees, counted from 1.
+        frozen: networks that stay as they are, such as a pretrained encoder; no checkpoint has them.
 
     Raises:
         ValueError: a weight that is none.
@@ -83,6 +84,7 @@ class AuxiliaryLoss(nn.Module):
 
     name: str
     layers: tuple[int, ...] = ()
+    frozen: Sequence[nn.Module] = ()
 
     def __init__(self, weight: float):
         check_number("weight", weight, low=0)

@@ -132,6 +132,11 @@ class RunConfig:
         """Whether what the run begins with is scored too."""
         return False
 
+    @property
+    def looks_at_pictures(self) -> bool:
+        """Whether batches must have the pictures that latents are of."""
+        return False
+
     def network(self) -> dict:
         """The arguments of the network, but for num_classes, which is the dataset's."""
         raise NotImplementedError

@@ -46,7 +46,7 @@ class StepMemory:
     """Bytes that a training step takes on one device."""
 
     weights: int  # of student and head
-    teacher: int  # and what else takes no gradient
+    teacher: int  # and what else takes no gradient, such as a frozen encoder
     averages: int  # of the weights that sample
     gradients: int
     optimizer: int
@@ -123,6 +123,9 @@ def step_memory(
         network = objective.transformer.config
         size = (batch_size, network.in_channels, network.sample_size, network.sample_size)
         x0, labels = torch.zeros(size), torch.zeros(batch_size, dtype=torch.long)
+        frozen = [network for loss in objective.auxiliaries.values() for network in loss.frozen]
+        of_frozen = sum(_bytes(network.parameters()) for network in frozen)
+        pictures = torch.zeros(batch_size, 3, *size[2:], dtype=torch.uint8) if frozen else None
         trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         ema = EMAModel(objective.transformer.parameters(), foreach=True)
         optimizer = torch.optim.AdamW(trained, fused=True)
@@ -130,18 +133,19 @@ def step_memory(
         for _ in range(2):  # the first makes the optimizer's state
             alive.most = alive.now
             train_step(
-                engine, ema, [(Batch(x0, labels), None)],
+                engine, ema, [(Batch(x0, labels, pictures), None)],
                 inspect=lambda _: gradients.append(_bytes(parameter.grad for parameter in trained)),
             )  # fmt: skip
         memory = StepMemory(
             weights=_bytes(trained),
-            teacher=_bytes(parameter for parameter in objective.parameters() if not parameter.requires_grad),
+            teacher=_bytes(parameter for parameter in objective.parameters() if not parameter.requires_grad)
+            + of_frozen,
             averages=_bytes(ema.shadow_params),
             gradients=gradients[-1],
             optimizer=_bytes(value for state in optimizer.state.values() for value in state.values()),
             activations=0,
         )
-        memory.activations = alive.most - memory.fixed
+        memory.activations = alive.most + of_frozen - memory.fixed  # frozen networks are filled, so not seen
     return memory
 
 

@@ -35,6 +35,8 @@ _DIGITS = dict(
     num_prototypes=256,
     head_hidden_dim=256,
     head_bottleneck_dim=64,
+    repa_encoder="classifier",  # needs no download
+    repa_projector_dim=256,
     # The paper's temperatures are for hundreds of thousands of steps: after 500 of these they leave the
     # teacher at 96 % of the entropy of no preference at all, these at 65 % (and at 58 % after 1,500).
     teacher_temperature_start=0.04,
@@ -68,6 +70,8 @@ RECIPES = {
         num_prototypes=2048,
         head_hidden_dim=512,
         head_bottleneck_dim=128,
+        repa_encoder="classifier",
+        repa_projector_dim=512,
     ),
     "cifar10-latent": dict(
         train_batch_size=128,
@@ -79,6 +83,8 @@ RECIPES = {
         num_prototypes=512,
         head_hidden_dim=512,
         head_bottleneck_dim=64,
+        repa_encoder="classifier",
+        repa_projector_dim=512,
         # Between what leaves the teacher at 94 % of the entropy of no preference after 1,700 steps, the
         # paper's, and the 0.04 that the digits begin with, which leaves it at 4 % after 1,200.
         teacher_temperature_start=0.07,
@@ -133,6 +139,10 @@ class NetworkOptions:
     def auxiliaries(self) -> list[str]:
         """Names of the auxiliary losses."""
         return [] if self.auxiliary == ["none"] else self.auxiliary
+
+    @property
+    def looks_at_pictures(self) -> bool:
+        return any(AUXILIARIES[name].looks_at_pictures(self) for name in self.auxiliaries)
 
     def network(self) -> dict:
         """The arguments of the method's network, but for num_classes, which is the dataset's.

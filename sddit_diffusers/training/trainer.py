@@ -259,16 +259,16 @@ def open_dataset(config: RunConfig, network: dict) -> ImageDataset | LatentDatas
     """Latents where the name is that of a folder of latents, pictures otherwise.
 
     Raises:
-        ValueError: there is no such dataset, or the network takes others.
+        ValueError: there is no such dataset, the network takes others, or pictures are missing.
     """
     channels, size = network["in_channels"], network["sample_size"]
     root = None if config.dataset_name == "digits" else find_latents(config.dataset_name)
     if root is None:
         return ImageDataset(
             config.dataset_name, config.image_column, config.label_column, channels, size,
-            config.dataloader_num_workers,
+            config.dataloader_num_workers, gives_pictures=config.looks_at_pictures,
         )  # fmt: skip
-    dataset = LatentDataset(root)
+    dataset = LatentDataset(root, config.looks_at_pictures)
     if dataset.shape != (channels, size, size):
         shape = " x ".join(map(str, dataset.shape))
         raise ValueError(

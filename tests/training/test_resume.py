@@ -89,6 +89,7 @@ def test_a_damaged_checkpoint_costs_its_steps_alone(tmp_path):
 IDENTITY = {"method", "transformer", "dataset_name", "label_column", "seed", "train_batch_size"}
 IDENTITY |= {"gradient_accumulation_steps", "num_prototypes", "head_hidden_dim", "head_bottleneck_dim"}
 IDENTITY |= {"pretrained_model_name_or_path", "auxiliary", "sra_layer", "sra_teacher_layer"}
+IDENTITY |= {"repa_layer", "repa_encoder", "repa_projector_dim", "repa_convolution"}
 
 
 OF_A_START = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run"}
@@ -135,7 +136,7 @@ READ = {
 }  # fmt: skip
 # Of losses that these runs have not; the losses' own tests change them.
 READ |= {"dispersive_weight", "dispersive_temperature", "dispersive_layer", "contrastive_weight"}
-READ |= {"sra_weight", "sra_interval", "sra_momentum"}
+READ |= {"sra_weight", "sra_interval", "sra_momentum", "repa_weight", "repa_spatial_norm", "repa_until_step"}
 
 
 def test_of_each_option_it_is_known_what_a_resumed_run_makes_of_it():
