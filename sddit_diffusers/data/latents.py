@@ -55,13 +55,8 @@ class LatentDataset:
     def __init__(self, root: str, gives_pictures: bool = False):
         self.name, self.manifest = root, Manifest.read(root)
         self.source, self.vae = self.manifest.source["name"], self.manifest.vae
-        if gives_pictures and not self.manifest.pictures:
-            raise ValueError(
-                f"There are no pictures beside the latents of {root}, and this run looks at them; this makes "
-                f"such a folder: accelerate launch -m sddit_diffusers.prepare_latents --keep_pictures "
-                f"--dataset_name {self.source} --vae {self.vae['name']} "
-                f"--resolution {self.manifest.resolution} --output_dir FOLDER"
-            )
+        if gives_pictures:
+            self.manifest.check_pictures(root)
         self.gives_pictures = gives_pictures
         self.shape = tuple(self.manifest.shape)
         self.num_classes = self.manifest.num_classes

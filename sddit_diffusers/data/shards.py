@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -110,6 +111,20 @@ class Manifest:
             "its vae.config.scaling_factor is 0": self.vae["config"]["scaling_factor"] == 0,
         }
         return next((problem for problem, there in problems.items() if there), "")
+
+    def check_pictures(self, root: str) -> None:
+        """Raises a ValueError, with the command that makes them, where there are no pictures in a folder."""
+        if self.pictures:
+            return
+        given = {"dataset_name": self.source["name"], "vae": self.vae["name"], "resolution": self.resolution}
+        names = ("dataset_config_name", "split", "image_column", "label_column", "flip", "dtype")
+        given |= {name: self.settings[name] for name in names if self.settings.get(name)}
+        options = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in given.items())
+        raise ValueError(
+            f"There are no pictures beside the latents of {root}, and this run looks at them. This makes "
+            "such a folder: accelerate launch -m sddit_diffusers.prepare_latents --keep_pictures "
+            f"--output_dir FOLDER {options}"
+        )
 
     def rows_of(self, table: pa.Table) -> tuple[np.ndarray, np.ndarray | None]:
         """The moments `[rows, 2 * c * h * w]` and class numbers `[rows]` of a part of a shard.

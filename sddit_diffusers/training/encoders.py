@@ -3,7 +3,9 @@
 Shapes: b batch, g patches of the network down and across, d width of the encoder's tokens.
 """
 
+import hashlib
 import inspect
+import math
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from ..data.order import Batch
 from ..data.shards import Manifest, find_latents
 from ..evaluation.extractors import SmallClassifier, load_classifier, train_classifier
 from ..evaluation.features import default_cache
-from ..evaluation.image_sets import DatasetImages, open_images
+from ..evaluation.image_sets import DatasetImages
 from ..models.attention_cpu import use_cpu_attention
 from ..pipelines.loading import load_pipeline, sha256_of_weights
 from .auxiliary import network_inputs
@@ -29,33 +31,40 @@ _ALMOST_CLEAN = 0.002  # noise over signal, SD-DiT's of the teacher's view
 
 
 class Encoder(nn.Module):
-    """A frozen network that looks at a batch, in bfloat16 unless told otherwise.
+    """A frozen network that looks at a batch.
 
     Args:
         network: what it is; its weights are hashed as they come.
-        dtype: of its weights.
+        dtype: of its weights; None for bfloat16, on a CPU, which is slow at that, float32.
 
     Attributes:
-        sha256: of its weights.
+        sha256: of its weights, and of what else decides its tokens.
     """
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype = torch.bfloat16):
+    def __init__(self, network: nn.Module, dtype: torch.dtype | None = None):
         super().__init__()
         self.sha256 = sha256_of_weights(network)
-        self.network, self.dtype = network.requires_grad_(False).eval(), dtype
-        self.to(dtype)
+        self.network, self.wanted = network.requires_grad_(False).eval(), dtype
 
     @torch.no_grad()
     def forward(self, batch: Batch, side: int) -> Tensor:
         """Its patch tokens in float32, `[b, g g, d]` row by row, for a network of `side` = g.
 
         Raises:
-            ValueError: it has not as many.
+            ValueError: it has not as many, or fails.
         """
-        if next(self.network.parameters()).device != batch.x0.device:
-            self.to(batch.x0.device)
-        with torch.autocast(batch.x0.device.type, enabled=False):
+        device = batch.x0.device
+        dtype = self.wanted or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        with _disable_current_modes():  # a dry run has its weights, too
+            self.fit(side)
+            first = next(self.network.parameters())
+            if (first.device, first.dtype) != (device, dtype):
+                self.to(device, dtype)
+        with torch.autocast(device.type, enabled=False):
             return self.tokens(batch, side).float()
+
+    def fit(self, side: int) -> None:
+        """Makes it ready for a network of `side` patches down and across."""
 
     def tokens(self, batch: Batch, side: int) -> Tensor:
         """As `forward`, of its own precision."""
@@ -73,8 +82,9 @@ class Encoder(nn.Module):
 class TransformersEncoder(Encoder):
     """A vision transformer of transformers, such as DINOv2.
 
-    As in REPA's code a picture is divided by 255 and normalised, and only then resized, bicubically, so that
-    the encoder has as many patches as the network. Positions are resampled by the model itself.
+    As in REPA's code for DINOv2 a picture is divided by 255, normalised, and resized bicubically so that the
+    encoder has as many patches as the network; learned positions are resampled once, bicubically and with a
+    filter, where the model keeps them as transformers' ViT and DINOv2 do, and elsewhere as the model does.
 
     Args:
         mean, std: of its image processor, by channel.
@@ -88,21 +98,49 @@ class TransformersEncoder(Encoder):
         super().__init__(network, **arguments)
         self.patch_size = getattr(network.config, "patch_size", None)
         if not isinstance(self.patch_size, int):
-            raise ValueError(
-                f"repa_encoder is a {type(network).__name__}, which has no square patches; a vision "
-                "transformer has, such as facebook/dinov2-base."
-            )
+            self.refuse()
+        self.sha256 = hashlib.sha256(f"{self.sha256} {mean} {std}".encode()).hexdigest()
         self.resampled = "interpolate_pos_encoding" in inspect.signature(network.forward).parameters
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+        positions = getattr(getattr(network, "embeddings", None), "position_embeddings", None)
+        self.positions = None  # of [CLS] and a grid, as they were learned
+        if isinstance(positions, nn.Parameter) and math.isqrt(n := positions.shape[1] - 1) ** 2 == n:
+            self.positions = positions.detach().clone()
+
+    def refuse(self) -> None:
+        raise ValueError(
+            f"repa_encoder is a {type(self.network).__name__}, which gives no tokens of square patches; a "
+            "vision transformer does, such as facebook/dinov2-base."
+        )
+
+    def fit(self, side: int) -> None:
+        """Resamples positions `[1, 1 + n n, d]` for g x g patches."""
+        if self.positions is None or self.network.embeddings.position_embeddings.shape[1] == 1 + side**2:
+            return
+        trained = math.isqrt(self.positions.shape[1] - 1)
+        cls, grid = self.positions.float().split([1, trained**2], dim=1)
+        grid = grid.unflatten(1, (trained, trained)).permute(0, 3, 1, 2)  # [1, d, n, n]
+        grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+        old = self.network.embeddings.position_embeddings
+        self.network.embeddings.position_embeddings = nn.Parameter(
+            torch.cat([cls, grid], dim=1).to(old.device, old.dtype), requires_grad=False
+        )
 
     def tokens(self, batch: Batch, side: int) -> Tensor:
         pixels, size = batch.pictures.float() / 255, (side * self.patch_size,) * 2
-        pixels = (pixels - self.mean) / self.std
+        pixels = (pixels - self.mean.to(pixels.device)) / self.std.to(pixels.device)
         if pixels.shape[2:] != size:
             pixels = F.interpolate(pixels, size, mode="bicubic")
         options = {"interpolate_pos_encoding": True} if self.resampled else {}
-        tokens = self.network(pixels.to(self.dtype), **options).last_hidden_state
+        weight = next(self.network.parameters())
+        try:
+            tokens = self.network(pixels.to(weight.dtype), **options).last_hidden_state
+        except RuntimeError as error:  # of a network that is no transformer
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            self.refuse()
+        if tokens.ndim != 3:
+            self.refuse()
         most_leading = 1 + (getattr(self.network.config, "num_register_tokens", 0) or 0)  # with [CLS]
         leading = tokens.shape[1] - side**2
         if not 0 <= leading <= most_leading:
@@ -135,7 +173,8 @@ class PipelineEncoder(Encoder):
         self.check_grid((x0.shape[-1] // config.patch_size) ** 2, side)
         t = torch.full((len(x0), 1, 1, 1), self.process.time_of(_ALMOST_CLEAN), device=x0.device)
         sample, timestep = network_inputs(self.process, self.process.noised(x0, torch.zeros_like(x0), t), t)
-        tokens = self.network(sample.to(self.dtype), timestep, None).encoder_hidden_states
+        weight = next(self.network.parameters())
+        tokens = self.network(sample.to(weight.dtype), timestep, None).encoder_hidden_states
         return tokens[:, tokens.shape[1] - side**2 :]
 
 
@@ -149,13 +188,15 @@ class ClassifierEncoder(Encoder):
         return F.adaptive_avg_pool2d(self.network.map(batch.pictures), side).flatten(2).transpose(1, 2)
 
 
-@cache
 def is_pipeline(name: str) -> bool:
     """Whether a folder, or what has the name on the Hub, is a pipeline."""
-    if Path(name).exists():
+    if name == CLASSIFIER or Path(name).exists():
         return (Path(name) / "model_index.json").is_file()
-    if name == CLASSIFIER:
-        return False
+    return _is_pipeline_of_hub(name)
+
+
+@cache
+def _is_pipeline_of_hub(name: str) -> bool:
     try:
         DiffusionPipeline.load_config(name)
     except Exception:  # whatever the Hub and the network raise; the next one to look says so
@@ -179,6 +220,8 @@ def build_encoder(options) -> Encoder:
     with torch.random.fork_rng(devices=[]), _disable_current_modes(), torch.device("cpu"):
         if name == CLASSIFIER:
             return ClassifierEncoder(SmallClassifier(10) if options.dry_run else classifier_of(options))
+        if name.endswith(".safetensors"):
+            return ClassifierEncoder(load_classifier(name))
         if is_pipeline(name):
             pipe = load_pipeline(name)
             return PipelineEncoder(pipe.transformer, pipe.scheduler)
@@ -197,29 +240,24 @@ def load_transformers(name: str) -> tuple[nn.Module, list[float], list[float]]:
         return model, [*processor.image_mean], [*processor.image_std]
     except Exception as error:  # whatever the Hub, the network and the reader raise
         raise ValueError(
-            f"repa_encoder is {name!r}; it must be {CLASSIFIER!r}, a pipeline or a vision model of "
-            f"transformers: {one_line(error)}"
+            f"repa_encoder is {name!r}; it must be {CLASSIFIER!r}, its file, a pipeline or a vision "
+            f"model of transformers: {one_line(error)}"
         ) from None
 
 
 def classifier_of(options) -> SmallClassifier:
-    """The small classifier of the pictures of a run, trained now or found in the cache.
+    """The small classifier of the pictures that a run is trained on, trained now or found in the cache.
 
     Raises:
-        ValueError: they are not there, or have no labels.
+        ValueError: the pictures have no labels, or are not beside their latents.
     """
-    root = None if options.dataset_name == "digits" else find_latents(options.dataset_name)
-    manifest = None if root is None else Manifest.read(root)
-    name = options.evaluation_reference or (options.dataset_name if root is None else manifest.source["name"])
-    size = manifest.resolution if manifest else options.network()["sample_size"]
-    try:
-        images = open_images(name, size, options.image_column, options.label_column)
-    except ValueError as error:
-        raise ValueError(
-            f"repa_encoder is {CLASSIFIER!r}, which is trained on the pictures of {name}: {error} "
-            "--evaluation_reference may name another dataset of them."
-        ) from None
-    if not isinstance(images, DatasetImages):
-        raise ValueError(f"repa_encoder is {CLASSIFIER!r}, which is trained on a dataset; {name} is none.")
+    name, columns = options.dataset_name, (options.image_column, options.label_column)
+    size = options.network()["sample_size"]
+    root = None if name == "digits" else find_latents(name)
+    if root is not None:
+        manifest = Manifest.read(root)
+        manifest.check_pictures(root)
+        size, columns = manifest.resolution, ("picture", "label" * bool(manifest.num_classes))
+    images = DatasetImages(name, size, *columns, split="train")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return load_classifier(train_classifier(images, default_cache(), device))

@@ -34,7 +34,7 @@ class REPAOptions:
     repa_encoder: str = option(
         "facebook/dinov2-base",
         f"frozen encoder: a vision model of transformers, a pipeline (folders or Hub names), or "
-        f"'{CLASSIFIER}', a small one that is trained on the pictures first",
+        f"'{CLASSIFIER}', a small one that is trained on the pictures first, or its .safetensors file",
     )
     repa_weight: float = option(0.5, "factor of REPA's loss", low=0)
     repa_layer: int = option(
@@ -156,7 +156,8 @@ class REPA(AuxiliaryLoss):
         return {}
 
     def identity(self) -> dict:
-        """The layer, the projector's shapes, and the hash of the encoder."""
+        """The layer, the projector's shapes, and what the target is."""
         shapes = [[*parameter.shape] for parameter in self.projector.parameters()]
         about = {"repa_layer": self.layers[0], "repa_projector": shapes}
+        about["repa_spatial_norm"] = self.spatial_norm
         return about | {"repa_encoder_sha256": self.frozen[0].sha256}

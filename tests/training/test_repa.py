@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from bad_input import refusal
 from conftest import write_latents
+from PIL import Image
 from small_runs import NETWORK, arguments, make_trainer, train, weights_of
 from transformers import (
     AutoImageProcessor,
     BitImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
+    ConvNextConfig,
+    ConvNextModel,
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
@@ -205,6 +208,22 @@ def test_patch_tokens_are_those_of_transformers(name, tmp_path):
     assert grid.shape == (2, 36, 12)  # positions are resampled
 
 
+@pytest.mark.parametrize("side", [3, 6])
+def test_learned_positions_are_resampled_with_a_filter(side):
+    """As Pillow resizes a picture of each of their numbers."""
+    encoder = encoder_of(dtype=torch.float32)
+    learned = encoder.network.embeddings.position_embeddings.detach().clone()
+    encoder.fit(side)
+    found = encoder.network.embeddings.position_embeddings
+    assert torch.equal(found[:, 0], learned[:, 0])
+    for number in range(12):
+        grid = Image.fromarray(learned[0, 1:, number].reshape(4, 4).numpy())
+        expected = np.asarray(grid.resize((side, side), Image.Resampling.BICUBIC))
+        np.testing.assert_allclose(found[0, 1:, number].reshape(side, side), expected, atol=1e-5)
+    encoder.fit(4)
+    assert torch.equal(encoder.network.embeddings.position_embeddings[:, 0], learned[:, 0])
+
+
 def test_patches_are_in_the_order_of_the_network():
     """A picture with one bright patch changes the classifier's map there, and in no patch that is far."""
     torch.manual_seed(0)
@@ -303,7 +322,10 @@ def test_latents_without_pictures_are_refused_with_the_command_that_makes_them(t
         (["--repa_layer", "3"], ["repa_layer is 3", "at most 2"]),
         (["--repa_layer", "-1"], ["repa_layer is -1", "at least 0"]),
         (["--repa_weight", "-1"], ["repa_weight", "at least 0"]),
-        (["--repa_encoder", "./no-such-encoder"], ["./no-such-encoder", "'classifier', a pipeline or"]),
+        (
+            ["--repa_encoder", "./no-such-encoder"],
+            ["./no-such-encoder", "'classifier', its file, a"],
+        ),
         (["--auxiliary", "repa", "repa"], ["names repa twice"]),
         (["--auxiliary", "none", "--repa_weight", "1"], ["repa_weight is 1.0", "no such option"]),
         (["--auxiliary", "rapa"], ["'rapa'", "repa"]),
@@ -316,8 +338,33 @@ def test_what_is_refused(options, named, tmp_path, capsys):
 
 def test_what_is_no_vision_transformer_is_refused(tmp_path):
     network = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1]))
-    with pytest.raises(ValueError, match="ResNetModel, which has no square patches"):
+    with pytest.raises(ValueError, match="ResNetModel, which gives no tokens of square patches"):
         TransformersEncoder(network, MEAN, STD)
+    network = ConvNextModel(
+        ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2)
+    )  # of patches, too
+    with pytest.raises(ValueError, match="ConvNextModel, which gives no tokens of square patches"):
+        REPA(network_of(), TransformersEncoder(network, MEAN, STD))
+
+
+def test_what_decides_the_target_is_what_a_resumed_run_must_share():
+    encoder, other = encoder_of(), TransformersEncoder(encoder_of().network, MEAN, MEAN)
+    assert encoder.sha256 == encoder_of().sha256 != other.sha256
+    plain = REPA(network_of(), encoder_of(dtype=None)).identity()
+    for change in ({"spatial_norm": True}, {"convolution": True}, {"projector_dim": 6}, {"layer": 2}):
+        assert REPA(network_of(), encoder_of(dtype=None), **change).identity() != plain
+
+
+def test_the_classifier_is_trained_on_the_kept_pictures_and_its_file_stands_for_it(tmp_path, cache):
+    write_latents(tmp_path / "latents", 64, 16, "--keep_pictures")
+    shutil.rmtree(tmp_path / "latents-source")  # nobody needs it any more
+    network = NETWORK | {"sample_size": 2, "in_channels": 2, "patch_size": 1}
+    options = ["--transformer", json.dumps(network), "--dataset_name", tmp_path / "latents", "--vae", "none"]
+    options += ["--auxiliary", "repa", "--max_train_steps", 1, "--repa_encoder"]
+    before = {*cache.glob("sddit_diffusers/classifier-*")}
+    rows = train(tmp_path / "first", *options, "classifier")
+    (file,) = {*cache.glob("sddit_diffusers/classifier-*")} - before
+    assert train(tmp_path / "second", *options, file)[0]["loss_repa"] == rows[0]["loss_repa"]
 
 
 def test_the_memory_model_counts_the_encoder(vision_model, tmp_path):
@@ -331,7 +378,7 @@ def test_the_memory_model_counts_the_encoder(vision_model, tmp_path):
     process = EDMHeunScheduler()  # beforehand, since its steps are numbers
     plain, more = step_memory(build("none"), 4), step_memory(build("repa"), 4)
     encoder = build_encoder(train_sddit.parse(["--repa_encoder", vision_model]))
-    assert more.teacher - plain.teacher == sum(2 * weight.numel() for weight in encoder.parameters())
+    assert more.teacher - plain.teacher == sum(4 * weight.numel() for weight in encoder.parameters())
     assert more.activations > plain.activations and more.weights > plain.weights
 
 
