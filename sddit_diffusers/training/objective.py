@@ -195,8 +195,8 @@ class Objective(nn.Module):
 
     def view(self, batch: Batch, draws: Draws, made: Pass) -> View:
         """What the auxiliary losses see."""
-        blocks, visible_ids = self.transformer.transformer_blocks, draws.visible_ids
-        if visible_ids is not None and not self.transformer.sees_part(len(blocks)):
+        network, visible_ids = self.transformer, draws.visible_ids
+        if visible_ids is not None and not network.sees_part(len(network.transformer_blocks)):
             visible_ids = None  # the last tokens are of all patches
         return View(batch, batch.labels, draws.t, draws.noise, visible_ids, self.has_cls, **made._asdict())
 

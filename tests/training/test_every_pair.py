@@ -54,22 +54,28 @@ def test_every_pair(method, process, auxiliary, tmp_path, capsys):
     assert images.shape == (2, 1, 8, 8) and images.isfinite().all() and images.std() > 0
 
 
-@pytest.mark.parametrize("process", PROCESSES)
-@pytest.mark.parametrize("method", METHODS)
-def test_every_pair_is_distilled(method, process, tmp_path):
+def distillations():
+    for (i, method), (j, process), (k, objective) in product(
+        enumerate(METHODS), enumerate(PROCESSES), enumerate(OBJECTIVES)
+    ):
+        if (i + j + k) % len(OBJECTIVES) == 0:  # a pair has one of them; each meets all values of both
+            yield method, process, objective
+
+
+@pytest.mark.parametrize(("method", "process", "objective"), distillations())
+def test_every_pair_is_distilled(method, process, objective, tmp_path):
     network = METHODS[method].network(NETWORK | {"num_layers": 3})
     options = [*SMALL[len(HEAD) :], "--method", method, "--process", process, "--auxiliary", "none"]
     options += ["--max_train_steps", "1", "--output_dir", str(tmp_path / "parent")]
     train_sddit.main([*options, "--transformer", json.dumps(network)])
-    for objective in OBJECTIVES:
-        child = tmp_path / objective
-        options = ["--model", tmp_path / "parent", "--objective", objective, "--num_inference_steps", 3]
-        options += ["--max_train_steps", 2, "--train_batch_size", 4, "--evaluation_steps", 0]
-        distill_sddit.main([*map(str, [*options, "--output_dir", child])])
-        pipe = SDDiTPipeline.from_pretrained(child)
-        assert pipe.scheduler.config.num_inference_steps == 3
-        images = pipe([1, 2], output_type="pt").images
-        assert images.isfinite().all() and images.std() > 0
+    child = tmp_path / objective
+    options = ["--model", tmp_path / "parent", "--objective", objective, "--num_inference_steps", 3]
+    options += ["--max_train_steps", 2, "--train_batch_size", 4, "--evaluation_steps", 0]
+    distill_sddit.main([*map(str, [*options, "--output_dir", child])])
+    pipe = SDDiTPipeline.from_pretrained(child)
+    assert pipe.scheduler.config.num_inference_steps == 3
+    images = pipe([1, 2], output_type="pt").images
+    assert images.isfinite().all() and images.std() > 0
 
 
 INTERPOLANTS = ["linear", "gvp", "vp"]
