@@ -11,6 +11,7 @@ from .tables import Results
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.ticker import LogLocator, NullLocator  # noqa: E402
 
 
 def draw(table: Table, study: Study, results: Results, folder: Path) -> None:
@@ -125,8 +126,11 @@ def _draw_evaluations(axis, speeds, table: Table, study: Study, results: Results
 
 def _scale_scores(axis) -> None:
     axis.set_yscale("log")
-    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-        ticks("{x:g}")
+    low, high = axis.get_ylim()
+    labelled = range(1, 10) if high < 10 * low else (1, 2, 5)  # more would run into one another
+    axis.yaxis.set_major_locator(LogLocator(subs=labelled, numticks=100))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter("{x:g}")
 
 
 def _draw_line(axis, xs, values: list[list[float]], label: str, **style) -> None:
