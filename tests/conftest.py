@@ -18,6 +18,7 @@ from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline, SDDiTTransformer2DModel, prepare_latents
 from sddit_diffusers.evaluation.extractors import train_classifier
+from sddit_diffusers.models.transformer_sddit import SDDiTBlock
 from sddit_diffusers.training import encoders
 
 CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {*range(os.cpu_count())}
@@ -172,6 +173,24 @@ def make_latent_pipe(kind):
 @pytest.fixture(params=["kl", "tiny"])
 def latent_pipe(request):
     return make_latent_pipe(request.param)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What reaches the backend of blocks that are compiled, a graph for each compilation."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def compile(block, **options):
+        torch.nn.Module.compile(block, backend=count, fullgraph=True, **options)
+
+    monkeypatch.setattr(SDDiTBlock, "compile", compile)
+    torch._dynamo.reset()
+    yield graphs
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

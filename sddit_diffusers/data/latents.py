@@ -117,7 +117,8 @@ class LatentDataset:
         """The sampler's micro-batches, read ahead.
 
         Yields:
-            moments `[b, 2, c, h, w]`, class numbers `[b]`, and pictures `[b, 3, h', w']` or None.
+            moments `[b, 2, c, h, w]`, class numbers `[b]` or None, and pictures `[b, 3, h', w']` if the
+            dataset gives them.
         """
         return prefetch(self._read(sampler))
 

@@ -340,13 +340,15 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixi
         Returns:
             `[b, n, D]`, or `[b, 1 + n, D]` with [CLS] first.
         """
-        tokens, _ = self._embed(hidden_states)
-        if hasattr(self, "cls_token"):
-            tokens = torch.cat([self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+        tokens = self._with_cls(self._embed(hidden_states)[0])
         temb = self._condition(timestep, class_labels, hidden_states)
         for block in self.transformer_blocks:
             tokens = run_block(self, block, tokens, temb)
         return tokens
+
+    def _with_cls(self, patches: Tensor) -> Tensor:
+        """What the first block sees of patches `[b, k, D]`; a network with [CLS] puts it first."""
+        return patches
 
     def _embed(self, hidden_states: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The patches at their positions, `[b, n, D]`, and how many there are down and across.
@@ -461,9 +463,7 @@ class SDDiTTransformer2DModel(PatchTransformer2DModel):
 
         # The encoder sees [CLS] and the visible patches only.
         visible = patches if visible_ids is None else gather_tokens(patches, visible_ids)  # [b, k, D]
-        tokens = torch.cat(
-            [self.cls_token.to(visible.dtype).expand(visible.shape[0], -1, -1), visible], dim=1
-        )
+        tokens = self._with_cls(visible)
         for block in self.transformer_blocks:
             tokens = run_block(self, block, tokens, temb)  # [b, 1 + k, D]
 
@@ -479,6 +479,10 @@ class SDDiTTransformer2DModel(PatchTransformer2DModel):
         if not return_dict:
             return (sample, tokens)
         return SDDiTTransformer2DOutput(sample=sample, encoder_hidden_states=tokens)
+
+    def _with_cls(self, patches: Tensor) -> Tensor:
+        cls = self.cls_token.to(patches.dtype).expand(patches.shape[0], -1, -1)
+        return torch.cat([cls, patches], dim=1)  # [b, 1 + k, D]
 
 
 def check_config(config: dict) -> None:

@@ -4,6 +4,7 @@ Shapes: b batch, c channels, h x w pixels of the sample, n patches, k visible pa
 """
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from numbers import Integral
 from typing import Any, NamedTuple, Protocol
 
@@ -90,6 +91,16 @@ class AuxiliaryLoss(nn.Module):
         check_number("weight", weight, low=0)
         super().__init__()
         self.weight = weight
+
+    @classmethod
+    def from_options(cls, transformer: nn.Module, options: Any, *others) -> "AuxiliaryLoss":
+        """The loss that a run's options ask for: each keyword argument ARG is their `NAME_ARG`.
+
+        Args:
+            others: arguments that stand after the network.
+        """
+        names = [each.name for each in signature(cls).parameters.values() if each.kind is each.KEYWORD_ONLY]
+        return cls(transformer, *others, **{name: getattr(options, f"{cls.name}_{name}") for name in names})
 
     def draw(
         self, shape: tuple[int, ...], process: Process, generator: torch.Generator | None, device

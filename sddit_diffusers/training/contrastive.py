@@ -53,11 +53,6 @@ class Contrastive(AuxiliaryLoss):
         super().__init__(weight)
         self.patch_size = transformer.config.patch_size
 
-    @classmethod
-    def from_options(cls, transformer: PatchTransformer2DModel, options: ContrastiveOptions) -> "Contrastive":
-        """What the options ask for."""
-        return cls(transformer, weight=options.contrastive_weight)
-
     def forward(self, view: View, process: Process, draws: None) -> dict[str, Tensor]:
         """`loss_contrastive`, at most 0, in float32.
 

@@ -65,14 +65,6 @@ class Dispersive(AuxiliaryLoss):
         self.temperature = temperature
         self.layers = (layer,)
 
-    @classmethod
-    def from_options(cls, transformer: PatchTransformer2DModel, options: DispersiveOptions) -> "Dispersive":
-        """What the options ask for."""
-        return cls(
-            transformer, weight=options.dispersive_weight, temperature=options.dispersive_temperature,
-            layer=options.dispersive_layer,
-        )  # fmt: skip
-
     def forward(self, view: View, process: Process, draws: None) -> dict[str, Tensor]:
         """`loss_dispersive`, in float32.
 

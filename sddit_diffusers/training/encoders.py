@@ -51,17 +51,21 @@ class Encoder(nn.Module):
         """Its patch tokens in float32, `[b, g g, d]` row by row, for a network of `side` = g.
 
         Raises:
-            ValueError: it has not as many, or fails.
+            ValueError: it has not as many.
         """
         device = batch.x0.device
         dtype = self.wanted or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         with _disable_current_modes():  # a dry run has its weights, too
             self.fit(side)
-            first = next(self.network.parameters())
-            if (first.device, first.dtype) != (device, dtype):
+            if (self.weight.device, self.weight.dtype) != (device, dtype):
                 self.to(device, dtype)
         with torch.autocast(device.type, enabled=False):
             return self.tokens(batch, side).float()
+
+    @property
+    def weight(self) -> Tensor:
+        """One of its weights, which tells where they are and in which precision."""
+        return next(self.network.parameters())
 
     def fit(self, side: int) -> None:
         """Makes it ready for a network of `side` patches down and across."""
@@ -108,6 +112,7 @@ class TransformersEncoder(Encoder):
             self.positions = positions.detach().clone()
 
     def refuse(self) -> None:
+        """Raises a ValueError that names its class."""
         raise ValueError(
             f"repa_encoder is a {type(self.network).__name__}, which gives no tokens of square patches; a "
             "vision transformer does, such as facebook/dinov2-base."
@@ -132,13 +137,7 @@ class TransformersEncoder(Encoder):
         if pixels.shape[2:] != size:
             pixels = F.interpolate(pixels, size, mode="bicubic")
         options = {"interpolate_pos_encoding": True} if self.resampled else {}
-        weight = next(self.network.parameters())
-        try:
-            tokens = self.network(pixels.to(weight.dtype), **options).last_hidden_state
-        except RuntimeError as error:  # of a network that is no transformer
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            self.refuse()
+        tokens = self.network(pixels.to(self.weight.dtype), **options).last_hidden_state
         if tokens.ndim != 3:
             self.refuse()
         most_leading = 1 + (getattr(self.network.config, "num_register_tokens", 0) or 0)  # with [CLS]
@@ -173,8 +172,7 @@ class PipelineEncoder(Encoder):
         self.check_grid((x0.shape[-1] // config.patch_size) ** 2, side)
         t = torch.full((len(x0), 1, 1, 1), self.process.time_of(_ALMOST_CLEAN), device=x0.device)
         sample, timestep = network_inputs(self.process, self.process.noised(x0, torch.zeros_like(x0), t), t)
-        weight = next(self.network.parameters())
-        tokens = self.network(sample.to(weight.dtype), timestep, None).encoder_hidden_states
+        tokens = self.network(sample.to(self.weight.dtype), timestep, None).encoder_hidden_states
         return tokens[:, tokens.shape[1] - side**2 :]
 
 

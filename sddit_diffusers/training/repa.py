@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..cli import MOST_WIDTH, option
+from ..cli import MOST_WIDTH, one_line, option
 from ..data.order import Batch
 from ..models.transformer_sddit import (
     PatchTransformer2DModel,
@@ -109,14 +109,18 @@ class REPA(AuxiliaryLoss):
         """Width of the encoder's tokens; it tries the encoder once."""
         size = config.sample_size
         x0, pictures = torch.zeros(1, config.in_channels, size, size), torch.zeros(1, 3, size, size)
-        return encoder(Batch(x0, None, pictures.to(torch.uint8)), self.side).shape[-1]
+        try:
+            return encoder(Batch(x0, None, pictures.to(torch.uint8)), self.side).shape[-1]
+        except RuntimeError as error:
+            raise ValueError(
+                f"repa_encoder cannot look at {self.side} x {self.side} patches; a vision transformer can, "
+                f"such as facebook/dinov2-base: {one_line(error)}"
+            ) from error
 
     @classmethod
     def from_options(cls, transformer: PatchTransformer2DModel, options: REPAOptions) -> "REPA":
-        """What the options ask for."""
-        names = [name for name in REPAOptions.__dataclass_fields__ if name != "repa_encoder"]
-        arguments = {name.removeprefix("repa_"): getattr(options, name) for name in names}
-        return cls(transformer, build_encoder(options), **arguments)
+        """As of `AuxiliaryLoss`, with the encoder that the options name."""
+        return super().from_options(transformer, options, build_encoder(options))
 
     @staticmethod
     def looks_at_pictures(options: REPAOptions) -> bool:

@@ -97,12 +97,6 @@ class SRA(AuxiliaryLoss):
             nn.init.zeros_(linear.bias)
         self.teacher = Teacher(transformer, layers=teacher_layer)
 
-    @classmethod
-    def from_options(cls, transformer: PatchTransformer2DModel, options: SRAOptions) -> "SRA":
-        """What the options ask for."""
-        names = [name.removeprefix("sra_") for name in SRAOptions.__dataclass_fields__]
-        return cls(transformer, **{name: getattr(options, f"sra_{name}") for name in names})
-
     def draw(
         self, shape: tuple[int, ...], process: Process, generator: torch.Generator | None, device
     ) -> SRADraws:

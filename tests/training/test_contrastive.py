@@ -14,7 +14,6 @@ from small_losses import (
     make,
     options,
     reached,
-    same_base_draws,
     trainer_of,
 )
 
@@ -129,20 +128,10 @@ def test_it_is_float32_under_autocast():
     assert actual.item() == pytest.approx(expected.item(), rel=0.02)
 
 
-def test_draws_are_those_without_it():
-    assert same_base_draws(make(), make(Contrastive))
-
-
 @pytest.mark.parametrize("weight", [-0.1, 1, 1.0, float("nan")])
 def test_a_weight_out_of_range_is_named(weight):
     with pytest.raises(ValueError, match=f"contrastive_weight is {weight}; it must be"):
         make(Contrastive, weight=weight)
-
-
-def test_one_image_is_refused():
-    objective = make(Contrastive)
-    with pytest.raises(ValueError, match="compares images, and the batch has one"):
-        objective(torch.randn(1, 3, 8, 8), torch.tensor([0]))
 
 
 @pytest.mark.parametrize(

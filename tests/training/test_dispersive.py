@@ -14,13 +14,13 @@ from small_losses import (
     make,
     options,
     reached,
-    same_base_draws,
     tokens_after,
     trainer_of,
     up_to,
     visible_of,
 )
 
+from sddit_diffusers.training.contrastive import Contrastive
 from sddit_diffusers.training.dispersive import Dispersive, dispersive_loss
 from sddit_diffusers.training.methods import METHODS
 
@@ -94,10 +94,6 @@ def test_it_is_float32_under_autocast():
     assert actual.item() == pytest.approx(expected.item(), rel=0.05)
 
 
-def test_draws_are_those_without_it():
-    assert same_base_draws(make(), make(Dispersive))
-
-
 @pytest.mark.parametrize(("depth", "layer"), [(1, 1), (3, 1), (4, 1), (8, 2), (12, 3), (28, 7)])
 def test_a_quarter_of_the_depth(depth, layer):
     network = METHODS["dit"].transformer(**NETWORKS["dit"] | {"num_layers": depth})
@@ -118,8 +114,9 @@ def test_bad_input_is_named(arguments, message):
         make(Dispersive, **arguments)
 
 
-def test_one_image_is_refused():
-    objective = make(Dispersive)
+@pytest.mark.parametrize("loss", [Dispersive, Contrastive])
+def test_one_image_is_refused(loss):
+    objective = make(loss)
     with pytest.raises(ValueError, match="compares images, and the batch has one"):
         objective(torch.randn(1, 3, 8, 8), torch.tensor([0]))
 

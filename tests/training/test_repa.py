@@ -200,7 +200,7 @@ def test_patch_tokens_are_those_of_transformers(name, tmp_path):
         given = processor(
             [*pictures], do_resize=False, do_center_crop=False, return_tensors="pt", do_convert_rgb=False
         )["pixel_values"].float()  # fmt: skip
-        if size != 12:  # REPA's order: normalised, then resized
+        if size != 12:  # not by the processor, whose bicubic filter is another
             given = F.interpolate(given, (12, 12), mode="bicubic")
         expected = encoder.network(given).last_hidden_state[:, -16:]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -340,11 +340,10 @@ def test_what_is_no_vision_transformer_is_refused(tmp_path):
     network = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1]))
     with pytest.raises(ValueError, match="ResNetModel, which gives no tokens of square patches"):
         TransformersEncoder(network, MEAN, STD)
-    network = ConvNextModel(
-        ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2)
-    )  # of patches, too
-    with pytest.raises(ValueError, match="ConvNextModel, which gives no tokens of square patches"):
-        REPA(network_of(), TransformersEncoder(network, MEAN, STD))
+    for stages, message in (2, "ConvNextModel, which gives no tokens"), (4, "cannot look at 4 x 4 patches"):
+        config = ConvNextConfig(hidden_sizes=[8] * stages, depths=[1] * stages, num_stages=stages)
+        with pytest.raises(ValueError, match=message):  # it has a patch size, too
+            REPA(network_of(), TransformersEncoder(ConvNextModel(config), MEAN, STD))
 
 
 def test_what_decides_the_target_is_what_a_resumed_run_must_share():

@@ -94,19 +94,8 @@ def test_compiled_blocks_train_alike(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["sddit", "maskdit", "mdt"])
-def test_one_compilation_serves_all_lengths(tmp_path, monkeypatch, method):
+def test_one_compilation_serves_all_lengths(tmp_path, graphs, method):
     """Counted by what reaches the backend; torch gives up after eight."""
-    graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    def compile(block, **options):
-        torch.nn.Module.compile(block, backend=count, fullgraph=True, **options)
-
-    monkeypatch.setattr(SDDiTBlock, "compile", compile)
-    torch._dynamo.reset()
     network = (
         NETWORK if method != "mdt" else {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 8}
     )
@@ -116,7 +105,6 @@ def test_one_compilation_serves_all_lengths(tmp_path, monkeypatch, method):
     train_sddit.main([*map(str, options)])
     lengths = {round(16 * (1 - row["mask_ratio"])) for row in read_metrics(tmp_path / "metrics.jsonl")}
     assert len(lengths) > 8 and len(graphs) < 2 * len(lengths)
-    torch._dynamo.reset()
 
 
 def test_bfloat16_follows_float32(tmp_path):

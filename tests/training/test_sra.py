@@ -26,6 +26,7 @@ from small_losses import (
 )
 
 from sddit_diffusers import EDMHeunScheduler, InterpolantScheduler
+from sddit_diffusers.training.contrastive import Contrastive
 from sddit_diffusers.training.discrimination import Discrimination
 from sddit_diffusers.training.dispersive import Dispersive
 from sddit_diffusers.training.methods import METHODS
@@ -195,7 +196,7 @@ def test_intervals_are_uniform():
 
 
 def test_draws_are_those_without_it():
-    assert same_base_draws(make(), make(SRA), make(SRA, Dispersive))
+    assert same_base_draws(make(), make(SRA), make(Dispersive), make(Contrastive), make(SRA, Dispersive))
 
 
 def test_losses_draw_in_their_order():
