@@ -122,7 +122,7 @@ def build(
     return step
 
 
-def whole_cross_entropy(teacher, student, center, tau_t: float, tau_s: float) -> Agreement:
+def whole_cross_entropy(teacher, student, center, tau_t: float, tau_s: float, tells: bool) -> Agreement:
     """L_D as it is written, by autograd, with the logits of all tokens."""
     logits = F.linear(*teacher)
     log_t = ((logits - center) / tau_t).log_softmax(-1)
@@ -130,7 +130,7 @@ def whole_cross_entropy(teacher, student, center, tau_t: float, tau_s: float) ->
     t = log_t.exp()
     used = torch.zeros_like(center).index_fill_(0, log_t.argmax(-1).flatten(), 1)
     loss, entropy = -(t * log_s).sum(-1).mean(), -(t * log_t).sum(-1).mean()
-    return Agreement(loss, entropy, used, logits.mean((0, 1)))
+    return Agreement(loss, logits.mean((0, 1)), entropy, used)
 
 
 def matmul_rate(dtype: torch.dtype, device) -> float:

@@ -117,3 +117,38 @@ def prefetch(items: Iterator, depth: int = 4) -> Iterator:
     finally:
         closed.set()
         thread.join()
+
+
+def ahead(items: Iterable[tuple[Tensor | None, ...]], device: torch.device) -> Iterator[tuple]:
+    """Tensors that were read, on a device; on a GPU the next ones are copied while it works on these.
+
+    The copies have a stream of their own, and from pinned memory nobody waits for them.
+    """
+    if device.type != "cuda":
+        for item in items:
+            yield on_device(item, device)
+        return
+    stream, earlier = torch.cuda.Stream(device), None
+    for item in items:
+        with torch.cuda.stream(stream):
+            copied, event = on_device(item, device), stream.record_event()
+        if earlier is not None:
+            yield _arrived(*earlier)
+        earlier = copied, event
+    if earlier is not None:
+        yield _arrived(*earlier)
+
+
+def on_device(item: tuple[Tensor | None, ...], device: torch.device) -> tuple[Tensor | None, ...]:
+    """The tensors of a micro-batch on a device."""
+    return tuple(None if part is None else part.to(device, non_blocking=True) for part in item)
+
+
+def _arrived(item: tuple[Tensor | None, ...], event: torch.cuda.Event) -> tuple[Tensor | None, ...]:
+    """What another stream has copied, for this one to work with once it is there."""
+    stream = torch.cuda.current_stream()
+    stream.wait_event(event)
+    for part in item:
+        if part is not None:
+            part.record_stream(stream)  # its memory is not given away before this stream is done with it
+    return item

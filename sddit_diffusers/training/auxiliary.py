@@ -78,6 +78,7 @@ class AuxiliaryLoss(nn.Module):
         name: of the metric `loss_NAME`, which is the loss without its weight.
         layers: blocks of the network whose tokens the loss sees, counted from 1.
         frozen: networks that stay as they are, such as a pretrained encoder; no checkpoint has them.
+        tells: whether this step's metrics are written, so that what costs time may be left out of others.
 
     Raises:
         ValueError: a weight that is none.
@@ -86,6 +87,7 @@ class AuxiliaryLoss(nn.Module):
     name: str
     layers: tuple[int, ...] = ()
     frozen: Sequence[nn.Module] = ()
+    tells = True
 
     def __init__(self, weight: float):
         check_number("weight", weight, low=0)

@@ -183,10 +183,10 @@ class Discrimination(AuxiliaryLoss):
         """The discriminative lines of Algorithm A1.
 
         Returns:
-            `loss_discriminative`, and the signs of a collapse: `teacher_entropy` as a share of ln K (0:
-            always one prototype, 1: all alike), `kl` of the student's distribution from the teacher's in
-            nats, `prototypes_used` as the share of the K that are some token's first choice, and the norms
-            of both centers.
+            `loss_discriminative`, and where it `tells`, the signs of a collapse: `teacher_entropy` as a share
+            of ln K (0: always one prototype, 1: all alike), `kl` of the student's distribution from the
+            teacher's in nats, `prototypes_used` as the share of the K that are some token's first choice, and
+            the norms of both centers.
 
         Raises:
             ValueError: a `teacher_temperature` that is not above 0.
@@ -209,6 +209,7 @@ class Discrimination(AuxiliaryLoss):
                 center.value,
                 self.teacher_temperature,
                 self.student_temperature,
+                self.tells,
             )
             for tokens, center in ((slice(0, 1), self.center_cls), (slice(1, None), self.center_patch))
         )
@@ -217,6 +218,8 @@ class Discrimination(AuxiliaryLoss):
             self.center_cls.add(cls.mean_logits)
             self.center_patch.add(patch.mean_logits)
 
+        if not self.tells:
+            return {"loss_discriminative": loss}
         entropy = (cls.entropy + patch.entropy) / 2
         return {
             "loss_discriminative": loss,

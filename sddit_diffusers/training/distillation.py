@@ -67,7 +67,7 @@ class SelfDistillation(Objective):
         self._no_split_modules = [*transformer._no_split_modules]
         if (steps := scheduler.num_inference_steps) < 2:
             raise ValueError(f"num_inference_steps is {steps}; self-distillation needs at least 2.")
-        self.times = scheduler.refined(teacher_steps)  # [steps, k + 1]
+        self.register_buffer("times", scheduler.refined(teacher_steps), persistent=False)  # [steps, k + 1]
         self.guidance_scales, self.apart = guidance_scales, apart
         self.distil_guidance, self.teacher_momentum = distil_guidance, teacher_momentum
         for name, parameter in transformer.named_parameters():
@@ -79,7 +79,7 @@ class SelfDistillation(Objective):
         """As of [`Objective`], with a step of the sampler for each image, all of them alike likely."""
         draws = super().draw(shape, generator, device)
         options = dict(generator=generator, device=device)
-        place = (torch.rand(len(draws.t), **options) * len(self.times)).long().cpu()
+        place = (torch.rand(len(draws.t), **options) * len(self.times)).long()
         times = self.times[place].to(draws.noise)[..., None, None, None]
         low, high = self.guidance_scales
         scale = low + (high - low) * torch.rand(len(draws.t), 1, 1, 1, **options)

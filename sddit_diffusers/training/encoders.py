@@ -133,7 +133,8 @@ class TransformersEncoder(Encoder):
 
     def tokens(self, batch: Batch, side: int) -> Tensor:
         pixels, size = batch.pictures.float() / 255, (side * self.patch_size,) * 2
-        pixels = (pixels - self.mean.to(pixels.device)) / self.std.to(pixels.device)
+        self.mean, self.std = self.mean.to(pixels.device), self.std.to(pixels.device)
+        pixels = (pixels - self.mean) / self.std
         if pixels.shape[2:] != size:
             pixels = F.interpolate(pixels, size, mode="bicubic")
         options = {"interpolate_pos_encoding": True} if self.resampled else {}

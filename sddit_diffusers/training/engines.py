@@ -113,17 +113,37 @@ class Alone:
         """The mean of a tensor over the processes."""
         return tensor
 
-    def gradient_norm(self) -> Tensor:
-        """The norm of all gradients together, without the scale of fp16's losses."""
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        return whole(torch.nn.utils.get_total_norm(gradients))
+    @property
+    def looks_at_once(self) -> bool:
+        """Whether the host looks at a step first, for the device alone cannot leave out the weights."""
+        return self.scaler is not None
 
-    def step(self, norm: Tensor, max_norm: float) -> None:
-        """An optimizer step with gradients of `norm`, clipped to `max_norm` unless that is 0; they go."""
+    def gradient_norm(self) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """The norm of all gradients together, without the scale of fp16's losses; and of each, by name."""
+        parameters = self.model.named_parameters()
+        gradients = {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
+        norms = torch._foreach_norm(list(gradients.values()))
+        total = torch.linalg.vector_norm(torch.stack(norms))
+        return whole(total), dict(zip(gradients, norms, strict=True))
+
+    def step(self, norm: Tensor, max_norm: float, failed: Tensor | None = None) -> None:
+        """An optimizer step with gradients of `norm`, clipped to `max_norm` unless that is 0; they go.
+
+        Args:
+            failed: float32 on the device; where it is 1, no weight moves and no moment.
+        """
         if max_norm:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
+        if not self.looks_at_once:
+            # What torch's own scaler gives a fused optimizer.
+            self._adam.grad_scale, self._adam.found_inf = None, failed
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        """torch's own."""
+        return self.optimizer
 
 
 class Engine(Alone):
@@ -158,9 +178,13 @@ class Engine(Alone):
     def reduce(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, "mean")
 
-    def gradient_norm(self) -> Tensor:
+    def gradient_norm(self) -> tuple[Tensor, dict[str, Tensor] | None]:
         self.accelerator.unscale_gradients()
         return super().gradient_norm()
+
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        return self.optimizer.optimizer
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
         """The gradient of a parameter, if it has one."""
@@ -189,11 +213,11 @@ class Engine(Alone):
         ema.load_state_dict(averages)
 
     def _gather(self, options: StateDictOptions) -> tuple[dict, dict]:
-        return get_state_dict(self.model, self.optimizer.optimizer, options=options)
+        return get_state_dict(self.model, self._adam, options=options)
 
     def _scatter(self, weights: dict, moments: dict) -> None:
         set_state_dict(
-            self.model, self.optimizer.optimizer, model_state_dict=weights, optim_state_dict=moments,
+            self.model, self._adam, model_state_dict=weights, optim_state_dict=moments,
             options=StateDictOptions(full_state_dict=True),
         )  # fmt: skip
 
@@ -242,13 +266,17 @@ class ZeroEngine(Engine):
 
         return safe_get_full_grad(parameter) if hasattr(parameter, "_hp_mapping") else None  # a trained one
 
-    def gradient_norm(self) -> Tensor:
+    @property
+    def looks_at_once(self) -> bool:
+        return True
+
+    def gradient_norm(self) -> tuple[Tensor, dict[str, Tensor] | None]:
         parts = [part for group in self.zero.averaged_gradients.values() for part in group]
         square = torch.nn.utils.get_total_norm(parts) ** 2
         torch.distributed.all_reduce(square)
-        return square.sqrt()
+        return square.sqrt(), None
 
-    def step(self, norm: Tensor, max_norm: float) -> None:
+    def step(self, norm: Tensor, max_norm: float, failed: Tensor | None = None) -> None:
         self.prepared.step()  # DeepSpeed clips
 
     def _gather(self, options: StateDictOptions) -> tuple[dict, dict]:

@@ -134,7 +134,7 @@ def step_memory(
             alive.most = alive.now
             train_step(
                 engine, ema, [(Batch(x0, labels, pictures), None)],
-                inspect=lambda _: gradients.append(_bytes(parameter.grad for parameter in trained)),
+                judge=lambda _: gradients.append(_bytes(parameter.grad for parameter in trained)),
             )  # fmt: skip
         memory = StepMemory(
             weights=_bytes(trained),

@@ -225,6 +225,11 @@ class Objective(nn.Module):
             schedule |= auxiliary.follow(step, steps, steps_per_epoch)
         return schedule
 
+    def tell(self, metrics: bool) -> None:
+        """Says whether the next step's metrics are wanted, beside the losses."""
+        for auxiliary in self.auxiliaries.values():
+            auxiliary.tells = metrics
+
     def after_step(self, reduce: Callable[[Tensor], Tensor] = torch.clone, moved: bool = True) -> None:
         """What follows an optimizer step, such as the updates of a teacher.
 

@@ -88,9 +88,9 @@ class Agreement(NamedTuple):
     """What [`cross_entropy`] tells, means over batch and tokens, in nats."""
 
     loss: Tensor
-    entropy: Tensor  # of the teacher, the smallest loss that there could be
-    used: Tensor  # 1 for prototypes that are the teacher's first choice for some token, 0 for others, [K]
     mean_logits: Tensor  # of the teacher, [K]
+    entropy: Tensor | None = None  # of the teacher, the smallest loss that there could be; None if not told
+    used: Tensor | None = None  # [K], 1 for prototypes that are the teacher's first choice for some token
 
 
 def cross_entropy(
@@ -99,19 +99,26 @@ def cross_entropy(
     center: Tensor,
     teacher_temperature: float,
     student_temperature: float,
-) -> "Agreement":
+    tells: bool = True,
+) -> Agreement:
     """H of Algorithm A1 with Eqs. 10 and 11, a chunk of tokens at a time.
 
     The logits of all tokens would be the largest tensors of a step, 1.7 GB each at batch 256. They are never
     there as a whole: a chunk's gradient is taken while its logits are there; the backward pass needs none.
+    The logits are float32; under autocast to bfloat16 the products that make gradients of them are rounded as
+    those of any other layer.
 
     Args:
         teacher, student: what [`ProjectionHead.project`] gives, `[b, tokens, d]` and `[K, d]`; no gradient
             goes to the teacher's.
         center: `[K]`.
+        tells: whether entropy and used prototypes are wanted.
     """
     (teacher_features, teacher_prototypes), (student_features, student_prototypes) = teacher, student
-    with torch.autocast(center.device.type, enabled=False):
+    device, rounded = center.device.type, student_features.dtype
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
+        rounded = torch.bfloat16  # not float16, in which gradients of a mean vanish
+    with torch.autocast(device, enabled=False):
         loss, entropy, used = _CrossEntropy.apply(
             student_features.flatten(0, 1),
             student_prototypes,
@@ -120,41 +127,59 @@ def cross_entropy(
             center,
             teacher_temperature,
             student_temperature,
+            rounded,
+            tells,
         )
         mean_logits = F.linear(teacher_features.detach().mean((0, 1)), teacher_prototypes.detach())
-    return Agreement(loss, entropy, used, mean_logits)
+    return Agreement(loss, mean_logits, entropy, used) if tells else Agreement(loss, mean_logits)
 
 
 class _CrossEntropy(torch.autograd.Function):
     """The loss of tokens `[n, d]`, and its gradients, which are computed with it."""
 
     @staticmethod
-    def forward(ctx, features, prototypes, teacher_features, teacher_prototypes, center, tau_t, tau_s):
+    def forward(
+        ctx, features, prototypes, teacher_features, teacher_prototypes, center, tau_t, tau_s, rounded, tells
+    ):
         n, wanted = len(features), any(ctx.needs_input_grad[:2])
         loss, entropy = features.new_zeros(()), features.new_zeros(())
         used = torch.zeros_like(center)
-        grad_features = torch.empty_like(features) if wanted else None
+        grad_features = torch.empty_like(features, dtype=rounded) if wanted else None
         grad_prototypes = torch.zeros_like(prototypes) if wanted else None
+        to_features, to_prototypes = prototypes.to(rounded), features.to(rounded)
         size = max(1, _CHUNK.get(features.device.type, 2**26) // len(prototypes))
         for i in range(0, n, size):
             part = slice(i, i + size)
-            logits = torch.addmm(center, teacher_features[part], teacher_prototypes.T, beta=-1)
-            used.index_fill_(0, logits.argmax(-1), 1)
-            log_t = logits.div_(tau_t).log_softmax(-1)
-            log_s = (features[part] @ prototypes.T).div_(tau_s).log_softmax(-1)
-            t = log_t.exp()
-            loss -= torch.linalg.vecdot(t, log_s).sum()
-            entropy -= torch.linalg.vecdot(t, log_t).sum()
+            logits = torch.addmm(center, teacher_features[part], teacher_prototypes.T, beta=-1).div_(tau_t)
+            t = logits.softmax(-1)
+            if tells:
+                used.index_fill_(0, logits.argmax(-1), 1)
+                entropy += _cross(t, logits, t)
+            logits = torch.mm(features[part], prototypes.T, out=logits).div_(tau_s)
+            s = logits.softmax(-1)
+            loss += _cross(t, logits, s)
             if wanted:
-                grad_logits = log_s.exp_().sub_(t).div_(n * tau_s)  # softmax(s) - t, of the mean
-                torch.mm(grad_logits, prototypes, out=grad_features[part])
-                grad_prototypes.addmm_(grad_logits.T, features[part])
-        loss, entropy = loss / n, entropy / n
+                grad_logits = s.sub_(t).div_(n * tau_s).to(rounded)  # of the mean
+                torch.mm(grad_logits, to_features, out=grad_features[part])
+                if rounded == grad_prototypes.dtype:
+                    grad_prototypes.addmm_(grad_logits.T, to_prototypes[part])
+                else:
+                    grad_prototypes += grad_logits.T @ to_prototypes[part]
         ctx.save_for_backward(grad_features, grad_prototypes)
         ctx.mark_non_differentiable(entropy, used)
-        return loss, entropy, used
+        return loss / n, entropy / n, used
 
     @staticmethod
     def backward(ctx, grad_loss, grad_entropy, grad_used):
         grad_features, grad_prototypes = ctx.saved_tensors
-        return grad_loss * grad_features, grad_loss * grad_prototypes, *[None] * 5
+        grad_features = grad_features.to(grad_prototypes.dtype)
+        return grad_loss * grad_features, grad_loss * grad_prototypes, *[None] * 7
+
+
+def _cross(t: Tensor, logits: Tensor, probabilities: Tensor) -> Tensor:
+    """-sum t ln p of all rows, `[n, K]`, where p is the softmax of the logits.
+
+    ln p = logits - z, and the largest of a row tells its z; its t sum up to 1.
+    """
+    z = logits.amax(-1) - probabilities.amax(-1).log()
+    return (z - torch.linalg.vecdot(t, logits)).sum()

@@ -5,8 +5,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
+import torch
 from accelerate import Accelerator
+from torch import distributed
 
 
 class Signals:
@@ -19,6 +22,10 @@ class Signals:
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.number, self.time = None, 0.0
+        self.group = None
+        if accelerator.num_processes > 1 and accelerator.device.type != "cpu":
+            # Of CPUs: to agree on a device would be to wait for it.
+            self.group = distributed.new_group(backend="gloo", timeout=timedelta(hours=2))
 
     @property
     def name(self) -> str:
@@ -37,7 +44,6 @@ class Signals:
                 raise KeyboardInterrupt
             if not self.number:
                 self.number, self.time = number, time.monotonic()
-            self.accelerator.set_trigger()
 
         names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has no more than two
         numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
@@ -49,6 +55,15 @@ class Signals:
         finally:
             for number, handler in earlier.items():
                 signal.signal(number, handler)
+
+    def came(self) -> bool:
+        """Whether any process is to stop; all processes call it, and none waits for its device."""
+        stops = self.number is not None or self.accelerator.flag_tensor is not None
+        if self.accelerator.num_processes == 1:
+            return stops
+        flag = torch.tensor(int(stops))
+        distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=self.group)
+        return bool(flag)
 
     def leave(self, step: int) -> None:
         """Says how to go on, and leaves as a signal does."""

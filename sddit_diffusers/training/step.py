@@ -17,8 +17,9 @@ class Step(NamedTuple):
 
     names: tuple[str, ...]  # of the losses
     losses: Tensor  # their means over micro-batches and processes
-    norm: Tensor  # of the gradients
-    moved: bool  # whether weights were moved
+    norm: Tensor  # of all gradients together
+    norms: dict[str, Tensor] | None  # of each, by the parameter's name; None where the engine has none apart
+    moved: bool  # whether weights are moved, if all is finite
 
 
 def train_step(
@@ -26,7 +27,7 @@ def train_step(
     ema: EMAModel,
     micro_batches: Iterable[tuple[Batch, Draws | None]],
     max_grad_norm: float = 0.0,
-    inspect: Callable[[Step], None] | None = None,
+    judge: Callable[[Step], Tensor | None] | None = None,
 ) -> Step:
     """The body of Algorithm A1's loop: losses, back-propagation, the student's update, and what follows it.
 
@@ -35,7 +36,8 @@ def train_step(
         ema: averages of the network's weights.
         micro_batches: what gradients are summed over, with their draws.
         max_grad_norm: gradients are scaled down to this norm; 0: never.
-        inspect: sees the step before a weight is moved, and may raise an error.
+        judge: sees the step before a weight is moved; may raise an error, or return a number on the device,
+            float32: where it is 1 no weight moves.
     """
     objective, total, count = engine.model, 0.0, 0
     for batch, draws in micro_batches:
@@ -43,14 +45,13 @@ def train_step(
             losses = engine.forward(batch.x0, batch.labels, draws, batch.pictures)
             engine.backward(losses["loss"])
         total, count = total + torch.stack([loss.detach().float() for loss in losses.values()]), count + 1
-    means, norm = engine.reduce(total / count), engine.gradient_norm()
-    # fp16's loss scaler leaves out a step whose gradients overflow, and scales the next one less.
+    means, (norm, norms) = engine.reduce(total / count), engine.gradient_norm()
+    # fp16's loss scaler leaves out a step whose gradients overflow, and scales the next one less. The
+    # averages must know, so the device is waited for; in other precisions nothing here looks at a value.
     moved = engine.scaler is None or bool(norm.isfinite())
-    step = Step(tuple(losses), means, norm, moved)
+    step = Step(tuple(losses), means, norm, norms, moved)
     del losses  # and with them what the backward pass has left
-    if inspect is not None:
-        inspect(step)
-    engine.step(norm, max_grad_norm)
+    engine.step(norm, max_grad_norm, None if judge is None else judge(step))
     if moved:
         ema.step(objective.transformer.parameters())
     objective.after_step(engine.reduce, moved)

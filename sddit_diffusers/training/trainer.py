@@ -1,7 +1,6 @@
 """A run: what is built once, its loop, and what is kept of it."""
 
 import dataclasses
-import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -18,7 +17,7 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..data.latents import LatentDataset
-from ..data.order import Batch, BatchSampler
+from ..data.order import Batch, BatchSampler, ahead
 from ..data.pictures import ImageDataset
 from ..data.shards import find_latents
 from ..launching import check_machine, main_first, on_main_process
@@ -26,7 +25,8 @@ from ..seeds import generator_for
 from .building import build_objective
 from .checkpointing import find_checkpoints
 from .configuration import RunConfig
-from .engines import check_engine, prepare, whole
+from .engines import check_engine, prepare
+from .health import Health
 from .metrics import MetricsLog
 from .objective import Draws, Objective
 from .output import Records, alone_in, prepare_folder
@@ -34,7 +34,7 @@ from .publishing import open_repo
 from .results import Results, open_vae, told
 from .signals import Signals
 from .state import RunState
-from .step import Step, train_step
+from .step import train_step
 
 T = TypeVar("T")
 Builder = Callable[[RunConfig, dict, str], Objective]
@@ -99,6 +99,7 @@ class Trainer:
             config.train_batch_size, config.gradient_accumulation_steps, config.max_grad_norm,
         )  # fmt: skip
         self.ema = EMAModel(self.objective.transformer.parameters(), decay=config.ema_decay, foreach=True)
+        self.health = Health(self.engine, self.objective)
 
     def run(self) -> None:
         """Trains from the first step to the last, and saves the pipeline.
@@ -135,7 +136,7 @@ class Trainer:
         Args:
             log: the main process's.
         """
-        config, main = self.config, self.accelerator.is_main_process
+        config, main, device = self.config, self.accelerator.is_main_process, self.accelerator.device
         progress = tqdm(
             range(self.sampler.start_step, config.max_train_steps),
             initial=self.sampler.start_step,
@@ -146,48 +147,72 @@ class Trainer:
             smoothing=0.05,
             dynamic_ncols=True,
         )
-        with closing(self.dataset.batches(self.sampler)) as data:
+        with closing(self.dataset.batches(self.sampler)) as read, closing(ahead(read, device)) as data:
             for step in progress:
-                metrics = self.train_step(step, data)
                 done = step + 1
                 last = done == config.max_train_steps
-                losses = {name: f"{value:.3f}" for name, value in metrics.items() if name.startswith("loss")}
-                progress.set_postfix(losses, refresh=False)
-                scores = {}
-                if config.evaluation_steps and (done % config.evaluation_steps == 0 or last):
+                evaluated = due(config.evaluation_steps, done, last)
+                logged = due(config.logging_steps, done, last) or evaluated
+                metrics = self.train_step(step, data, logged)
+                if logged:
+                    losses = {name: f"{metrics[name]:.3f}" for name in metrics if name.startswith("loss")}
+                    progress.set_postfix(losses, refresh=False)
+                if evaluated:
                     scores = self.sampled(done, self.results.evaluate)
                     metrics |= scores
                     if main:
                         progress.write(told(done, scores), file=sys.stderr)
-                if done % config.logging_steps == 0 or last or scores:
+                if logged:
                     self.accelerator.log(metrics, step=done)
                     if main:
                         log.write({"step": done, **metrics})
-                stopped = self.accelerator.check_trigger()
-                due = config.checkpointing_steps and (done % config.checkpointing_steps == 0 or last)
-                if due or stopped:
-                    self.state.save(done)
+                stopped = self.signals.came()
+                if stopped or due(config.checkpointing_steps, done, last):
+                    self.save(done)
                 if stopped and not last:
                     progress.close()
                     self.signals.leave(done)
                 if config.validation_steps and done % config.validation_steps == 0 and not last:
                     self.sampled(done, partial(self.results.validate, f"samples-{done}.png"))
 
+    def save(self, step: int) -> None:
+        """Writes a checkpoint, unless a step has failed.
+
+        Raises:
+            FloatingPointError: one has.
+        """
+        self.health.check()
+        self.state.save(step)
+
     def sampled(self, step: int, action: Callable[[], T]) -> T:
         """What `action` makes of samples; where they are not finite, the training is saved first."""
+        self.health.check()
         try:
             return action()
         except FloatingPointError:
             self.state.save(step)
             raise
 
-    def train_step(self, number: int, data: Iterator) -> dict[str, float]:
-        """One optimizer step and the updates that follow; returns the means over the global batch."""
+    def train_step(self, number: int, data: Iterator, read: bool = True) -> dict[str, float]:
+        """One optimizer step and the updates that follow.
+
+        Args:
+            read: whether to wait for the device, and look at what was made.
+
+        Returns:
+            The means over the global batch, and what has been set for this step; nothing where not `read`.
+
+        Raises:
+            FloatingPointError: this step or an earlier one that was not looked at is not finite.
+        """
         schedule = self.follow_schedules(number)
-        inspect = partial(self.check_finite, number)
+        self.objective.tell(read)
         step = train_step(
-            self.engine, self.ema, self.micro_batches(number, data), self.config.max_grad_norm, inspect
-        )
+            self.engine, self.ema, self.micro_batches(number, data), self.config.max_grad_norm,
+            partial(self.health.judge, number, at_once=read),
+        )  # fmt: skip
+        if not read:
+            return {}
         norm = {"grad_norm": step.norm.item()} if step.moved else {}
         return dict(zip(step.names, step.losses.tolist(), strict=True)) | norm | schedule
 
@@ -210,25 +235,6 @@ class Trainer:
             group["lr"] = learning_rate
         steps, steps_per_epoch = config.max_train_steps, self.sampler.steps_per_epoch
         return {"learning_rate": learning_rate} | self.objective.follow(number, steps, steps_per_epoch)
-
-    def check_finite(self, number: int, step: Step) -> None:
-        """Stops all processes, for all see the same reduced values, before any weight has moved."""
-        values = dict(zip(step.names, step.losses.tolist(), strict=True))
-        of_losses = not all(map(math.isfinite, values.values()))
-        if step.moved and not of_losses:
-            values["grad_norm"] = step.norm.item()
-        wrong = [f"{name} ({value})" for name, value in values.items() if not math.isfinite(value)]
-        if not wrong:
-            return
-        for name, parameter in self.objective.named_parameters():
-            if not whole(parameter).isfinite().all():
-                wrong.append(f"the weights {name}")
-            elif not of_losses:
-                of_loss = self.engine.gradient(parameter)
-                if of_loss is not None and not of_loss.isfinite().all():
-                    wrong.append(f"the gradient of {name}")
-        shown = ", ".join(wrong[:12]) + (f" and {len(wrong) - 12} more" if len(wrong) > 12 else "")
-        raise FloatingPointError(f"Step {number + 1}: not finite: {shown}. No weight was moved in this step.")
 
     def describe(self) -> None:
         """Says what is about to be trained."""
@@ -253,6 +259,11 @@ class Trainer:
         on_main_process(lambda: self.results.save(pipe, self.records, self.repo), self.accelerator)
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+
+def due(every: int, done: int, last: bool) -> bool:
+    """Whether what is done `every` so many steps, and after the last, is due now; 0: never."""
+    return every > 0 and (done % every == 0 or last)
 
 
 def open_dataset(config: RunConfig, network: dict) -> ImageDataset | LatentDataset:

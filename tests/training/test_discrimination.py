@@ -36,7 +36,7 @@ def test_cross_entropy_equals_a_loop(shape, tau_t, tau_s, chunk):
         for i in range(shape[0])
         for j in range(shape[1])
     ]
-    loss, entropy, used, mean_logits = cross_entropy(
+    loss, mean_logits, entropy, used = cross_entropy(
         (teacher, identity), (student, identity), center, tau_t, tau_s
     )
     chosen = (teacher - center).argmax(-1).flatten().tolist()

@@ -79,7 +79,7 @@ def test_a_new_run_killed_twice_leaves_the_old_model_and_goes_on(tmp_path):
         trainer = make_trainer(tmp_path, *options, *how)
         trainer.finish = lambda: None
         step = trainer.train_step
-        trainer.train_step = lambda i, data, step=step: step(i, data) if i % 2 == 0 else stop()
+        trainer.train_step = lambda i, *others, step=step: step(i, *others) if i % 2 == 0 else stop()
         with pytest.raises(Killed):
             trainer.run()
         AcceleratorState._reset_state(True)

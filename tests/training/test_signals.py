@@ -15,10 +15,10 @@ def test_a_signal_saves_and_leaves(tmp_path, capsys, monkeypatch, number):
     whole = train(tmp_path / "a", "--max_train_steps", 6)
     handler, train_step = signal.getsignal(number), Trainer.train_step
 
-    def interrupted(self, step, data):
+    def interrupted(self, step, data, read):
         if step == 3:
             signal.raise_signal(number)
-        return train_step(self, step, data)
+        return train_step(self, step, data, read)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", interrupted)
@@ -45,7 +45,7 @@ def heard():
 def test_ctrl_c_and_a_closed_terminal_save_and_leave(tmp_path, capsys, heard, number):
     trainer, handler = make_trainer(tmp_path, "--max_train_steps", 6), signal.getsignal(number)
     step = trainer.train_step
-    trainer.train_step = lambda i, data: (i == 2 and signal.raise_signal(number), step(i, data))[1]
+    trainer.train_step = lambda i, *others: (i == 2 and signal.raise_signal(number), step(i, *others))[1]
     with pytest.raises(SystemExit) as stopped:
         trainer.run()
     assert stopped.value.code == 128 + number and signal.getsignal(number) == handler
@@ -56,7 +56,7 @@ def test_ctrl_c_and_a_closed_terminal_save_and_leave(tmp_path, capsys, heard, nu
 def test_a_second_ctrl_c_leaves_at_once(tmp_path, heard):
     trainer = make_trainer(tmp_path, "--max_train_steps", 6)
 
-    def train_step(i, data):
+    def train_step(i, data, read):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # as a launcher passes it on
         trainer.signals.time -= 2
