@@ -260,7 +260,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--loop", action="store_true", help="add the whole loops, from files on disk")
     parser.add_argument("--processor_time", action="store_true",
-                        help="count this process's seconds of the processor, where others share it")  # fmt: skip
+                        help="this process's seconds of the processor, where others share it")  # fmt: skip
     parser.add_argument("--contestants", nargs="+", choices=[*CONTESTANTS[:-1], WITH_VAE],
                         help="beside SD-DiT; all are in memory at once (default: all but 'DiT with VAE'; "
                         "with --loop: 'DiT fp32' and 'DiT with VAE')")  # fmt: skip
