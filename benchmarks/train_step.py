@@ -209,7 +209,10 @@ def resident(name: str) -> float:
 
 
 def in_turn(
-    steps: dict[str, Callable[[], None]], rounds: int, ahead: dict[str, int] | None = None
+    steps: dict[str, Callable[[], None]],
+    rounds: int,
+    ahead: dict[str, int] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Median seconds of each step, all in turn, round by round.
 
@@ -222,10 +225,10 @@ def in_turn(
             waiting = (ahead or {}).get(name, 0)
             for _ in range(waiting):
                 step()
-            start = time.perf_counter()
+            start = clock()
             for _ in range(max(1, waiting)):
                 step()
-            seconds[name].append((time.perf_counter() - start) / max(1, waiting))
+            seconds[name].append((clock() - start) / max(1, waiting))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -257,6 +260,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--loop", action="store_true", help="add the whole loops, from files on disk")
+    parser.add_argument("--processor_time", action="store_true",
+                        help="this process's seconds of the processor, where others share it")  # fmt: skip
     parser.add_argument("--contestants", nargs="+", choices=[*CONTESTANTS[:-1], WITH_VAE],
                         help="beside SD-DiT; all are in memory at once (default: all but 'DiT with VAE'; "
                         "with --loop: 'DiT fp32' and 'DiT with VAE')")  # fmt: skip
@@ -291,7 +296,8 @@ def main() -> None:
         for step in steps.values():
             step()
         ahead = dict.fromkeys(LOOPS, READ_AHEAD) if device.type == "cuda" else {}
-        median = in_turn(steps, options.rounds, ahead)
+        clock = time.process_time if options.processor_time else time.perf_counter
+        median = in_turn(steps, options.rounds, ahead, clock)
         reading = {name: reading_seconds(feeds[name]) for name in LOOPS if name in feeds}
         del steps
     products = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {kind}" for kind, rate in rates.items())
