@@ -9,6 +9,8 @@ Batches and tokens are measured all in turn, round by round, processes a launch 
 slope of log time against log size: in the table from the size before, in the end over all, by least squares.
 Memory is the peak of a process of its own, above what it has before the first step (on a GPU: of the
 allocator); of several processes, that of the main one.
+
+With `--simulate` instead: what a billion samples and 1,024 processes ask of one of them (`simulated.py`).
 """
 
 import argparse
@@ -27,6 +29,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.training_utils import EMAModel
+from simulated import simulate
 from train_step import build, in_turn, optimizer_of, peak_memory, printed_apart
 
 from sddit_diffusers import PRESETS, EDMHeunScheduler, SDDiTObjective, SDDiTTransformer2DModel
@@ -172,9 +175,16 @@ def main() -> None:
     parser.add_argument("--global_batch", type=int, default=32, help="of all processes together")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    known = ["stream", "noise", "shuffle", "checkpoint", "operations"]
+    parser.add_argument("--simulate", nargs="*", choices=known, help="all parts if none is named")
+    parser.add_argument("--checkpoint_gib", type=float, default=6, help="of the one that is written")
+    parser.add_argument("--checkpoint_dir", default=".", help="where it is written, and then removed")
     parser.add_argument("--memory_of", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.simulate is not None:
+        simulate(options.simulate or known, options.rounds, options.checkpoint_gib, options.checkpoint_dir)
+        return
     if uneven := [number for number in options.processes if options.global_batch % number]:
         parser.error(f"--global_batch is {options.global_batch}, which {uneven[0]} processes cannot share")
     if options.worker:

@@ -2,14 +2,18 @@
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
 from ..seeds import generator_for
+
+WHOLE = 10**8  # rows up to which an epoch's permutation is made as a whole, of 8 bytes a row
+_ROUNDS = 6  # of the network that permutes more
 
 
 class Batch(NamedTuple):
@@ -24,7 +28,7 @@ class BatchSampler(Sampler):
     """Row numbers of every micro-batch of one process, from `start_step` to `max_steps`.
 
     An epoch is a new permutation of the dataset; what is left at its end, less than one global batch, is
-    dropped.
+    dropped. Beyond `WHOLE` rows a process computes the rows of its own positions alone ([`permuted`]).
 
     Args:
         size: number of rows.
@@ -55,18 +59,57 @@ class BatchSampler(Sampler):
         start = (micro * self.processes + self.rank) * self.batch_size
         return slice(start, start + self.batch_size)
 
+    def order(self, epoch: int) -> Callable[[slice], list[int]]:
+        """What gives the rows at some positions of an epoch."""
+        generator = generator_for(self.seed, 0, epoch)
+        if self.size <= WHOLE:
+            permutation = torch.randperm(self.size, generator=generator)
+            return lambda part: permutation[part].tolist()
+        keys = torch.randint(2**63 - 1, (_ROUNDS,), generator=generator).numpy()
+        return lambda part: permuted(np.arange(part.start, part.stop), self.size, keys).tolist()
+
     def __iter__(self) -> Iterator[list[int]]:
         order, order_epoch = None, None
         for step in range(self.start_step, self.max_steps):
             epoch, position = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
-                order_epoch, order = (
-                    epoch,
-                    torch.randperm(self.size, generator=generator_for(self.seed, 0, epoch)),
-                )
-            batch = order[position * self.global_batch :][: self.global_batch]
+                order_epoch, order = epoch, self.order(epoch)
+            first = position * self.global_batch
             for micro in range(self.accumulation):
-                yield batch[self.rows(micro)].tolist()
+                rows = self.rows(micro)
+                yield order(slice(first + rows.start, first + rows.stop))
+
+
+def permuted(positions: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+    """Where a permutation of 0 to `size` - 1 takes some positions, without memory for the others.
+
+    A Feistel network (Luby and Rackoff 1988) permutes the numbers of an even number of bits, the fewest that
+    hold all; a number that is none of them goes through it again (cycle walking, Black and Rogaway 2002).
+
+    Args:
+        positions: integers `[n]`, from 0 to `size` - 1.
+        keys: integers, one a round; each choice of them is another permutation.
+
+    Returns:
+        int64 `[n]`.
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask, found = (np.uint64(1) << half) - np.uint64(1), positions.astype(np.uint64)
+    outside = np.ones(len(found), bool)
+    while outside.any():
+        left, right = found[outside] >> half, found[outside] & mask
+        for key in keys.astype(np.uint64):
+            left, right = right, left ^ (_mixed(right + key) & mask)
+        found[outside] = left << half | right
+        outside = found >= size
+    return found.astype(np.int64)
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """64 bits of which each depends on all that are given (SplitMix64's last steps, Steele et al. 2014)."""
+    values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return values ^ values >> np.uint64(31)
 
 
 def read_out(items: Iterable) -> Iterator:

@@ -1,4 +1,5 @@
 import io
+import math
 import time
 
 import datasets
@@ -9,7 +10,8 @@ from conftest import global_batch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from sddit_diffusers.data.order import BatchSampler, prefetch
+from sddit_diffusers.data import order
+from sddit_diffusers.data.order import BatchSampler, permuted, prefetch
 from sddit_diffusers.data.pictures import ImageDataset, UnreadableImageError, center_crop, decode_image
 from sddit_diffusers.seeds import generator_for
 
@@ -110,6 +112,63 @@ def test_the_batch_of_a_step_does_not_depend_on_how_it_is_split(processes, accum
 
 def test_begins_at_any_step():
     assert list(sampler(start=7, stop=12)) == list(sampler(stop=12))[7:]
+
+
+def test_the_order_is_the_permutation_of_seed_and_epoch():
+    """What checkpoints rely on."""
+    whole = torch.randperm(23, generator=generator_for(3, 0, 1)).tolist()
+    assert list(sampler(rank=1, processes=2, start=2, stop=4, seed=3)) == [whole[4:8], whole[12:16]]
+
+
+def permuted_by_hand(number, size, keys):
+    """A number's place by plain integers."""
+    half = max(1, math.ceil(math.log2(size) / 2))
+    while True:
+        left, right = divmod(number, 2**half)
+        for key in keys:
+            z = (right + key) % 2**64
+            z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+            z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+            left, right = right, left ^ (z ^ z >> 31) % 2**half
+        number = left * 2**half + right
+        if number < size:
+            return number
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 64, 65, 1000, 10**9, 2**40 + 1])
+def test_permuted_is_what_is_computed_by_hand(size):
+    keys = np.random.default_rng(size).integers(2**63, size=6)
+    positions = np.unique(np.linspace(0, size - 1, 200).astype(np.int64))
+    assert permuted(positions, size, keys).tolist() == [
+        permuted_by_hand(position, size, keys.tolist()) for position in positions.tolist()
+    ]
+
+
+@pytest.mark.parametrize("size", [*range(1, 70), 4095, 4096, 4097, 10_007])
+def test_permuted_takes_each_number_once(size):
+    keys = np.arange(6) * 12345 + size
+    assert sorted(permuted(np.arange(size), size, keys).tolist()) == list(range(size))
+
+
+def test_permutations_are_as_likely_as_one_another():
+    """Where position 0, and beside it position 1, come to be among 7, for 4,200 keys: chi-squared."""
+    keys = np.random.default_rng(0).integers(2**63, size=(4200, 6))
+    pairs = np.array([permuted(np.arange(2), 7, key) for key in keys])
+    counts = np.bincount(pairs[:, 0] * 7 + pairs[:, 1], minlength=49).reshape(7, 7)
+    assert counts.trace() == 0
+    apart = counts[~np.eye(7, dtype=bool)]
+    assert ((apart - 100) ** 2 / 100).sum() < 80.1  # 41 degrees of freedom, p = 0.0002
+
+
+def test_more_rows_than_a_permutation_has_room_for(monkeypatch):
+    monkeypatch.setattr(order, "WHOLE", 22)
+    steps = list(sampler(stop=10))
+    epochs = [sum(steps[i : i + 5], []) for i in (0, 5)]
+    assert all(len(set(epoch)) == 20 and set(epoch) <= set(range(23)) for epoch in epochs)
+    assert epochs[0] != epochs[1] and list(sampler(stop=10, seed=1)) != steps
+    assert list(sampler(start=7, stop=10)) == steps[7:]
+    parts = [list(sampler(rank, 2, 2, stop=10)) for rank in range(2)]
+    assert [a + b for a, b in zip(*parts, strict=True)] == steps
 
 
 def test_reading_leaves_the_global_generator_alone(tmp_path, pictures):
