@@ -39,10 +39,10 @@ from sddit_diffusers.data.shards import Manifest, shard_schema, write_shard
 SHAPE, BATCH, SHARD = (4, 32, 32), 256, 4096
 
 
-def moments_of(start: int, count: int) -> np.ndarray:
-    """Made-up moments of some rows, `[count, 2, 4, 32, 32]`."""
+def moments_of(start: int, count: int, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
+    """Made-up moments of some rows, `[count, 2, *shape]`."""
     generator = np.random.default_rng(start)
-    return generator.standard_normal((count, 2, *SHAPE), np.float32).astype(np.float16)
+    return generator.standard_normal((count, 2, *shape), np.float32).astype(np.float16)
 
 
 def sample(moments: Tensor) -> Tensor:
@@ -51,19 +51,25 @@ def sample(moments: Tensor) -> Tensor:
     return torch.addcmul(mean.float(), std.float(), torch.randn(mean.shape))
 
 
-def pictures_of(size: int, count: int) -> list[dict]:
-    """Parts of two photographs as WebP files, as a shard holds them."""
+def parts_of_photographs(count: int, width: int, height: int) -> Iterator[Image.Image]:
+    """Parts of two photographs, from random places."""
     generator, photographs = np.random.default_rng(0), load_sample_images().images
-    files = []
     for i in range(count):
         image = photographs[i % 2]
-        top, left = (generator.integers(side - 256 + 1) for side in image.shape[:2])
-        part = Image.fromarray(image[top : top + 256, left : left + 256]).resize((size, size))
-        files.append({"bytes": as_webp(np.asarray(part).transpose(2, 0, 1)), "path": None})
-    return files
+        sides = zip(image.shape[:2], (height, width), strict=True)
+        top, left = (generator.integers(whole - part + 1) for whole, part in sides)
+        yield Image.fromarray(image[top : top + height, left : left + width])
 
 
-def write_ours(folder: Path, rows: int, size: int = 0) -> None:
+def pictures_of(size: int, count: int) -> list[dict]:
+    """Parts of two photographs as WebP files, as a shard holds them."""
+    parts = (part.resize((size, size)) for part in parts_of_photographs(count, 256, 256))
+    return [{"bytes": as_webp(np.asarray(part).transpose(2, 0, 1)), "path": None} for part in parts]
+
+
+def write_ours(
+    folder: Path, rows: int, size: int = 0, shape: tuple[int, ...] = SHAPE, num_classes: int = 1000
+) -> None:
     """Made-up latents; with a size, and pictures of it beside them."""
     (folder / "data").mkdir(parents=True)
     shards, files = [], pictures_of(size, 512) if size else []
@@ -71,20 +77,21 @@ def write_ours(folder: Path, rows: int, size: int = 0) -> None:
     for start in range(0, rows, SHARD):
         count = min(SHARD, rows - start)
         columns = {
-            "moments": [row.tobytes() for row in moments_of(start, count)],
-            "label": np.arange(start, start + count) % 1000,
+            "moments": [row.tobytes() for row in moments_of(start, count, shape)],
+            "label": np.arange(start, start + count) % num_classes,
             "index": np.arange(start, start + count),
             "flipped": np.zeros(count, bool),
         }
         if size:
             columns["picture"] = [files[i % len(files)] for i in range(start, start + count)]
         name = f"data/train-{start // SHARD:05d}.parquet"
-        schema = shard_schema(1000, None, pictures=bool(size))
+        schema = shard_schema(num_classes, None, pictures=bool(size))
         write_shard(folder / name, pa.table({each: columns[each] for each in schema.names}).cast(schema))
         shards.append({"file": name, "rows": count, "sha256": ""})
     vae = {"name": "", "sha256": "", "config": {"scaling_factor": 1.0}}
     Manifest(
-        list(SHAPE), rows, 1000, None, size or 256, vae, {"name": "made up"}, {}, shards, pictures=about
+        list(shape), rows, num_classes, None, size or 256, vae, {"name": "made up"}, {}, shards,
+        pictures=about,
     ).save(folder)  # fmt: skip
 
 
