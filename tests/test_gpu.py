@@ -22,12 +22,10 @@ from test_gpu_benchmark import benchmark
 from torch.utils._pytree import tree_map_only
 
 import distill_sddit
-from sddit_diffusers import PRESETS, EDMHeunScheduler, SDDiTObjective, SDDiTPipeline, SDDiTTransformer2DModel
-from sddit_diffusers.models.attention_cpu import use_cpu_attention
+from sddit_diffusers import EDMHeunScheduler, SDDiTObjective, SDDiTPipeline, SDDiTTransformer2DModel
 from sddit_diffusers.pipelines.sampling import generators
 from sddit_diffusers.training.auxiliaries import AUXILIARIES
 from sddit_diffusers.training.distillation import OBJECTIVES
-from sddit_diffusers.training.memory import step_memory
 from sddit_diffusers.training.methods import METHODS
 from sddit_diffusers.training.metrics import read_metrics
 
@@ -201,21 +199,12 @@ def test_pipelines_make_the_images_of_a_cpu(tmp_path, pipe):
 
 @slow_on_cpu
 def test_memory_is_what_the_dry_run_says():
-    """The peak of a step and what is there before it, to 5 %."""
-    preset, head, batch_size, dtype = "digits", HEAD, 64, None
-    if DEVICE == "cuda":
-        preset, head, batch_size, dtype = "SD-DiT-S/2", {}, 64, torch.bfloat16
-    scheduler = EDMHeunScheduler()
-
-    def build():
-        objective = SDDiTObjective(SDDiTTransformer2DModel(**PRESETS[preset]), scheduler, **head)
-        if DEVICE == "cpu":
-            use_cpu_attention(objective)
-        return objective
-
-    said = step_memory(build, batch_size, DEVICE, dtype)
-    measured = benchmark("gpu_parts").measured_memory(build, batch_size, torch.device(DEVICE), dtype)
-    assert measured == pytest.approx(said.total, rel=0.05)
+    """Weights, averages, optimizer and the peak of a step, to 5 %."""
+    parts, device = benchmark("gpu_parts"), torch.device(DEVICE)
+    preset, batch_size = ("SD-DiT-S/2", 64) if DEVICE == "cuda" else ("small", 8)
+    said = parts.dry_run_of(preset, batch_size, device)
+    _, measured = parts.peak_of(lambda: parts.step_of("SD-DiT", preset, batch_size, device, False), device)
+    assert measured == pytest.approx(said, rel=0.05)
 
 
 @needs_gpu
