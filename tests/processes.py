@@ -19,6 +19,9 @@ import traceback
 from functools import cache
 from pathlib import Path
 
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
 ROOT = Path(__file__).parents[1]
 CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 PATIENCE = 10  # seconds that processes have to follow one that failed
@@ -60,6 +63,22 @@ def torchrun(processes, *command):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *launcher, *map(str, command)]
     return subprocess.run(command, env=os.environ | CPU, capture_output=True, text=True)
+
+
+def launch_environment(config):
+    """What `accelerate launch --config_file configs/...` tells its processes."""
+    command = ["--config_file", str(ROOT / "configs" / f"{config}.yaml"), str(ROOT / "train_sddit.py")]
+    arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        arguments.main_process_port = 0  # any: `launch` has its own
+        _, environment = prepare_deepspeed_cmd_env(arguments)
+    else:
+        environment = prepare_multi_gpu_env(arguments)
+    # DeepSpeed compiles what its CPUs talk through; once is enough, so not into the folder of one session.
+    built = Path.home() / ".cache/torch_extensions/sddit-tests"
+    settings = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(built)}
+    return environment | settings | {"ACCELERATE_MIXED_PRECISION": "no"}
 
 
 def ask(call, *arguments):

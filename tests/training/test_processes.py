@@ -5,15 +5,12 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import is_deepspeed_available
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from conftest import CORES
-from processes import launch, torchrun
+from processes import launch, launch_environment, torchrun
 from small_runs import NETWORK, SCRIPT, SMALL, train
 
 import distill_sddit
@@ -230,22 +227,6 @@ def test_no_weight_moves_under_deepspeed_either(tmp_path, stage):
             result.stderr
         )
         assert f"process {process}: Step 3: not finite: loss (nan), loss_gen" in result.stderr, result.stderr
-
-
-def launch_environment(config):
-    """What `accelerate launch --config_file configs/...` tells its processes."""
-    command = ["--config_file", str(SCRIPT.parent / "configs" / f"{config}.yaml"), str(SCRIPT)]
-    arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(command))
-    if arguments.use_deepspeed:
-        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
-        arguments.main_process_port = 0  # any: `launch` has its own
-        _, environment = prepare_deepspeed_cmd_env(arguments)
-    else:
-        environment = prepare_multi_gpu_env(arguments)
-    # DeepSpeed compiles what its CPUs talk through; once is enough, so not into the folder of one session.
-    built = Path.home() / ".cache/torch_extensions/sddit-tests"
-    settings = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(built)}
-    return environment | settings | {"ACCELERATE_MIXED_PRECISION": "no"}
 
 
 def test_accelerate_launch_uses_all_cores(tmp_path):
