@@ -7,7 +7,7 @@ Runs what must hold and what is to be measured, in the order of its worth, and w
   and less) with the VAE that its authors' script runs; DiT and SD-DiT in bfloat16, all but XL/2 compiled
   too; and memory beside what `--dry_run` says;
 - sampling at XL/2;
-- with a folder of latents, training on them for the rest of the time; options of `train_sddit.py` follow `--`.
+- with a folder of latents, training on them for the rest of the time; options of its follow `--`.
 Each part is a process that has a limit. One that fails or is stopped is named with what it has given, and
 the others go on. One that does not fit any more is named as not run. The file is whole after each part.
 Without a GPU the same list is run small on the CPU, to see that it works.
