@@ -59,6 +59,7 @@ def test_the_fastest_within_the_tolerance_is_recommended():
         quality.recommended(ROWS, -1)
 
 
+@pytest.mark.figures
 def test_the_table_and_the_figure_show_what_is_recommended(tmp_path):
     chosen = quality.recommended(ROWS, 0.05)
     lines = quality.table(ROWS, chosen).splitlines()
