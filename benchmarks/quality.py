@@ -203,7 +203,7 @@ def draw(rows: list[dict], chosen: dict, path: Path) -> None:
     front = pareto(rows)
     axis.step(
         [row["images_a_second"] for row in front], [row["score"] for row in front],
-        where="pre", color="0.6", linestyle="--", zorder=0, label="Pareto front",
+        where="post", color="0.6", linestyle="--", zorder=0, label="Pareto front",
     )  # fmt: skip
     kinds = list(dict.fromkeys(row["setting"].split(":")[0] for row in rows))
     for i, kind in enumerate(kinds):
