@@ -3,9 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-import numpy as np
 import pytest
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 SPEC = importlib.util.spec_from_file_location(
     "quality", Path(__file__).parents[2] / "benchmarks" / "quality.py"
@@ -71,17 +69,3 @@ def test_the_table_and_the_figure_show_what_is_recommended(tmp_path):
     for name, one in (("chosen.png", chosen), ("other.png", ROWS[0])):  # the ring is elsewhere
         quality.draw(ROWS, one, tmp_path / name)
     assert (tmp_path / "chosen.png").read_bytes() != (tmp_path / "other.png").read_bytes()
-
-
-def test_a_dit_pipeline_makes_images_of_seeds(tmp_path):
-    network = DiTTransformer2DModel(
-        num_attention_heads=1, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=1,
-        sample_size=4, patch_size=2, num_embeds_ada_norm=10,
-    )  # fmt: skip
-    vae = AutoencoderKL(block_out_channels=(32,), latent_channels=4)
-    DiTPipeline(network, vae, DDIMScheduler()).save_pretrained(tmp_path)
-    for setting in ("ddim:2", "dpm:2:bf16"):
-        make, transformer = quality.dit_maker(str(tmp_path), setting, 10)
-        images = make(range(3))
-        assert images.dtype == np.uint8 and images.shape == (3, 4, 4, 3)
-        assert (make(range(3)) == images).all() and (images[0] != images[1]).any()
