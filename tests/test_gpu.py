@@ -166,10 +166,10 @@ def test_a_run_that_broke_off_goes_on(tmp_path, precision):
     trainer = make_trainer(tmp_path / "parts", *SHORT, *options, "--checkpointing_steps", 3)
     step = trainer.train_step
 
-    def broken(number, data):
+    def broken(number, *others):
         if number == 4:
             raise InterruptedError
-        return step(number, data)
+        return step(number, *others)
 
     trainer.train_step = broken
     with pytest.raises(InterruptedError):
@@ -214,25 +214,19 @@ def test_the_host_waits_for_nothing_between_logging_steps(tmp_path, data):
     if data == "latents":
         write_latents(tmp_path / "data", 300, shard_size=64)
         network = NETWORK | {"in_channels": 2, "sample_size": 2, "patch_size": 1}
-        options += [
-            "--dataset_name",
-            tmp_path / "data",
-            "--vae",
-            "none",
-            "--transformer",
-            json.dumps(network),
-        ]
+        options += ["--dataset_name", tmp_path / "data", "--vae", "none"]
+        options += ["--transformer", json.dumps(network)]
     trainer = make_trainer(tmp_path / "run", *options)
     step, watched = trainer.train_step, []
 
-    def watch(number, data):
+    def watch(number, *others):
         # The first five make the optimizer's state; what follows a step in the loop is watched too.
         if number >= 5 and (number + 1) % 5:
             watched.append(number)
             torch.cuda.set_sync_debug_mode("error")
         else:
             torch.cuda.set_sync_debug_mode("default")
-        return step(number, data)
+        return step(number, *others)
 
     trainer.train_step = watch
     try:
