@@ -91,6 +91,8 @@ RECIPES = {
         teacher_temperature_end=0.07,
     ),
 }
+# What a preset changes of a process's own settings.
+OF_PROCESS: dict[tuple[str, str], dict] = {}
 
 
 @dataclass
@@ -217,7 +219,7 @@ class TrainingConfig(*GROUPS, RunConfig):
             others |= dict.fromkeys(AUXILIARIES[key].names(), f"{self.method} without {key}")
         if "time_distribution" in process.names() and self.time_distribution == "uniform":
             others |= {"p_mean": "uniform time", "p_std": "uniform time"}
-        usual = process.settings | RECIPES[self.preset]
+        usual = process.settings | RECIPES[self.preset] | OF_PROCESS.get((self.preset, self.process), {})
         for name in sorted(others):
             value, left = getattr(self, name), usual.get(name, getattr(TrainingConfig, name))
             if value != left:
@@ -230,10 +232,9 @@ class TrainingConfig(*GROUPS, RunConfig):
         return f"{self.method} {self.preset}"
 
     def identity(self) -> dict:
-        prediction = (
-            {"prediction": self.prediction} if "prediction" in PROCESSES[self.process].names() else {}
-        )
-        return {"method": self.method, "process": self.process, **prediction}
+        names = PROCESSES[self.process].names()
+        shared = {name: getattr(self, name) for name in ("prediction", "sigma_data") if name in names}
+        return {"method": self.method, "process": self.process, **shared}
 
     def own(self) -> list[str]:
         names = ["mask_ratio", "mask_ratio_schedule", "label_dropout", *METHODS[self.method].options]
@@ -270,11 +271,13 @@ def parse(arguments: list[str] | None = None) -> TrainingConfig:
     chosen, _ = first.parse_known_args(arguments)
     try:
         options = read_options(chosen.config, TrainingConfig) if chosen.config else {}
-        recipe = RECIPES.get(chosen.preset or options.get("preset", TrainingConfig.preset), {})
+        preset = chosen.preset or options.get("preset", TrainingConfig.preset)
+        recipe = RECIPES.get(preset, {})
         asked = recipe | options | {name: value for name, value in vars(chosen).items() if value}
         method = METHODS.get(asked.get("method", TrainingConfig.method))
-        process = PROCESSES.get(asked.get("process", TrainingConfig.process))
-        parser.set_defaults(**_settings_of(process) | recipe | _settings_of(method) | options)
+        process = asked.get("process", TrainingConfig.process)
+        recipe = _settings_of(PROCESSES.get(process)) | recipe | OF_PROCESS.get((preset, process), {})
+        parser.set_defaults(**recipe | _settings_of(method) | options)
         chosen = parser.parse_known_options(arguments)
         del chosen["config"]
         return TrainingConfig(**chosen)
