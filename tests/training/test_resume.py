@@ -70,7 +70,7 @@ def test_a_checkpoint_that_knows_no_sigma_data_is_of_0_5(tmp_path):
 
 
 def test_what_may_change_is_said(tmp_path, capsys):
-    train(tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 2)
+    train(tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 2, "--learning_rate", 0.003)
     options = ["--resume_from_checkpoint", "latest", "--learning_rate", 0.001, "--checkpointing_steps", 2]
     train(tmp_path, "--max_train_steps", 4, *options)
     changes = "learning_rate: 0.003 there, 0.001 here; max_train_steps: 2 there, 4 here"
@@ -113,7 +113,7 @@ OF_A_START = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "d
 
 # Where the others are copied to when the trainer is built, if they are.
 COPIES = {
-    "learning_rate": lambda t: t.follow_schedules(5)["learning_rate"],
+    "learning_rate": lambda t: t.follow_schedules(3)["learning_rate"],  # after the warm-up
     "adam_beta1": lambda t: t.engine.optimizer.param_groups[0]["betas"][0],
     "adam_beta2": lambda t: t.engine.optimizer.param_groups[0]["betas"][1],
     "adam_weight_decay": lambda t: t.engine.optimizer.param_groups[0]["weight_decay"],
