@@ -1,6 +1,7 @@
 """What a configuration asks for: the network, its objective and the weights to begin with."""
 
 import json
+import warnings
 from pathlib import Path
 
 from torch import nn
@@ -36,15 +37,16 @@ def build_objective(
     Raises:
         ValueError: the weights to begin with are not there, or of another network.
     """
-    method = METHODS[config.method]
+    method, process = METHODS[config.method], process or build_process(config)
     transformer = method.transformer(**network)
     if config.pretrained_model_name_or_path:
-        load_weights(transformer, config.pretrained_model_name_or_path)
+        sigma_data = getattr(process.config, "sigma_data", None)
+        load_weights(transformer, config.pretrained_model_name_or_path, sigma_data)
     set_checkpointing(transformer, config.gradient_checkpointing)
     auxiliaries = {name: AUXILIARIES[name].build(transformer, config) for name in config.auxiliaries}
     objective = method.objective(
         transformer,
-        process or build_process(config),
+        process,
         {name: auxiliary for name, auxiliary in auxiliaries.items() if auxiliary is not None},
         mask_ratio=config.mask_ratio,
         mask_ratio_schedule=config.mask_ratio_schedule,
@@ -62,10 +64,14 @@ def set_checkpointing(network: nn.Module, kind: str) -> None:
         network.enable_gradient_checkpointing(keep_products if kind == "selective" else None)
 
 
-def load_weights(transformer: PatchTransformer2DModel, name: str) -> None:
+def load_weights(transformer: PatchTransformer2DModel, name: str, sigma_data: float | None = None) -> None:
     """Loads the weights of a pipeline (the averaged ones), of a single file or of a checkpoint, in place.
 
-    Labels of another number of classes are left as they are.
+    Labels of another number of classes are left as they are. Weights that a pipeline samples with another
+    sigma_data get a warning: what they expect as input and give as output has another scale.
+
+    Args:
+        sigma_data: of the process that they are trained on, if it has one.
 
     Raises:
         ValueError: there are none, or they are of another network.
@@ -76,8 +82,15 @@ def load_weights(transformer: PatchTransformer2DModel, name: str) -> None:
         weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     else:
         is_file = name.endswith(".safetensors")
-        theirs = type(transformer).from_single_file(name) if is_file else load_pipeline(name).transformer
+        pipe = None if is_file else load_pipeline(name)
+        theirs = type(transformer).from_single_file(name) if is_file else pipe.transformer
         weights = theirs.state_dict()
+        known = None if is_file else pipe.scheduler.config.get("sigma_data")
+        if known and sigma_data and known != sigma_data:
+            warnings.warn(
+                f"The weights of {name} are of sigma_data {known}, and sigma_data is {sigma_data} here.",
+                stacklevel=2,
+            )
         times = {key: theirs.config.get(key, usual) for key, usual in PLAIN_TIME.items()}
         if times != {key: transformer.config[key] for key in PLAIN_TIME}:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args, get_origin
@@ -13,6 +14,12 @@ from ..files import read_json, written_aside
 BELOW_1 = 1 - 2**-53  # the largest number
 CHECKPOINTING = ("none", "selective", "full")
 FACTS = ("parent_sha256",)  # in a training_config.json, and no options
+# The factor of the learning rate, of the share of the steps after the warm-up that is done.
+LR_SCHEDULERS = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+}
 TRIAL_STEPS = 18  # of the sampler, while a run is not at its end
 
 
@@ -42,9 +49,11 @@ class OptimizerOptions:
     train_batch_size: int = option(256, "images a process and micro-batch; the paper's total is 256", low=1)
     gradient_accumulation_steps: int = option(1, "micro-batches an optimizer step", low=1)
     learning_rate: float = option(1e-4, "of AdamW", low=0)
-    lr_warmup_steps: int = option(
-        0, "steps of linear warm-up to the learning rate, constant afterwards", low=0
-    )
+    lr_scheduler: str = option(
+        "constant", "after the warm-up: 'constant', or 'linear' or 'cosine' to 0 at the last step",
+        choices=LR_SCHEDULERS.keys(),
+    )  # fmt: skip
+    lr_warmup_steps: int = option(0, "steps of linear warm-up to the learning rate", low=0)
     adam_beta1: float = option(0.9, "of AdamW", low=0, high=BELOW_1)
     adam_beta2: float = option(0.999, "of AdamW", low=0, high=BELOW_1)
     adam_weight_decay: float = option(0.0, "of AdamW", low=0)
@@ -62,6 +71,14 @@ class OptimizerOptions:
     )
     compile: bool = option(False, "compile the blocks with torch.compile")
     allow_tf32: bool = option(True, "let GPUs round the factors of float32 products to TF32, as DiT does")
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, which counts from 0; its fall is that of diffusers' schedulers."""
+        warmup = max(1, self.lr_warmup_steps)
+        if step < warmup:
+            return self.learning_rate * ((step + 1) / warmup)
+        done = (step - warmup) / max(1, self.max_train_steps - warmup)
+        return self.learning_rate * LR_SCHEDULERS[self.lr_scheduler](done)
 
 
 @dataclass

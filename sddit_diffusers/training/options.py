@@ -25,11 +25,18 @@ from .processes import PROCESSES, ProcessRow
 
 _DIGITS = dict(
     dataset_name="digits",
-    train_batch_size=128,
-    max_train_steps=1500,
+    # At equal time batches of 64 come closer to the real digits than of 128; of 32 they come no closer.
+    train_batch_size=64,
+    max_train_steps=1650,
+    # The deviation of these pixels, and noise of about their size: the paper's is most often far smaller, and
+    # what was missing was variety of the large forms. Interpolants have these times as well.
+    p_mean=0.0,
+    p_std=1.0,
+    sigma_data=0.75,
     time_distribution="lognormal",  # of interpolants: far better here than uniform times
-    # A small network bears a large rate: of 1e-3, 2e-3 and 3e-3 the last came closest to the real digits.
-    learning_rate=3e-3,
+    # A small network bears a large rate: of 2e-3, 4e-3, 6e-3 and 8e-3 the last two came closest.
+    learning_rate=6e-3,
+    lr_scheduler="cosine",
     lr_warmup_steps=100,
     adam_beta2=0.99,
     num_prototypes=256,
@@ -38,12 +45,12 @@ _DIGITS = dict(
     repa_encoder="classifier",  # needs no download
     repa_projector_dim=256,
     # The paper's temperatures are for hundreds of thousands of steps: after 500 of these they leave the
-    # teacher at 96 % of the entropy of no preference at all, these at 65 % (and at 58 % after 1,500).
+    # teacher at 96 % of the entropy of no preference at all, these at 65 %.
     teacher_temperature_start=0.04,
     teacher_temperature_end=0.07,
     teacher_temperature_warmup_epochs=30,
-    evaluation_steps=300,
-    evaluation_samples=500,
+    evaluation_steps=825,
+    evaluation_samples=300,
     evaluation_extractor="pixels",
 )
 # What a preset changes in TrainingConfig.
@@ -58,8 +65,19 @@ RECIPES = {
     "SiT-L/2": dict(method="dit", process="linear", max_train_steps=400_000, logging_steps=50),
     "SiT-XL/2": dict(method="dit", process="linear", max_train_steps=7_000_000, logging_steps=50),
     "digits": _DIGITS,
-    # A third of the steps less, and a network without decoder and teacher.
-    "digits-flow": _DIGITS | dict(method="dit", process="linear", max_train_steps=1000),
+    # A network without decoder and teacher, with larger batches and a constant learning rate.
+    "digits-flow": _DIGITS
+    | dict(
+        method="dit",
+        process="linear",
+        sigma_data=0.5,  # which is EDM's alone
+        train_batch_size=128,
+        max_train_steps=1000,
+        learning_rate=3e-3,
+        lr_scheduler="constant",
+        evaluation_steps=300,
+        evaluation_samples=500,
+    ),
     "cifar10": dict(
         dataset_name="uoft-cs/cifar10",
         image_column="img",
@@ -230,10 +248,9 @@ class TrainingConfig(*GROUPS, RunConfig):
         return f"{self.method} {self.preset}"
 
     def identity(self) -> dict:
-        prediction = (
-            {"prediction": self.prediction} if "prediction" in PROCESSES[self.process].names() else {}
-        )
-        return {"method": self.method, "process": self.process, **prediction}
+        names = PROCESSES[self.process].names()
+        shared = {name: getattr(self, name) for name in ("prediction", "sigma_data") if name in names}
+        return {"method": self.method, "process": self.process, **shared}
 
     def own(self) -> list[str]:
         names = ["mask_ratio", "mask_ratio_schedule", "label_dropout", *METHODS[self.method].options]

@@ -24,6 +24,17 @@ class LogNormalOptions:
 
 
 @dataclass
+class EDMOptions:
+    """Of EDM's preconditioning."""
+
+    _argument_group_name = "EDM"
+
+    sigma_data: float = option(
+        0.5, "standard deviation that the data are taken to have; it scales nothing", low=1e-6, high=1e6
+    )
+
+
+@dataclass
 class InterpolantOptions:
     """The options of the interpolants, SiT's processes."""
 
@@ -78,8 +89,10 @@ def _interpolant_row(title: str, path: str) -> ProcessRow:
 PROCESSES = {
     "edm": ProcessRow(
         "EDM",
-        lambda options: EDMHeunScheduler(p_mean=options.p_mean, p_std=options.p_std),
-        (LogNormalOptions,),
+        lambda options: EDMHeunScheduler(
+            sigma_data=options.sigma_data, p_mean=options.p_mean, p_std=options.p_std
+        ),
+        (LogNormalOptions, EDMOptions),
     ),
     "linear": _interpolant_row("linear interpolant", "linear"),
     "gvp": _interpolant_row("GVP interpolant", "gvp"),

@@ -96,8 +96,10 @@ class RunState:
             return
         about = together(lambda: read_about(folder), self.accelerator)
         here = self.identity()
-        # 0.1.0 had one process, and its auxiliary loss is known by its sizes.
+        # 0.1.0 had one process, and its auxiliary loss is known by its sizes; sigma_data was no option.
         earlier = {"process": "edm", "auxiliaries": here["auxiliaries"]} | about.get("run", {})
+        if "sigma_data" in here:
+            earlier.setdefault("sigma_data", 0.5)
         if isinstance(data := earlier.get("dataset"), dict):  # 0.1.0 knew no hash of the pictures
             here["dataset"] = {name: here["dataset"].get(name) for name in data}
         if others := differences(earlier, here):

@@ -230,7 +230,7 @@ class Trainer:
     def follow_schedules(self, number: int) -> dict[str, float]:
         """Sets what changes from step to step; returns it."""
         config = self.config
-        learning_rate = config.learning_rate * min(1.0, (number + 1) / max(1, config.lr_warmup_steps))
+        learning_rate = config.learning_rate_at(number)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         steps, steps_per_epoch = config.max_train_steps, self.sampler.steps_per_epoch

@@ -16,7 +16,7 @@ from sddit_diffusers.evaluation.studies import read_study
 from sddit_diffusers.evaluation.tables import Results, markdown
 from sddit_diffusers.reproduce import ReproduceConfig, Reproduction
 from sddit_diffusers.training import measuring
-from sddit_diffusers.training.options import parse
+from sddit_diffusers.training.options import TrainingConfig, parse
 
 STUDIES = Path(reproduce.__file__).parents[1] / "studies"
 
@@ -215,6 +215,22 @@ def test_the_project_s_studies_can_be_run(path, tmp_path):
     study = reproduction.study
     assert len(study.seeds) >= 3 or "ImageNet" in study.about
     assert markdown(study, Results()).count("\n## ") == len(study.tables)
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-search", "digits-process", "digits-steps"])
+def test_studies_of_the_digits_keep_the_recipe_that_they_were_run_with(name, tmp_path):
+    """Whatever the preset's becomes."""
+    reproduction = Reproduction(ReproduceConfig(output_dir=str(tmp_path)), STUDIES / f"{name}.json")
+    configs = [config for config in reproduction.first.values() if isinstance(config, TrainingConfig)]
+    assert configs
+    for config in configs:
+        edm = config.process == "edm"
+        assert (config.p_mean, config.p_std) == ((-1.2, 1.2) if edm else (0.0, 1.0))
+        assert config.sigma_data == 0.5 or not edm
+        assert (config.train_batch_size, config.learning_rate) == (128, 3e-3)
+        assert (config.lr_scheduler, config.lr_warmup_steps, config.ema_decay) == ("constant", 100, 0.9999)
+        steps = {"digits-process": 1000, "digits-steps": 1500}
+        assert config.max_train_steps == steps.get(name, 450)
 
 
 def test_studies_have_the_paper_s_figures():

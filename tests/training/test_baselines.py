@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -303,6 +304,16 @@ def test_weights_that_embed_another_time_are_refused(tmp_path):
     with pytest.raises(ValueError, match=asked):
         make_trainer(tmp_path / "b", *options("dit", *begin))
     make_trainer(tmp_path / "b", "--method", "dit", "--transformer", json.dumps(network), *begin)
+
+
+def test_weights_of_another_sigma_data_are_told_of(tmp_path):
+    train(tmp_path / "a", *options("dit", "--max_train_steps", 1, "--sigma_data", 0.3))
+    begin = ["--pretrained_model_name_or_path", tmp_path / "a"]
+    with pytest.warns(UserWarning, match="are of sigma_data 0.3, and sigma_data is 0.6 here"):
+        make_trainer(tmp_path / "b", *options("dit", *begin, "--sigma_data", 0.6))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*sigma_data")
+        make_trainer(tmp_path / "b", *options("dit", *begin, "--sigma_data", 0.3))
 
 
 def test_weights_are_loaded_for_other_classes(tmp_path):

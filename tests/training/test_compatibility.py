@@ -19,6 +19,7 @@ EARLIER = Path(__file__).parents[1] / "saved-0.1.0"
 METHODS = ["sddit", "dit", "maskdit", "mdt"]
 DECODER = dict(num_decoder_layers=1, decoder_num_attention_heads=2, decoder_attention_head_dim=8)
 DECODERS = {"sddit": DECODER, "maskdit": DECODER, "mdt": {"num_decoder_layers": 1}}
+RECIPE = dict(learning_rate=0.003, lr_scheduler="constant", p_mean=-1.2, p_std=1.2, sigma_data=0.5)  # its own
 NEAR = dict(rel=1e-5, abs=1e-7)  # other processors sum in another order
 
 
@@ -27,6 +28,7 @@ def train(method, folder, *options):
     head = ["--num_prototypes", "32", "--head_hidden_dim", "16", "--head_bottleneck_dim", "8"]
     arguments = ["--method", method, "--transformer", json.dumps(network), "--max_train_steps", "20"]
     arguments += ["--train_batch_size", "16", "--evaluation_steps", "0", "--num_validation_images", "0"]
+    arguments += [f"--{name}={value}" for name, value in RECIPE.items()]
     train_sddit.main(
         [*arguments, *(head if method == "sddit" else []), "--output_dir", str(folder), *options]
     )

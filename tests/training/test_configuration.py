@@ -2,8 +2,11 @@ import json
 import re
 
 import pytest
+import torch
+from diffusers.optimization import get_scheduler
 
 from sddit_diffusers import PRESETS, SDDiTTransformer2DModel
+from sddit_diffusers.training.building import build_process
 from sddit_diffusers.training.options import parse
 
 
@@ -80,7 +83,9 @@ def test_mistakes_get_one_line(arguments, message, capsys):
 
 
 def test_a_process_brings_its_settings(tmp_path):
-    assert (parse([]).p_mean, parse([]).p_std) == (-1.2, 1.2)
+    edm = parse(["--preset", "cifar10"])
+    assert (edm.p_mean, edm.p_std, edm.sigma_data) == (-1.2, 1.2, 0.5)
+    assert build_process(parse(["--sigma_data", "0.3"])).config.sigma_data == 0.3
     config = parse(["--process", "gvp"])
     assert (config.p_mean, config.p_std, config.time_distribution) == (0, 1, "lognormal")
     assert parse(["--process", "linear", "--p_mean", "-0.5"]).p_mean == -0.5
@@ -95,6 +100,10 @@ def test_a_process_brings_its_settings(tmp_path):
         (["--prediction", "score"], "prediction is 'score'; the process edm has no such option"),
         (["--loss_weighting", "velocity"], "loss_weighting is 'velocity'; the process edm has no such"),
         (["--process", "linear", "--prediction", "v"], "prediction is 'v'; it must be 'velocity', 'score'"),
+        (["--process", "linear", "--sigma_data", "0.7"], "sigma_data is 0.7; the process linear has no such"),
+        (["--sigma_data", "0"], "sigma_data is 0.0; it must be in 1e-06..1000000.0"),
+        (["--sigma_data", "nan"], "sigma_data is nan; it must be in 1e-06..1000000.0"),
+        (["--lr_scheduler", "step"], "lr_scheduler is 'step'; it must be 'constant', 'linear' or 'cosine'"),
         (["--process", "straight"], "process is 'straight'; it must be 'edm', 'linear', 'gvp' or 'vp'"),
         (
             ["--process", "vp", "--time_distribution", "uniform", "--p_std", "2"],
@@ -108,6 +117,26 @@ def test_options_of_another_process_are_refused(options, message, capsys):
         parse(options).check_choices()
     said = capsys.readouterr().err if exit.type is SystemExit else str(exit.value)
     assert message in said, said
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_the_learning_rate_falls_as_diffusers_schedulers_let_it(name):
+    """But in the warm-up, whose first step has a learning rate here."""
+    config = parse(["--lr_scheduler", name, "--lr_warmup_steps", "4", "--max_train_steps", "20"])
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=config.learning_rate)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=4, num_training_steps=20)
+    for step in range(20):
+        expected = theirs.get_last_lr()[0] + (config.learning_rate / 4 if step < 4 else 0)
+        assert config.learning_rate_at(step) == pytest.approx(expected, rel=1e-12), step
+        optimizer.step()
+        theirs.step()
+    assert 0 < config.learning_rate_at(19) < config.learning_rate / 10
+
+
+def test_a_constant_learning_rate_stays():
+    config = parse(["--lr_warmup_steps", "0", "--lr_scheduler", "constant", "--learning_rate", "0.1"])
+    assert {config.learning_rate_at(step) for step in (0, 1, config.max_train_steps - 1)} == {0.1}
 
 
 @pytest.mark.parametrize("content", [b"[1]", b"\xff\xfe", b"{"])

@@ -13,13 +13,14 @@ from sddit_diffusers.training.options import TrainingConfig
 
 
 def test_resumed_run_equals_an_undisturbed_one(tmp_path):
-    whole = train(tmp_path / "a", "--max_train_steps", 8)
-    trainer = make_trainer(tmp_path / "b", "--max_train_steps", 8, "--checkpointing_steps", 3)
+    steps = ["--max_train_steps", 8, "--lr_warmup_steps", 2, "--lr_scheduler", "cosine"]
+    whole = train(tmp_path / "a", *steps)
+    trainer = make_trainer(tmp_path / "b", *steps, "--checkpointing_steps", 3)
     trainer.finish = lambda: None
     trainer.run()
     for folder in (tmp_path / "b").glob("checkpoint-6"):
         folder.rename(tmp_path / "lost")
-    resumed = train(tmp_path / "b", "--max_train_steps", 8, "--resume_from_checkpoint", "latest")
+    resumed = train(tmp_path / "b", *steps, "--resume_from_checkpoint", "latest")
     assert resumed == whole
     a, b = (
         (tmp_path / name / "transformer/diffusion_pytorch_model.safetensors").read_bytes() for name in "ab"
@@ -41,6 +42,7 @@ def test_checkpoints_of_an_earlier_run_are_not_overwritten(tmp_path):
         (["--seed", 1], "seed: 0 there, 1 here"),
         (["--train_batch_size", 8], "global batch: 16 there, 8 here"),
         (["--num_prototypes", 64], "model num_prototypes: 32 there, 64 here"),
+        (["--sigma_data", 0.25], "sigma_data: 0.75 there, 0.25 here"),
         (["--discriminative_weight", 0], ".*model num_prototypes: 32 there, None here"),
         (["--transformer", json.dumps(NETWORK | {"num_layers": 3})], "model num_layers: 2 there, 3 here"),
         (["--label_column", ""], "dataset sha256: .* there, .* here; model num_classes: 10 there, 0 here"),
@@ -54,8 +56,21 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, options, message):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_checkpoint_that_knows_no_sigma_data_is_of_0_5(tmp_path):
+    sigma_data = ["--sigma_data", 0.5]
+    train(tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 2, *sigma_data)
+    about = tmp_path / "checkpoint-2" / "checkpoint.json"
+    content = json.loads(about.read_text())
+    assert content["run"].pop("sigma_data") == 0.5 == content["settings"].pop("sigma_data")
+    about.write_text(json.dumps(content))
+    options = ["--max_train_steps", 4, "--resume_from_checkpoint", "latest"]
+    with pytest.raises(SystemExit, match="sigma_data: 0.5 there, 0.25 here"):
+        train(tmp_path, *options, "--sigma_data", 0.25)
+    assert len(train(tmp_path, *options, *sigma_data)) == 4
+
+
 def test_what_may_change_is_said(tmp_path, capsys):
-    train(tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 2)
+    train(tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 2, "--learning_rate", 0.003)
     options = ["--resume_from_checkpoint", "latest", "--learning_rate", 0.001, "--checkpointing_steps", 2]
     train(tmp_path, "--max_train_steps", 4, *options)
     changes = "learning_rate: 0.003 there, 0.001 here; max_train_steps: 2 there, 4 here"
@@ -89,6 +104,7 @@ def test_a_damaged_checkpoint_costs_its_steps_alone(tmp_path):
 IDENTITY = {"method", "transformer", "dataset_name", "label_column", "seed", "train_batch_size"}
 IDENTITY |= {"gradient_accumulation_steps", "num_prototypes", "head_hidden_dim", "head_bottleneck_dim"}
 IDENTITY |= {"pretrained_model_name_or_path", "auxiliary", "sra_layer", "sra_teacher_layer"}
+IDENTITY |= {"sigma_data"}
 IDENTITY |= {"repa_layer", "repa_encoder", "repa_projector_dim", "repa_convolution"}
 
 
@@ -97,7 +113,7 @@ OF_A_START = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "d
 
 # Where the others are copied to when the trainer is built, if they are.
 COPIES = {
-    "learning_rate": lambda t: t.follow_schedules(5)["learning_rate"],
+    "learning_rate": lambda t: t.follow_schedules(3)["learning_rate"],  # after the warm-up
     "adam_beta1": lambda t: t.engine.optimizer.param_groups[0]["betas"][0],
     "adam_beta2": lambda t: t.engine.optimizer.param_groups[0]["betas"][1],
     "adam_weight_decay": lambda t: t.engine.optimizer.param_groups[0]["weight_decay"],
@@ -116,9 +132,9 @@ COPIES = {
 
 
 CHANGED = {
-    "max_train_steps": 9, "learning_rate": 0.5, "lr_warmup_steps": 3, "adam_beta1": 0.5, "adam_beta2": 0.6,
-    "adam_weight_decay": 0.25, "max_grad_norm": 2.0, "ema_decay": 0.5, "mask_ratio": 0.5,
-    "p_mean": 0.5, "p_std": 0.6,
+    "max_train_steps": 9, "learning_rate": 0.5, "lr_scheduler": "linear", "lr_warmup_steps": 3,
+    "adam_beta1": 0.5, "adam_beta2": 0.6, "adam_weight_decay": 0.25, "max_grad_norm": 2.0,
+    "ema_decay": 0.5, "mask_ratio": 0.5, "p_mean": 0.5, "p_std": 0.6,
     "label_dropout": 0.5, "discriminative_weight": 0.5, "student_temperature": 0.5,
     "teacher_temperature_start": 0.5, "teacher_temperature_end": 0.6,
     "teacher_temperature_warmup_epochs": 7.0, "teacher_momentum_start": 0.5, "teacher_momentum_end": 0.6,
