@@ -160,7 +160,7 @@ def test_precisions_cannot_differ(write, tmp_path, capsys):
 
 def test_other_settings_than_those_begun_with_are_refused(write, tmp_path, capsys):
     run(write(), tmp_path / "a", "--runs", "DiT", "--seeds", "0")
-    with refusal(capsys, "learning_rate: 0.003 there, 0.5 here. Choose another --output_dir"):
+    with refusal(capsys, "learning_rate: 0.006 there, 0.5 here. Choose another --output_dir"):
         run(write(), tmp_path / "a", "--settings", '{"learning_rate": 0.5}')
 
 

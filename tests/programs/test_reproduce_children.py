@@ -57,7 +57,8 @@ def test_children_are_trained_after_their_parents_and_scored_beside_them(write, 
 
     table = results["Evaluations"]  # columns: 2, 3, 4 and 5 evaluations
     begun = scores["ssd-4"][0]  # the parent, before the first step
-    assert table["Euler"][3] == table["theirs"][3] == pytest.approx([begun], rel=1e-4)
+    for name in ("Euler", "theirs"):  # by rounding a pixel may take the next of its 17 values
+        assert table[name][3] == pytest.approx([begun], rel=1e-3)
     assert table["SSD"] == [[32, 1.99], [scores["ssd-2"][4]], None, [scores["ssd-4"][4]], None]
     assert [bool(cell) for cell in table["Heun"]] == [False, False, True, False, True]
     assert [bool(cell) for cell in table["SSD, images/s"]] == [False, True, False, True, False]

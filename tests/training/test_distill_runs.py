@@ -52,12 +52,12 @@ def test_a_child_samples_in_its_steps_without_being_told(tmp_path, parent, objec
     assert len(calls) == 5
     # Euler's five steps of EDM, written out
     sigmas = [(80 ** (1 / 7) + i / 4 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(5)] + [0]
-    x = 80 * torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    x, sigma_data = 80 * torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 0.75
     with torch.no_grad():
         for sigma, end in zip(sigmas, sigmas[1:], strict=False):
-            norm = math.hypot(sigma, 0.5)
+            norm = math.hypot(sigma, sigma_data)
             output = pipe.transformer(x / norm, torch.tensor([math.log(sigma) / 4]), torch.tensor([7])).sample
-            denoised = 0.25 / norm**2 * x + sigma * 0.5 / norm * output
+            denoised = (sigma_data / norm) ** 2 * x + sigma * sigma_data / norm * output
             x = x + (end - sigma) * (x - denoised) / sigma
     expected = (x[0, 0] / 2 + 0.5).clamp(0, 1).numpy()
     np.testing.assert_allclose(images[0, ..., 0], expected, atol=1e-4)
