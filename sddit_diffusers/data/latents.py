@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..pipelines.pipeline_sddit import scale_latents
 from ..seeds import generator_for
-from .order import Batch, BatchSampler, prefetch, read_out
+from .order import Batch, BatchSampler, on_device, prefetch, read_out
 from .pictures import from_webp
 from .shards import Manifest, UnreadableShardError, pictures_of
 
@@ -97,7 +97,7 @@ class LatentDataset:
 
     def batch(self, read: tuple[Tensor | None, ...], noise: Tensor, device: torch.device) -> Batch:
         """A micro-batch that was read, on a device, drawn with its rows of the noise `[b, c, h, w]`."""
-        moments, *others = (None if part is None else part.to(device, non_blocking=True) for part in read)
+        moments, *others = on_device(read, device)
         return Batch(scale_latents(self.sample(moments, noise), self.vae["config"]), *others)
 
     def sample(self, moments: Tensor, noise: Tensor) -> Tensor:

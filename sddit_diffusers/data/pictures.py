@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .order import Batch, BatchSampler, prefetch
+from .order import Batch, BatchSampler, on_device, prefetch
 
 MOST_CLASSES = 1_000_000  # each has a row in a table of the network
 _MODES = {1: "L", 3: "RGB"}
@@ -142,7 +142,7 @@ class ImageDataset(Dataset):
 
     def batch(self, read: tuple[Tensor, Tensor | None], noise: None, device: torch.device) -> Batch:
         """A micro-batch that was read, on a device."""
-        x0, labels = (None if part is None else part.to(device, non_blocking=True) for part in read)
+        x0, labels = on_device(read, device)
         pictures = None
         if self.gives_pictures:
             pictures = ((x0 + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1)

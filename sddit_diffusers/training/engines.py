@@ -186,10 +186,6 @@ class Engine(Alone):
     def _adam(self) -> torch.optim.Optimizer:
         return self.optimizer.optimizer
 
-    def gradient(self, parameter: Tensor) -> Tensor | None:
-        """The gradient of a parameter, if it has one."""
-        return None if parameter.grad is None else whole(parameter.grad)
-
     def gather(self, ema: EMAModel) -> dict[str, dict]:
         """The whole state on the main process's CPU, in part on the others."""
         weights, moments = self._gather(StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -262,6 +258,7 @@ class ZeroEngine(Engine):
         self.prepared.backward(loss)
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
+        """The gradient of a parameter, if it has one."""
         from deepspeed.utils import safe_get_full_grad
 
         return safe_get_full_grad(parameter) if hasattr(parameter, "_hp_mapping") else None  # a trained one
