@@ -16,8 +16,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["sddit_diffusers*"]),
-    package_data={"sddit_diffusers.training": ["model_card.md"]},
+    packages=[*find_packages(include=["sddit_diffusers*"]), "sddit_diffusers.digits"],
+    package_dir={"sddit_diffusers.digits": "pipelines/digits"},  # the pipeline to try, without code
+    package_data={
+        "sddit_diffusers.digits": ["*.json", "*/*.json", "*/*.safetensors"],
+        "sddit_diffusers.training": ["model_card.md"],
+    },
     py_modules=["train_sddit", "distill_sddit"],
     install_requires=[
         "torch>=2.8",

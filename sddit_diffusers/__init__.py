@@ -9,6 +9,7 @@ from .models.transformer_baselines import (
     TREADTransformer2DModel,
 )
 from .models.transformer_sddit import SDDiTTransformer2DModel
+from .pipelines.loading import DIGITS
 from .pipelines.pipeline_sddit import SDDiTPipeline
 from .schedulers.scheduling_edm_heun import EDMHeunScheduler
 from .schedulers.scheduling_interpolant import InterpolantScheduler
@@ -27,6 +28,7 @@ hub.register(
 
 __version__ = "0.2.0.dev0"
 __all__ = [
+    "DIGITS",
     "PRESETS",
     "EDMHeunScheduler",
     "InterpolantScheduler",

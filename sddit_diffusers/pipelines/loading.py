@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import math
+from pathlib import Path
 
 import diffusers
 import torch
@@ -14,6 +15,10 @@ from .pipeline_sddit import SDDiTPipeline, check_scheduler, default_steps
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT_DTYPES = dict(zip(("fp32", "bf16", "fp16"), DTYPES.values(), strict=True))  # accelerate's, ComfyUI's
+
+_PACKAGE = Path(__file__).parents[1]
+# The folder of a trained pipeline of handwritten digits: in a wheel, and in a checkout.
+DIGITS = next(filter(Path.is_dir, (_PACKAGE / "digits", _PACKAGE.parent / "pipelines/digits")), Path())
 
 
 def load_vae(name: str, **arguments) -> AutoencoderKL | AutoencoderTiny:
@@ -50,9 +55,14 @@ def sha256_of_weights(model: torch.nn.Module) -> str:
 def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> SDDiTPipeline:
     """A pipeline by folder or name on the Hub, its transformer of a dtype, all else in float32.
 
+    Args:
+        name: "digits" is [`DIGITS`], where no folder has that name.
+
     Raises:
         ValueError: there is none.
     """
+    if name == "digits" and not Path(name).exists():
+        name = DIGITS
     try:
         dtypes = {"transformer": dtype, "default": torch.float32}
         return SDDiTPipeline.from_pretrained(name, dtype=dtypes)
