@@ -15,8 +15,8 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
-from sddit_diffusers import SDDiTPipeline
 from sddit_diffusers.evaluation.scores import Gaussian, frechet_distance
+from sddit_diffusers.pipelines.loading import load_pipeline
 from sddit_diffusers.pipelines.sampling import generators
 
 
@@ -27,7 +27,7 @@ def distance_between(a: np.ndarray, b: np.ndarray) -> float:
 
 def sample(folder: str, per_class: int) -> tuple[np.ndarray, np.ndarray]:
     """Pixels in -1..1, `[10 per_class, 64]`, and their classes."""
-    pipe = SDDiTPipeline.from_pretrained(folder)
+    pipe = load_pipeline(folder)
     labels = np.repeat(np.arange(10), per_class)
     images = pipe(labels, generator=generators(range(len(labels))), output_type="pt").images
     return images.flatten(1).double().numpy() * 2 - 1, labels
@@ -35,7 +35,7 @@ def sample(folder: str, per_class: int) -> tuple[np.ndarray, np.ndarray]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", help="pipeline that the digits preset has left")
+    parser.add_argument("folder", help="pipeline that the digits preset has left, or 'digits'")
     parser.add_argument("--per_class", type=int, default=100)
     arguments = parser.parse_args()
 
@@ -49,7 +49,8 @@ def main() -> None:
     samples, labels = sample(arguments.folder, arguments.per_class)
     accuracy = (classifier.predict((samples + 1) * 8) == labels).mean()
     distance = distance_between(samples, real)
-    last = json.loads(Path(arguments.folder, "metrics.jsonl").read_text().splitlines()[-1])
+    metrics = Path(arguments.folder, "metrics.jsonl")
+    last = json.loads(metrics.read_text().splitlines()[-1]) if metrics.is_file() else {}
 
     print(f"{'samples':<42}{len(samples)}")
     print(f"{'given their class':<42}{accuracy:.1%}")

@@ -140,18 +140,31 @@ def dit_maker(
     return make, pipe.transformer
 
 
-def measure(makers: dict[str, tuple], judge: Judge, batch_size: int, rounds: int) -> list[dict]:
-    """Of each setting the score, the evaluations of a batch and the images a second, medians."""
+def scores_of(make: Callable, judge: Judge, batch_size: int, repeats: int) -> list[float]:
+    """The Fréchet distances of so many sets of samples, which have no seed in common."""
+    found, n = [], judge.num_samples
+    for first in range(0, n * repeats, n):
+        batches = (make(range(i, i + batch_size)) for i in range(first, first + n, batch_size))
+        parts = (torch.from_numpy(batch).permute(0, 3, 1, 2).expand(-1, 3, -1, -1) for batch in batches)
+        features = extract(parts, judge.extractor, judge.accelerator)
+        found.append(score(features, judge.reference, ["fid"])["fid"])
+    return found
+
+
+def measure(
+    makers: dict[str, tuple], judge: Judge, batch_size: int, rounds: int, repeats: int = 1
+) -> list[dict]:
+    """Of each setting the scores and their mean, the evaluations of a batch, the median images a second."""
     rows, seconds = [], {name: [] for name in makers}
     for name, (make, transformer) in makers.items():
         calls = []
         hook = transformer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        batches = [range(i, i + batch_size) for i in range(0, judge.num_samples, batch_size)]
-        parts = (torch.from_numpy(make(batch)).permute(0, 3, 1, 2).expand(-1, 3, -1, -1) for batch in batches)
-        features = extract(parts, judge.extractor, judge.accelerator)
+        scores = scores_of(make, judge, batch_size, repeats)
         hook.remove()
-        found = score(features, judge.reference, ["fid"])["fid"]
-        rows.append({"setting": name, "score": found, "evaluations": len(calls) / len(batches)})
+        evaluations = len(calls) * batch_size / (judge.num_samples * repeats)
+        rows.append(
+            {"setting": name, "score": sum(scores) / repeats, "scores": scores, "evaluations": evaluations}
+        )
         print(rows[-1], flush=True)
     for _ in range(rounds):
         for name, (make, _) in makers.items():
@@ -190,8 +203,10 @@ def table(rows: list[dict], chosen: dict) -> str:
     lines = ["| setting | Fréchet ↓ | evaluations | images/s | front |", "|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: row["score"]):
         name = f"**`{row['setting']}`**" if row is chosen else f"`{row['setting']}`"
+        spread = f" ± {statistics.stdev(row['scores']):.3f}" if len(row["scores"]) > 1 else ""
         lines.append(
-            f"| {name} | {row['score']:.3f} | {row['evaluations']:g} | {row['images_a_second']:.1f} | "
+            f"| {name} | {row['score']:.3f}{spread} | {row['evaluations']:g} | "
+            f"{row['images_a_second']:.1f} | "
             f"{'•' * (row in front)} |"
         )
     return "\n".join(lines) + "\n"
@@ -239,12 +254,15 @@ def main() -> None:
     parser.add_argument("--dit", default="", help="folder of a DiTPipeline of diffusers")
     parser.add_argument("--dit_settings", nargs="*", default=DIT_SETTINGS)
     parser.add_argument("--num_samples", type=int, default=1024, help="a multiple of the batch size")
+    parser.add_argument("--repeats", type=int, default=1, help="sets of samples, each of other seeds")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tolerance", type=float, default=0.05, help="of the score, relative to the best")
     options = parser.parse_args()
     if options.batch_size < 1 or options.num_samples % options.batch_size:
         parser.error(f"num_samples is {options.num_samples}; it must be a multiple of {options.batch_size}.")
+    if options.repeats < 1 or options.rounds < 1:
+        parser.error(f"repeats are {options.repeats}, rounds {options.rounds}; both must be at least 1.")
     logging.set_verbosity_error()
     keep_freed_memory()
     pipe = load_pipeline(options.pipeline)
@@ -257,7 +275,7 @@ def main() -> None:
         makers[name] = maker(folder, "")
     for setting in options.dit_settings if options.dit else ():
         makers[f"DiTPipeline-{setting}"] = dit_maker(options.dit, setting, classes)
-    rows = measure(makers, judge, options.batch_size, options.rounds)
+    rows = measure(makers, judge, options.batch_size, options.rounds, options.repeats)
     chosen = recommended([row for row in rows if row["setting"] in options.settings], options.tolerance)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     Path(options.output_dir, "quality.json").write_text(json.dumps(rows, indent=1) + "\n")
