@@ -11,6 +11,7 @@ Settings are words joined by colons, in any order after the first two:
     bf16, compile  the network in bfloat16, compiled
     fbc=THRESHOLD  `FirstBlockCacheConfig`; taylor=INTERVAL: `TaylorSeerCacheConfig`
 
+Scores are kept in OUTPUT_DIR/scores.json as they come: what was stopped goes on. One OUTPUT_DIR a reference.
 --also adds pipelines as they sample by themselves, such as distilled ones: NAME=FOLDER.
 """
 
@@ -31,8 +32,9 @@ from diffusers.utils import logging
 
 from sddit_diffusers.evaluation.features import extract
 from sddit_diffusers.evaluation.judge import Judge, score
+from sddit_diffusers.files import written_aside
 from sddit_diffusers.launching import keep_freed_memory
-from sddit_diffusers.pipelines.loading import load_pipeline, scheduler_of
+from sddit_diffusers.pipelines.loading import load_pipeline, scheduler_of, sha256_of_weights
 from sddit_diffusers.pipelines.sampling import class_of, generators, image_size, sample
 
 matplotlib.use("Agg")
@@ -152,19 +154,28 @@ def scores_of(make: Callable, judge: Judge, batch_size: int, repeats: int) -> li
 
 
 def measure(
-    makers: dict[str, tuple], judge: Judge, batch_size: int, rounds: int, repeats: int = 1
+    makers: dict[str, tuple], judge: Judge, batch_size: int, rounds: int, repeats: int, path: Path
 ) -> list[dict]:
-    """Of each setting the scores and their mean, the evaluations of a batch, the median images a second."""
+    """Of each setting the scores and their mean, the evaluations of a batch, the median images a second.
+
+    Args:
+        path: of the scores, which are kept there as they come; those that it has are not computed again.
+    """
+    known = json.loads(path.read_text()) if path.is_file() else {}
     rows, seconds = [], {name: [] for name in makers}
     for name, (make, transformer) in makers.items():
-        calls = []
-        hook = transformer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        scores = scores_of(make, judge, batch_size, repeats)
-        hook.remove()
-        evaluations = len(calls) * batch_size / (judge.num_samples * repeats)
-        rows.append(
-            {"setting": name, "score": sum(scores) / repeats, "scores": scores, "evaluations": evaluations}
-        )
+        sets = f"{repeats} times {judge.num_samples} in batches of {batch_size}"
+        key = f"{name} of {sha256_of_weights(transformer)}, {sets}"
+        if key not in known:
+            calls = []
+            hook = transformer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+            scores = scores_of(make, judge, batch_size, repeats)
+            hook.remove()
+            evaluations = len(calls) * batch_size / (judge.num_samples * repeats)
+            known[key] = {"scores": scores, "evaluations": evaluations}
+            with written_aside(path, "w") as file:
+                file.write(json.dumps(known, indent=1) + "\n")
+        rows.append({"setting": name, "score": statistics.mean(known[key]["scores"]), **known[key]})
         print(rows[-1], flush=True)
     for _ in range(rounds):
         for name, (make, _) in makers.items():
@@ -275,9 +286,10 @@ def main() -> None:
         makers[name] = maker(folder, "")
     for setting in options.dit_settings if options.dit else ():
         makers[f"DiTPipeline-{setting}"] = dit_maker(options.dit, setting, classes)
-    rows = measure(makers, judge, options.batch_size, options.rounds, options.repeats)
-    chosen = recommended([row for row in rows if row["setting"] in options.settings], options.tolerance)
     options.output_dir.mkdir(parents=True, exist_ok=True)
+    scores = options.output_dir / "scores.json"
+    rows = measure(makers, judge, options.batch_size, options.rounds, options.repeats, scores)
+    chosen = recommended([row for row in rows if row["setting"] in options.settings], options.tolerance)
     Path(options.output_dir, "quality.json").write_text(json.dumps(rows, indent=1) + "\n")
     Path(options.output_dir, "quality.md").write_text(table(rows, chosen))
     draw(rows, chosen, options.output_dir / "quality.png")

@@ -3,6 +3,8 @@
 python -m sddit_diffusers.plot grid PIPELINE     # samples, a row a class
 python -m sddit_diffusers.plot path PIPELINE     # how images come about: D at falling noise, a row a class
 python -m sddit_diffusers.plot scores RUN RUN    # a metric of runs' metrics.jsonl over steps, in one figure
+
+A path that ends in .gif or .webp is a film: a row a class, and at each noise level a frame.
 """
 
 import math
@@ -16,8 +18,11 @@ from PIL import Image
 from .cli import Parser, check_options, one_line_errors, option, options
 from .files import written_aside
 from .pipelines.loading import load_pipeline
-from .pipelines.sampling import check_interval, path_grid, sample_grid
+from .pipelines.sampling import check_interval, path_frames, path_grid, sample_grid
 from .training.metrics import draw_scores, read_metrics
+
+_FILMS = (".gif", ".webp")
+_FRAME, _LAST_FRAME = 80, 2000  # milliseconds
 
 
 @dataclass
@@ -62,9 +67,15 @@ def plot_samples(kind: str, config: PlotConfig, name: str, path: Path) -> None:
         "guidance_interval": tuple(config.guidance_interval),
     }
     draw = sample_grid if kind == "grid" else path_grid
-    picture = draw(pipe, labels=labels, **arguments)
+    film = {}
+    if kind == "path" and path.suffix.lower() in _FILMS:
+        picture, *more = path_frames(pipe, labels=labels, **arguments)
+        durations = [_FRAME] * len(more) + [_LAST_FRAME]
+        film = dict(save_all=True, append_images=more, duration=durations, loop=0)
+    else:
+        picture = draw(pipe, labels=labels, **arguments)
     with written_aside(path) as file:
-        picture.save(file, format=kinds[path.suffix.lower()])
+        picture.save(file, format=kinds[path.suffix.lower()], **film)
 
 
 def plot_scores(config: PlotConfig, names: Sequence[str], path: Path) -> None:

@@ -50,6 +50,13 @@ def test_settings_of_a_pipeline_side_by_side(run, tmp_path):
         assert first != second and row["score"] == (first + second) / 2
         assert row["images_a_second"] > 0
     assert table.count("`") == 2 * len(settings) and table.count("**`") == 1 and " ± " in table
+    known = json.loads((tmp_path / "out/scores.json").read_text())
+    assert [each["scores"] for each in known.values()] == [row["scores"] for row in rows.values()]
+    for each in known.values():
+        each["scores"] = [1.0, 2.0]  # what is there is not computed again
+    (tmp_path / "out/scores.json").write_text(json.dumps(known))
+    words = [*settings[:1], *"--num_samples 64 --repeats 2 --batch_size 32 --rounds 1".split()]
+    assert run("digits", "digits", tmp_path / "out", "--settings", *words)[0]["heun:6"]["score"] == 1.5
     assert (tmp_path / "out/quality.png").stat().st_size > 10_000
 
 

@@ -135,6 +135,32 @@ def path_grid(pipe: SDDiTPipeline, columns: int = 10, labels: list | None = None
         ValueError: the pipeline's scheduler does not tell D.
     """
     labels = labels or _spread_classes(pipe, 10)
+    denoised = _denoised_path(pipe, labels, len(labels), **arguments)
+    shown = np.linspace(0, len(denoised) - 1, min(columns, len(denoised))).round().astype(int)
+    levels = [[*denoised][i] for i in shown]
+    by_level = [pipe.decode(denoised[sigma]) for sigma in levels]
+    images = [by_level[column][row] for row in range(len(labels)) for column in range(len(levels))]
+    return draw_grid(images, _names(pipe, labels), len(levels), [f"{sigma:.3g}" for sigma in levels])
+
+
+def path_frames(
+    pipe: SDDiTPipeline, columns: int = 10, labels: list | None = None, **arguments
+) -> list[Image.Image]:
+    """The same as the frames of a film: at each noise level a grid of `columns` images a label.
+
+    Args:
+        labels: as in [`sample_grid`], whose grid the last frame is, but for the last step's rounding.
+
+    Raises:
+        ValueError: the pipeline's scheduler does not tell D.
+    """
+    labels = labels or _spread_classes(pipe, 10)
+    denoised = _denoised_path(pipe, labels, len(labels) * columns, num_images_per_label=columns, **arguments)
+    return [draw_grid(pipe.decode(each), _names(pipe, labels), columns) for each in denoised.values()]
+
+
+def _denoised_path(pipe: SDDiTPipeline, labels: list, count: int, **arguments) -> dict[float, torch.Tensor]:
+    """The denoised D of `count` images, of seeds from 0 on, by falling noise level."""
     denoised = {}
 
     def keep(pipe: SDDiTPipeline, i: int, t: torch.Tensor, tensors: dict) -> dict:
@@ -143,15 +169,9 @@ def path_grid(pipe: SDDiTPipeline, columns: int = 10, labels: list | None = None
         keep_denoised(denoised, pipe, i, tensors)
         return {}
 
-    pipe(labels, generator=generators(range(len(labels))), output_type="latent", callback_on_step_end=keep,
+    pipe(labels, generator=generators(range(count)), output_type="latent", callback_on_step_end=keep,
          callback_on_step_end_tensor_inputs=["pred_original_sample"], **arguments)  # fmt: skip
-    levels = sorted(denoised, reverse=True)
-    shown = [
-        levels[i] for i in np.linspace(0, len(levels) - 1, min(columns, len(levels))).round().astype(int)
-    ]
-    by_level = [pipe.decode(denoised[sigma]) for sigma in shown]
-    images = [by_level[column][row] for row in range(len(labels)) for column in range(len(shown))]
-    return draw_grid(images, _names(pipe, labels), len(shown), [f"{sigma:.3g}" for sigma in shown])
+    return {sigma: denoised[sigma] for sigma in sorted(denoised, reverse=True)}
 
 
 def keep_denoised(denoised: dict[float, torch.Tensor], pipe: SDDiTPipeline, i: int, tensors: dict) -> None:

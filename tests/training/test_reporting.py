@@ -145,6 +145,23 @@ def test_a_path_shows_d_at_each_sigma(pipe):
     assert np.abs(tile - np.asarray(first).astype(int)).max() <= 2
 
 
+def test_a_path_as_a_film_ends_in_the_samples(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "load_pipeline", lambda name: pipe)
+    file = tmp_path / "path.webp"
+    plot.main(
+        [*"path anything --columns 3 --class_labels 1 3 --num_inference_steps 5 --output".split(), str(file)]
+    )
+    film = Image.open(file)
+    assert film.n_frames == 5
+    film.seek(4)
+    last = np.asarray(film.convert("RGB")).astype(int)
+    assert film.info["duration"] > 1000
+    samples = sample_grid(pipe, columns=3, labels=[1, 3], num_inference_steps=5)
+    assert film.size == samples.size and np.abs(last - np.asarray(samples)).mean() < 8  # lossy
+    film.seek(0)
+    assert np.abs(np.asarray(film.convert("RGB")).astype(int) - last).mean() > 16
+
+
 def test_a_path_needs_a_scheduler_that_tells_d(pipe):
     pipe.scheduler = EDMDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="EDMDPMSolverMultistepScheduler does not tell the denoised samples"):
