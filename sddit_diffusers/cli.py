@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -132,6 +133,9 @@ class Help(argparse.HelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if "\n" in text else super()._fill_text(text, width, indent)
 
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
+
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if isinstance(action, Switch):
             return " / ".join(action.option_strings)
@@ -140,7 +144,7 @@ class Help(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", _shown_default(action) if action.option_strings else ""
         told = f"(default: {default})" if default else ""
-        kept = told.replace(" ", _SPACE) if len(told) <= 40 else told
+        kept = told.replace(" ", _SPACE) if len(told) <= 56 else told
         return f"{text} {kept}".strip().replace("%", "%%")
 
 
