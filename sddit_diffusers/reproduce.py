@@ -1,7 +1,7 @@
 """Runs a study: trains its runs, scores them, and draws its tables and figures.
 
     sddit reproduce studies/digits.json
-    accelerate launch -m sddit reproduce studies/imagenet.json --settings '{"dataset_name": "latents"}'
+    accelerate launch -m sddit reproduce studies/imagenet.json --seeds 0 --output_dir imagenet
 
 `studies.py` says what a study is. Each run is one of `train_sddit.py`, or of `distill_sddit.py` once what it
 distils is trained, in `OUTPUT_DIR/RUN/seed-SEED/`; stopped, the same command goes on where it was. Runs that
