@@ -1,6 +1,7 @@
 """Makes a trained pipeline better at a small number of steps, by itself (SSD and iSSD).
 
-    accelerate launch distill_sddit.py --model PIPELINE --num_inference_steps 10 [options]
+    sddit distill --model PIPELINE --num_inference_steps 10
+    accelerate launch distill_sddit.py --model PIPELINE --num_inference_steps 10
 
 Several numbers of steps make a chain, each stage from the last: `--num_inference_steps 20 10 5`. Killed, it
 goes on with `--resume_from_checkpoint latest` where it was.

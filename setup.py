@@ -22,7 +22,7 @@ setup(
         "sddit_diffusers.digits": ["*.json", "*/*.json", "*/*.safetensors"],
         "sddit_diffusers.training": ["model_card.md"],
     },
-    py_modules=["train_sddit", "distill_sddit"],
+    py_modules=["sddit", "train_sddit", "distill_sddit"],
     install_requires=[
         "torch>=2.8",
         "diffusers>=0.41",
@@ -60,5 +60,11 @@ setup(
             "playwright>=1.65",
         ],
     },
-    entry_points={"console_scripts": ["sddit-train=train_sddit:main", "sddit-distill=distill_sddit:main"]},
+    entry_points={
+        "console_scripts": [
+            "sddit=sddit:main",
+            "sddit-train=train_sddit:main",  # these two are deprecated
+            "sddit-distill=distill_sddit:main",
+        ]
+    },
 )

@@ -1,4 +1,6 @@
-"""Trains SD-DiT: `accelerate launch train_sddit.py [--preset NAME] [--dataset_name NAME] [options]`.
+"""Trains SD-DiT: `sddit train [--preset NAME] [--dataset_name NAME] [options]`.
+
+On several devices it is `accelerate launch -m sddit train`, or `accelerate launch train_sddit.py`.
 
 `--method dit`, `maskdit`, `mdt` and `tread` train what it is compared with instead.
 

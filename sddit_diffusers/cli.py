@@ -1,20 +1,25 @@
 """What every program asks of its command line: options that know what they may be, one line for a mistake."""
 
+import argparse
 import dataclasses
 import difflib
 import json
 import math
 import re
 import sys
-from collections.abc import Collection, Iterator
+import textwrap
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import field
-from typing import NamedTuple
-
-from transformers import HfArgumentParser
+from typing import NamedTuple, get_args, get_origin, get_type_hints
 
 _MOST = 2**31 - 1  # of whole numbers that have no limit of their own
 MOST_WIDTH = 2**16  # of a layer, of a picture
+_SPACE = "\N{NO-BREAK SPACE}"
+_TRUTH = dict.fromkeys(("true", "t", "yes", "y", "1"), True) | dict.fromkeys(
+    ("false", "f", "no", "n", "0"), False
+)
 
 
 class Limits(NamedTuple):
@@ -50,14 +55,26 @@ class Limits(NamedTuple):
         return f"at least {self.low}" if self.low is not None else f"at most {self.high}" if self.high else ""
 
 
-def option(default, help: str, **limits):
-    """A field of a program's settings, with what `--help` says of it and its [`Limits`]."""
-    return field(default=default, metadata={"help": help, "limits": Limits(**limits)})
+def option(default, help: str, *, metavar: str = "", group: str = "", **limits):
+    """A field of a program's settings.
+
+    Args:
+        help: what `--help` says of it; the default is added.
+        metavar: what stands there for its value, such as FILE; by default what its type or choices tell.
+        group: title of the group of `--help` that begins with it.
+        limits: its [`Limits`].
+    """
+    told = {"help": help, "metavar": metavar, "group": group, "limits": Limits(**limits)}
+    return (
+        field(default_factory=default.copy, metadata=told)
+        if isinstance(default, list)
+        else field(default=default, metadata=told)
+    )
 
 
-def options(default: list, help: str, **limits):
-    """An option of several values, each of which keeps to the limits."""
-    return field(default_factory=default.copy, metadata={"help": help, "limits": Limits(**limits)})
+def options(default: list, help: str, **others):
+    """An [`option`] of several values, each of which keeps to the limits."""
+    return option(default, help, **others)
 
 
 def check_options(config) -> None:
@@ -97,19 +114,119 @@ def json_object(name: str, text: str) -> dict:
     return value
 
 
-class Parser(HfArgumentParser):
-    """One line for a mistake, instead of the usage of fifty options."""
+class Switch(argparse.Action):
+    """An option that is on or off: `--x` and `--no-x`."""
 
-    def add_argument(self, *names, limits: Limits | None = None, **arguments):
-        """As in argparse; the limits of an [`option`] are held by `check_options`, from files too."""
-        return super().add_argument(*names, **arguments)
+    def __init__(self, option_strings: Sequence[str], dest: str, **arguments):
+        super().__init__(option_strings, dest, nargs=0, **arguments)
 
-    def add_argument_group(self, *names, **arguments):
-        """As in argparse; the same holds for a group's options."""
-        group = super().add_argument_group(*names, **arguments)
-        add = group.add_argument
-        group.add_argument = lambda *names, limits=None, **arguments: add(*names, **arguments)
-        return group
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, option_string == self.option_strings[0])
+
+
+class Help(argparse.HelpFormatter):
+    """Each option once, with its default where it has one; text of several lines stays as it is."""
+
+    def __init__(self, prog: str, **arguments):
+        super().__init__(prog, **{"max_help_position": 32} | arguments)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        if max(map(len, text.split(" "))) > width:
+            text = text.replace(_SPACE, " ")
+        return textwrap.wrap(text, width, break_on_hyphens=False)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, Switch):
+            return " / ".join(action.option_strings)
+        return super()._format_action_invocation(action)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", _shown_default(action) if action.option_strings else ""
+        told = f"(default: {default})" if default else ""
+        kept = told.replace(" ", _SPACE) if len(told) <= 56 else told
+        return f"{text} {kept}".strip().replace("%", "%%")
+
+
+class Parser(argparse.ArgumentParser):
+    """A program's command line: the [`option`]s of dataclasses, and one line for a mistake.
+
+    Names may have hyphens in place of underscores. What is on or off is written `--x` or `--no-x`, and also
+    `--x True`, `--x=false` or `--no_x`.
+
+    Args:
+        kinds: dataclasses of options, whose `_argument_group_name` is their group in `--help`.
+        only: names of the options that are taken of them; all if there is none.
+        prog: the program's name, where it was not called as `sddit PROGRAM`.
+        doc: its first line is the description, its indented lines the examples.
+    """
+
+    def __init__(
+        self,
+        kinds: type | Sequence[type],
+        *,
+        only: Collection[str] = (),
+        prog: str | None = None,
+        doc: str = "",
+        **arguments,
+    ):
+        usual = {"allow_abbrev": False, "formatter_class": Help, "description": doc.split("\n")[0]}
+        if examples := [f"  {line.strip()}" for line in doc.split("\n") if line.startswith("    ")]:
+            usual["epilog"] = "\n".join(["examples:", *examples])
+        super().__init__(prog=_as_called(prog), **usual | arguments)
+        groups = {None: self}
+        for kind in [kinds] if isinstance(kinds, type) else kinds:
+            title, types = getattr(kind, "_argument_group_name", None), get_type_hints(kind)
+            for each in dataclasses.fields(kind):
+                title = each.metadata.get("group") or title
+                if not only or each.name in only:
+                    groups[title] = groups.get(title) or self.add_argument_group(title)
+                    _add_option(groups[title], each, types[each.name])
+
+    def tell_defaults(self, names: Collection[str], of: str) -> None:
+        """Tells in `--help` on what the defaults of some options depend.
+
+        Args:
+            of: such as "by the preset, here {}", in whose place the default stands.
+        """
+        for action in self._actions:
+            if action.dest in names:
+                action.of = of
+
+    def format_help(self) -> str:
+        """The help, whose usage names what must be given, and not each option."""
+        if self.usage is None:
+            self.usage = " ".join(["%(prog)s [OPTIONS]", *map(_usage, self._get_positional_actions())])
+        return super().format_help().replace(_SPACE, " ")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As in argparse, of all spellings of an option."""
+        return super().parse_known_args(self._declared(sys.argv[1:] if args is None else args), namespace)
+
+    def _declared(self, arguments: Sequence[str]) -> list[str]:
+        """A command line, each option in the spelling that argparse was told."""
+        known = {action.option_strings[0]: action for action in self._actions if action.option_strings}
+        words, declared = deque(arguments), []
+        while words and words[0] != "--":
+            word = words.popleft()
+            name, equals, value = word.partition("=")
+            name = f"--{name[2:].replace('-', '_')}" if name.startswith("--") else name
+            opposite = f"--{name.removeprefix('--no_')}"
+            if isinstance(known.get(name), Switch):
+                if not equals and words and words[0].lower() in _TRUTH:
+                    equals, value = "=", words.popleft()
+                if equals and value.lower() not in _TRUTH:
+                    self.error(f"argument {name}: {shortened(value)} is neither True nor False")
+                declared.append(known[name].option_strings[not _TRUTH.get(value.lower(), True)])
+            elif name in known:
+                declared.append(name + equals + value)
+            elif isinstance(known.get(opposite), Switch):
+                declared.append(known[opposite].option_strings[1] + equals + value)
+            else:
+                declared.append(word)
+        return declared + [*words]
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
@@ -121,11 +238,56 @@ class Parser(HfArgumentParser):
             ValueError: an option that there is not.
         """
         namespace, unknown = self.parse_known_args(arguments)
+        if unknown and not unknown[0].startswith("-"):
+            raise ValueError(f"{shortened(unknown[0])} is of no option; see --help.")
         if unknown:
-            raise ValueError(
-                unknown_option(unknown[0].split("=")[0], [f"--{name}" for name in vars(namespace)])
-            )
+            known = [name for action in self._actions for name in action.option_strings if name[:2] == "--"]
+            raise ValueError(unknown_option(unknown[0].split("=")[0], known))
         return vars(namespace)
+
+
+def _add_option(group, setting: dataclasses.Field, kind: type) -> None:
+    """Adds the option of a dataclass's field, of this type, to a parser or one of its groups."""
+    told, missing = setting.metadata, setting.default is dataclasses.MISSING
+    arguments = {
+        "help": told.get("help", ""),
+        "default": setting.default_factory() if missing else setting.default,
+    }
+    if kind is bool:
+        group.add_argument(f"--{setting.name}", f"--no-{setting.name}", action=Switch, **arguments)
+        return
+    inner = [each for each in get_args(kind) if each is not type(None)]  # of a list, or of `int | None`
+    value = inner[0] if inner else kind
+    choices = f"{{{','.join(filter(None, told.get('limits', Limits()).choices))}}}"
+    usual = {int: "N", float: "X"}.get(value, "NAME")
+    if get_origin(kind) is list:
+        arguments["nargs"] = "+"
+    elif 2 < len(choices) <= 36:
+        usual = choices
+    group.add_argument(f"--{setting.name}", type=value, metavar=told.get("metavar") or usual, **arguments)
+
+
+def _usage(positional: argparse.Action) -> str:
+    """How an argument without a name stands in the usage."""
+    name = positional.metavar or "|".join(positional.choices or [positional.dest.upper()])
+    return {"?": f"[{name}]", "+": f"{name} [{name} ...]"}.get(positional.nargs, name)
+
+
+def _shown_default(action: argparse.Action) -> str:
+    """A default for people; empty where there is none."""
+    value = action.default
+    if isinstance(action, Switch):
+        shown = "on" if value else "off"
+    elif value is None or value is argparse.SUPPRESS or value == "{}":
+        shown = ""
+    else:
+        shown = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return action.of.format(shown or "none") if hasattr(action, "of") else shown
+
+
+def _as_called(program: str | None) -> str | None:
+    """The name for messages: `sddit PROGRAM`, where the program was called by it."""
+    return sys.argv[0] if sys.argv[0].startswith("sddit ") else program
 
 
 def unknown_option(name: str, known: list[str]) -> str:
@@ -140,9 +302,10 @@ def one_line_errors(program: str, advice: str = "") -> Iterator[None]:
     """Ends the program with one line where settings, data or the machine are wrong, instead of a traceback.
 
     Args:
-        program: its name.
+        program: its name, where it was not called as `sddit PROGRAM`.
         advice: follows the message of what the machine did, such as a full disk.
     """
+    program = _as_called(program)
     try:
         yield
     except (ValueError, FloatingPointError) as error:

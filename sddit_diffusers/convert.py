@@ -1,9 +1,9 @@
-"""One file of a transformer, and other people's weights in these networks.
+"""Makes one file of a transformer, or a pipeline of other people's weights.
 
-    python -m sddit_diffusers.convert PIPELINE model.safetensors
-    python -m sddit_diffusers.convert DiT-XL-2-256x256.pt FOLDER
-    python -m sddit_diffusers.convert 2000000.pt FOLDER --method maskdit --vae stabilityai/sd-vae-ft-mse
-    python -m sddit_diffusers.convert SiT-XL-2-256.pt FOLDER --origin sit --vae stabilityai/sd-vae-ft-ema
+    sddit convert sddit-digits digits.safetensors
+    sddit convert DiT-XL-2-256x256.pt dit
+    sddit convert 2000000.pt maskdit --method maskdit --vae stabilityai/sd-vae-ft-mse
+    sddit convert SiT-XL-2-256.pt sit --origin sit --vae stabilityai/sd-vae-ft-ema
 
 The source is a pipeline of this package or a DiTPipeline of diffusers (a folder or a name on the Hub), the
 folder of their transformer, or a file: one that this program wrote, or a checkpoint of facebookresearch/DiT,
@@ -53,22 +53,22 @@ class ConvertConfig:
 
     method: str = option(
         "",
-        "the network: 'sddit', 'dit' or 'maskdit'; if not given the source's own, dit for SiT and REPA, "
-        "sddit for DiT and MaskDiT",
+        "the network; if not given the source's own, dit for SiT and REPA, sddit for DiT and MaskDiT",
         choices=("", "sddit", "dit", "maskdit"),
     )
     origin: str = option(
         "",
-        "whose weights others' are: 'dit', 'maskdit', 'sit' or 'repa'; names do not tell SiT's from DiT's",
+        "whose weights others' are, where their names do not tell: SiT's are named as DiT's",
         choices=("", *ORIGINS),
     )
     transformer: str = option(
-        "{}", "JSON of what weights do not tell: num_attention_heads, the size of a decoder that is new"
-    )
+        "{}", "what weights do not tell: num_attention_heads, the size of a decoder that is new",
+        metavar="JSON",
+    )  # fmt: skip
     num_classes: int = option(
-        0, "classes of a DiT, whose table may have a row more; all rows but one, or 1000, if not given", low=0
+        0, "classes of a DiT, whose table may have a row more; 0: 1000, or else all rows but one", low=0
     )
-    vae: str = option("", "a VAE for the pipeline (folder or Hub name); the source's own if not given")
+    vae: str = option("", "of the pipeline: a folder or a name on the Hub; the source's own if not given")
 
     def __post_init__(self):
         check_options(self)
@@ -372,9 +372,11 @@ def _first_line(error: Exception) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = Parser(ConvertConfig, prog="convert", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("source", help="a pipeline, a transformer's folder, a single file or a checkpoint")
-    parser.add_argument("output", help="FILE.safetensors, or a folder for a pipeline")
+    parser = Parser(ConvertConfig, prog="convert", doc=__doc__)
+    parser.add_argument(
+        "source", metavar="SOURCE", help="a pipeline, a transformer's folder, a single file or a checkpoint"
+    )
+    parser.add_argument("output", metavar="OUTPUT", help="FILE.safetensors, or a folder for a pipeline")
     with one_line_errors("convert"):
         chosen = parser.parse_known_options(arguments)
         source, output = chosen.pop("source"), Path(chosen.pop("output"))

@@ -1,9 +1,9 @@
 """Scores images as ADM's evaluator does, probes what an encoder has learnt, or tells likelihoods.
 
-    python -m sddit_diffusers.evaluate SAMPLES REFERENCE
-    python -m sddit_diffusers.evaluate IMAGES --save_stats FILE.npz
-    python -m sddit_diffusers.evaluate --probe PIPELINE DATASET
-    python -m sddit_diffusers.evaluate --likelihood PIPELINE DATASET
+    sddit evaluate samples VIRTUAL_imagenet256_labeled.npz --half --output scores.json
+    sddit evaluate digits-samples digits --extractor pixels
+    sddit evaluate pictures --save_stats statistics.npz
+    sddit evaluate --likelihood sddit-digits digits
 
 SAMPLES and REFERENCE are folders of pictures, `.npz` files with images, what `generate` left, or datasets; a
 REFERENCE may also be ADM's reference batch, or statistics of EDM (`.npz`) or EDM2 (`.pkl`). Inception's
@@ -11,6 +11,7 @@ weights are downloaded once; `--extractor classifier` and `pixels` need nothing,
 with themselves.
 """
 
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,44 +39,56 @@ from .launching import check_machine
 from .pipelines.loading import load_pipeline
 from .pipelines.ode import ATOL, RTOL
 
+OF_PROBE = ("image_column", "label_column", "split", "batch_size", "output", "probe_samples", "probe_sigmas")
+
 
 @dataclass
 class EvaluateConfig:
     """The settings of an evaluation."""
 
     metrics: list[str] = options(
-        [], f"of {', '.join(SCORES)}; all that can be had if not given", choices=tuple(SCORES)
-    )
+        [], f"of {', '.join(SCORES)}; all that can be had if not given", group="scores",
+        choices=tuple(SCORES),
+    )  # fmt: skip
     fd_dinov2: bool = option(False, "FD-DINOv2 too")
     extractor: str = option(
-        "inception", "'inception', or without downloads 'classifier' or 'pixels'", choices=tuple(EXTRACTORS)
-    )
+        "inception", "whose features are compared; all but 'inception' need no download",
+        choices=tuple(EXTRACTORS),
+    )  # fmt: skip
     inception_weights: str = option(
-        "", "file of Inception's weights; from torch's hub cache or downloaded if ''"
+        "", "Inception's weights; from torch's hub cache, or downloaded, if not given", metavar="FILE"
     )
     dinov2: str = option("facebook/dinov2-large", "DINOv2: a folder or a name on the Hub")
     half: bool = option(False, "precision and recall by distances in float16, as ADM's on a GPU")
-    resolution: int = option(
-        0, "side to which the reference's pictures are cropped and resized", low=0, high=16_384
-    )
-    image_column: str = option("image", "column of the images of a dataset")
-    label_column: str = option("", "column of their labels, for the classifier and the probe")
+    image_column: str = option("image", "column of the images of a dataset", group="pictures")
+    label_column: str = option("", "column of their labels; 'label' if not given, for the classifier none")
     split: str = option("train", "split of a dataset")
-    batch_size: int = option(64, "images that go through the extractor at once", low=1)
-    save_stats: str = option("", "write the statistics of SAMPLES to this .npz, to be a REFERENCE")
-    output: str = option("", "write the scores, and all that made them, to this JSON file")
-    cache_dir: str = option("", f"where features are kept; {default_cache()} if not given, 'none' keeps none")
-    probe: str = option("", "a pipeline, whose encoder is probed on the labelled pictures of DATASET instead")
+    resolution: int = option(
+        0, "side to which the reference's pictures are cropped and resized; 0: those of a dataset to the "
+        "samples'", low=0, high=16_384,
+    )  # fmt: skip
+    batch_size: int = option(64, "images that go through the network at once", low=1)
+    output: str = option(
+        "", "a JSON file for the results, and all that made them", metavar="FILE", group="output"
+    )
+    save_stats: str = option("", "an .npz for the statistics of SAMPLES, to be a REFERENCE", metavar="FILE")
+    cache_dir: str = option(
+        "", f"where features are kept; {default_cache()} if not given, 'none' keeps none", metavar="FOLDER"
+    )
+    probe: str = option(
+        "", "a pipeline, whose encoder is probed on the labelled pictures of SAMPLES instead", group="probe"
+    )
     probe_samples: int = option(
         10_000, "pictures that the probe uses at most; a fifth of them is held out", low=5
     )
     probe_sigmas: list[float] = options([0.002, 0.1, 0.3, 1.0, 3.0], "noise levels of the probe")
     likelihood: str = option(
-        "", "a pipeline of pixels, whose likelihoods of the pictures of DATASET are told instead"
-    )
+        "", "a pipeline of pixels, whose likelihoods of the pictures of SAMPLES are told instead",
+        group="likelihood",
+    )  # fmt: skip
     likelihood_samples: int = option(1000, "pictures whose likelihood is told at most", low=2)
     unconditional: bool = option(False, "likelihoods by the null class in place of the pictures' own")
-    rtol: float = option(RTOL, "relative tolerance of the likelihood's solver, dopri5", low=1e-12, high=1)
+    rtol: float = option(RTOL, "relative tolerance of the solver, dopri5", low=1e-12, high=1)
     atol: float = option(ATOL, "its absolute tolerance", low=1e-12, high=1)
 
     def __post_init__(self):
@@ -328,9 +341,13 @@ def run_likelihood(config: EvaluateConfig, dataset_name: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = Parser(EvaluateConfig, prog="evaluate", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("samples", nargs="?", help="images; with --probe or --likelihood a dataset")
-    parser.add_argument("reference", nargs="?", help="images or statistics that they are scored against")
+    parser = Parser(EvaluateConfig, prog="evaluate", doc=__doc__)
+    parser.add_argument(
+        "samples", nargs="?", metavar="SAMPLES", help="images; for a probe or likelihoods a dataset"
+    )
+    parser.add_argument(
+        "reference", nargs="?", metavar="REFERENCE", help="images or statistics that they are scored against"
+    )
     with one_line_errors("evaluate"):
         try:
             chosen = parser.parse_known_options(arguments)
@@ -346,6 +363,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run_likelihood(config, samples)
         else:
             Evaluation(config, samples, reference).run()
+
+
+def main_probe(arguments: Sequence[str] | None = None) -> None:
+    """Tells what a pipeline's encoder knows of classes.
+
+        sddit probe sddit-digits digits
+
+    It is `evaluate --probe` by a name of its own.
+    """
+    parser = Parser(EvaluateConfig, only=OF_PROBE, prog="probe", doc=inspect.getdoc(main_probe))
+    parser.add_argument("probe", metavar="PIPELINE", help="a folder or a name on the Hub")
+    parser.add_argument(
+        "dataset", metavar="DATASET", help="labelled pictures: 'digits', a folder or a name on the Hub"
+    )
+    with one_line_errors("probe"):
+        try:
+            chosen = parser.parse_known_options(arguments)
+            dataset = chosen.pop("dataset")
+            config = EvaluateConfig(**chosen)
+        except ValueError as error:
+            parser.error(str(error))
+        run_probe(config, dataset)
 
 
 if __name__ == "__main__":

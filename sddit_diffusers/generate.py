@@ -1,6 +1,7 @@
-"""Generates images to be scored.
+"""Generates images, one a seed, to be looked at or scored.
 
-    accelerate launch -m sddit_diffusers.generate --model NAME --output_dir FOLDER
+    sddit generate --model digits --num_samples 100 --format png --output_dir samples
+    accelerate launch -m sddit generate --model sddit-SD-DiT-XL-2 --output_dir samples
 
 Image i has a seed of its own, `seed` + i, from which its noise and, where labels are random, its class
 follow, as in EDM. So the images do not depend on the batch size or the number of processes, and the image of
@@ -48,13 +49,13 @@ _SOLVER = ("solver", "rtol", "atol", "batch_size")
 class GenerateConfig:
     """The settings of a generation."""
 
-    model: str = option("", "the pipeline: a folder or a name on the Hub")
-    output_dir: str = option("", "where the images go")
-    num_samples: int = option(50_000, "images", low=1)
+    model: str = option("", "the pipeline: a folder or a name on the Hub; required", group="what is made")
+    num_samples: int = option(50_000, "how many images", low=1)
     class_labels: list[str] = options(
         ["random"],
         "'random', 'balanced' (equally many of each class, shuffled), 'none' (unconditional), "
         "or numbers or names of classes, which are taken in turn",
+        metavar="CLASS",
     )
     seed: int = option(0, "of the first image; the next ones have the next seeds", low=0, high=_MOST_SEED)
     num_inference_steps: int | None = option(
@@ -62,29 +63,35 @@ class GenerateConfig:
         "steps N, the pipeline's own if not given; Heun's sampler evaluates the network 2 N - 1 times",
         low=1,
         high=10_000,
+        group="sampling",
     )
-    guidance_scale: float = option(1.0, "1 is off")
+    guidance_scale: float = option(1.0, "of classifier-free guidance; 1 is off")
     guidance_interval: list[float] = options(
-        [0.0, math.inf], "the lowest and highest noise level that are guided", low=0, infinite=True
-    )
-    s_churn: float = option(0.0, "EDM's stochastic sampler; 0 is off", low=0)
-    s_tmin: float = option(0.0, "the lowest sigma at which noise is added", low=0)
-    s_tmax: float = option(math.inf, "the highest", low=0, infinite=True)
+        [0.0, math.inf], "the lowest and highest noise level that are guided", metavar="SIGMA", low=0,
+        infinite=True,
+    )  # fmt: skip
+    s_churn: float = option(0.0, "how much noise EDM's stochastic sampler adds; 0 is off", low=0)
+    s_tmin: float = option(0.0, "the lowest sigma at which it adds noise", metavar="SIGMA", low=0)
+    s_tmax: float = option(math.inf, "the highest", metavar="SIGMA", low=0, infinite=True)
     s_noise: float = option(1.0, "what the added noise is multiplied by", low=0)
     scheduler: str = option(
-        "", "one of diffusers' that takes the place of the pipeline's: an EDM scheduler, a flow scheduler"
+        "", "a scheduler of diffusers in place of the pipeline's: one of EDM or, for a flow, of flows",
+        metavar="CLASS",
+    )  # fmt: skip
+    scheduler_options: str = option(
+        "{}", "the scheduler's settings that differ from the pipeline's", metavar="JSON"
     )
-    scheduler_options: str = option("{}", "JSON of the scheduler's settings that differ from the pipeline's")
-    solver: str = option("", "'dopri5' solves the ODE in steps of its own choice", choices=("", "dopri5"))
-    rtol: float = option(RTOL, "its relative tolerance", low=1e-12, high=1)
+    solver: str = option(
+        "", "solves the ODE in steps of its own choice, in place of the scheduler", choices=("", "dopri5")
+    )
+    rtol: float = option(RTOL, "the solver's relative tolerance", low=1e-12, high=1)
     atol: float = option(ATOL, "its absolute tolerance", low=1e-12, high=1)
-    dtype: str = option(
-        "float32", "of the transformer: 'float32', 'bfloat16' or 'float16'", choices=tuple(DTYPES)
-    )
+    output_dir: str = option("", "where the images go; required", metavar="FOLDER", group="output")
     format: list[str] = options(
         ["npz"], "'npz' (samples.npz, as ADM's), 'png' (images/), or both", choices=("npz", "png")
     )
-    batch_size: int = option(64, "images that are made at once in a process", low=1)
+    batch_size: int = option(64, "images that are made at once in a process", group="speed", low=1)
+    dtype: str = option("float32", "precision of the transformer", choices=tuple(DTYPES))
 
     def __post_init__(self):
         check_options(self)
@@ -228,7 +235,7 @@ class Generation:
         self.accelerator.print(
             f"{self.config.num_samples} images are in {self.output_dir}/ "
             f"({', '.join(what[name] for name in self.config.format)}); {RECORD} says what made them. "
-            f"Score them: python -m sddit_diffusers.evaluate {self.output_dir} REFERENCE"
+            f"Score them: sddit evaluate {self.output_dir} REFERENCE"
         )
         self.accelerator.end_training()
 
@@ -318,7 +325,7 @@ def _save_picture(image: np.ndarray, path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = Parser(GenerateConfig, prog="generate", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(GenerateConfig, prog="generate", doc=__doc__)
     with one_line_errors("generate", "What is done so far stays; the same command goes on with it."):
         try:
             config = GenerateConfig(**parser.parse_known_options(arguments))

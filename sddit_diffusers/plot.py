@@ -1,10 +1,11 @@
-"""Draws what people look at.
+"""Draws samples, how they come about, and the curves of trainings.
 
-python -m sddit_diffusers.plot grid PIPELINE     # samples, a row a class
-python -m sddit_diffusers.plot path PIPELINE     # how images come about: D at falling noise, a row a class
-python -m sddit_diffusers.plot scores RUN RUN    # a metric of runs' metrics.jsonl over steps, in one figure
+    sddit plot grid digits            # samples, a row a class
+    sddit plot path digits            # how images come about: D at falling noise, a row a class
+    sddit plot scores RUN OTHER_RUN   # a metric of runs' metrics.jsonl over steps, in one figure
 
-A path that ends in .gif or .webp is a film: a row a class, and at each noise level a frame.
+The picture is `--output`, or named after what it is of. A path that ends in .gif or .webp is a film: a row a class,
+and at each noise level a frame.
 """
 
 import math
@@ -29,17 +30,24 @@ _FRAME, _LAST_FRAME = 80, 2000  # milliseconds
 class PlotConfig:
     """The settings of a plot."""
 
-    output: str = option("", "the picture's file; grid.png, path.png or scores.png if not given")
-    metric: str = option("fid", "what `scores` draws: a name in metrics.jsonl, as fid_classifier")
-    class_labels: list[str] = options([], "numbers or names of classes; ten of all if not given")
+    output: str = option(
+        "", "the picture's file; grid.png, path.png or scores.png if not given", metavar="FILE"
+    )
+    metric: str = option(
+        "fid", "what is drawn: a name in metrics.jsonl, such as fid_classifier", group="scores"
+    )
+    class_labels: list[str] = options(
+        [], "numbers or names of classes; ten of all if not given", metavar="CLASS", group="grid and path"
+    )
     columns: int = option(10, "pictures in a row", low=1, high=1000)
     num_inference_steps: int | None = option(
         None, "steps of the sampler; the pipeline's own if not given", low=1
     )
-    guidance_scale: float = option(1.0, "1 is off")
+    guidance_scale: float = option(1.0, "of classifier-free guidance; 1 is off")
     guidance_interval: list[float] = options(
-        [0.0, math.inf], "the lowest and highest noise level that are guided", low=0, infinite=True
-    )
+        [0.0, math.inf], "the lowest and highest noise level that are guided", metavar="SIGMA", low=0,
+        infinite=True,
+    )  # fmt: skip
 
     def __post_init__(self):
         check_options(self)
@@ -94,9 +102,11 @@ def plot_scores(config: PlotConfig, names: Sequence[str], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = Parser(PlotConfig, prog="plot", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("kind", choices=("grid", "path", "scores"))
-    parser.add_argument("names", nargs="+", help="a pipeline, or with `scores` the folders of runs")
+    parser = Parser(PlotConfig, prog="plot", doc=__doc__)
+    parser.add_argument("kind", choices=("grid", "path", "scores"), help="what is drawn")
+    parser.add_argument(
+        "names", nargs="+", metavar="NAME", help="a pipeline, or with scores the folders of runs"
+    )
     with one_line_errors("plot"):
         chosen = parser.parse_known_options(arguments)
         kind, names = chosen.pop("kind"), chosen.pop("names")

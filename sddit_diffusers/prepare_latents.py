@@ -1,7 +1,7 @@
 """Encodes images into shards of VAE latents, once, for training to stream.
 
-    accelerate launch -m sddit_diffusers.prepare_latents --dataset_name NAME --vae NAME --output_dir FOLDER
-    python -m sddit_diffusers.prepare_latents --verify FOLDER
+    sddit prepare-latents --dataset_name pictures --vae stabilityai/sd-vae-ft-ema --output_dir latents
+    sddit prepare-latents --verify latents
 
 First each process encodes its part of the source into `.preparing/`, block by block; then all rows are
 written, in a random order, as parquet shards, and at last the manifest. Blocks and shards are complete or
@@ -45,18 +45,17 @@ from .pipelines.loading import DTYPES, load_vae, settings_of, sha256_of_weights
 class PrepareConfig:
     """The settings of a preparation."""
 
-    dataset_name: str = option("", "images: a folder, or a dataset on the Hub")
+    dataset_name: str = option("", "images: a folder, or a dataset on the Hub; required", group="pictures")
     dataset_config_name: str = option("", "configuration of a dataset that has several")
     split: str = option("train", "split of the dataset")
     streaming: bool = option(False, "read the dataset as it comes, without storing it first")
     image_column: str = option("image", "column of the images")
     label_column: str = option("label", "column of the labels, numbers or names; '' leaves them out")
-    output_dir: str = option("", "where the latents go")
-    vae: str = option("", "AutoencoderKL or AutoencoderTiny: a folder or a name on the Hub")
-    dtype: str = option(
-        "float32", "precision of the VAE: 'float32', 'bfloat16' or 'float16'",
-        choices=tuple(DTYPES),
-    )  # fmt: skip
+    skip_unreadable: bool = option(False, "list images that cannot be read in the manifest and go on")
+    vae: str = option(
+        "", "AutoencoderKL or AutoencoderTiny: a folder or a name on the Hub; required", group="latents"
+    )
+    dtype: str = option("float32", "precision of the VAE", choices=tuple(DTYPES))
     resolution: int = option(
         256, "side of the square that is cut from each image, in pixels", low=1, high=8192
     )
@@ -64,12 +63,14 @@ class PrepareConfig:
     keep_pictures: bool = option(
         False, "store what is encoded beside the latents too, as WebP: --auxiliary repa takes it"
     )
+    seed: int = option(0, "of the order of the latents", low=0)
     batch_size: int = option(32, "images that the VAE encodes at once", low=1)
+    output_dir: str = option("", "where the latents go; required", metavar="FOLDER", group="output")
     block_size: int = option(256, "images that a stopped run does again at most, in each process", low=1)
     shard_size: int = option(4096, "latents in a shard", low=1)
-    seed: int = option(0, "of the order of the latents", low=0)
-    skip_unreadable: bool = option(False, "list images that cannot be read in the manifest and go on")
-    verify: str = option("", "check hashes and values of this folder of latents, and do nothing else")
+    verify: str = option(
+        "", "check hashes and values of this folder of latents, and do nothing else", metavar="FOLDER"
+    )
 
     def __post_init__(self):
         check_options(self)
@@ -324,9 +325,7 @@ def moments_of(vae: AutoencoderKL | AutoencoderTiny, pixels: torch.Tensor) -> np
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
-    parser = Parser(
-        PrepareConfig, prog="prepare_latents", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+    parser = Parser(PrepareConfig, prog="prepare_latents", doc=__doc__)
     with one_line_errors(parser.prog, "What is written so far stays; the same command goes on with it."):
         config = PrepareConfig(**parser.parse_known_options(arguments))
         if not config.verify:

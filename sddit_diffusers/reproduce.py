@@ -1,7 +1,7 @@
 """Runs a study: trains its runs, scores them, and draws its tables and figures.
 
-    python -m sddit_diffusers.reproduce studies/digits.json
-    accelerate launch -m sddit_diffusers.reproduce studies/imagenet.json --settings '{"dataset_name": "..."}'
+    sddit reproduce studies/digits.json
+    accelerate launch -m sddit reproduce studies/imagenet.json --seeds 0 --output_dir imagenet
 
 `studies.py` says what a study is. Each run is one of `train_sddit.py`, or of `distill_sddit.py` once what it
 distils is trained, in `OUTPUT_DIR/RUN/seed-SEED/`; stopped, the same command goes on where it was. Runs that
@@ -57,13 +57,15 @@ _SAMPLED = (None, float)
 class ReproduceConfig:
     """The settings of a reproduction."""
 
-    output_dir: str = option("", "where everything goes; study-NAME if not given")
+    output_dir: str = option("", "where everything goes; study-NAME if not given", metavar="FOLDER")
     settings: str = option(
-        "{}", "JSON of settings of train_sddit.py that differ from the study's, for all its runs"
+        "{}", "training's settings that differ from the study's, for all its runs", metavar="JSON"
     )
-    runs: list[str] = options([], "of the study's, to be trained now; all if not given")
+    runs: list[str] = options(
+        [], "those of the study's that are trained now; all if not given", metavar="RUN"
+    )
     seeds: list[int] = options(
-        [], "of the study's, to be trained now; all if not given", low=0, high=2**32 - 1
+        [], "those of the study's that are trained now; all if not given", low=0, high=2**32 - 1
     )
     report_only: bool = option(False, "train and measure nothing: tables and figures of what there is")
 
@@ -343,8 +345,8 @@ def read_kept(path: Path, of: list | dict, structure: Any, default):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = Parser(ReproduceConfig, prog="reproduce", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("study", help="a study's file, as those in studies/")
+    parser = Parser(ReproduceConfig, prog="reproduce", doc=__doc__)
+    parser.add_argument("study", metavar="STUDY", help="a study's file, such as those in studies/")
     with one_line_errors("reproduce"):
         chosen = parser.parse_known_options(arguments)
         path = Path(chosen.pop("study"))

@@ -10,6 +10,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from conftest import TINY, randomize
 
+from sddit import PROGRAMS
 from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline, SDDiTTransformer2DModel
 from sddit_diffusers.app import AppConfig
 from sddit_diffusers.cli import Parser
@@ -48,13 +49,21 @@ def test_python_snippets_run(tmp_path, monkeypatch):
 
 
 def commands():
+    """Those of the documents, `sddit PROGRAM` as the script or module that it runs."""
     for block in blocks("bash"):
         lines = block.replace("\\\n", " ").splitlines()
-        yield from (line.split("#")[0].strip() for line in lines)
+        yield from (re.sub(r"(?:-m |^)sddit ([\w-]+)", script, line.split("#")[0].strip()) for line in lines)
+
+
+def script(called):
+    module = PROGRAMS[called[1]].module
+    name = f"-m {module}" if "." in module else f"{module}.py"
+    return f"{name} --probe" if called[1] == "probe" else name
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if "train_sddit.py --" in c and "--help" not in c])
-def test_training_commands_parse(command):
+def test_training_commands_parse(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
     assert isinstance(parse(command.split("train_sddit.py ")[1].split()), TrainingConfig)
 
 

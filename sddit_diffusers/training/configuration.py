@@ -30,12 +30,12 @@ class DataOptions:
     _argument_group_name = "data"
 
     dataset_name: str = option(
-        "", "'digits', or a folder, a URL or a dataset on the Hub, of latents or of images with labels"
+        "", "'digits', or a folder, a URL or a dataset on the Hub, of pictures with labels or of latents"
     )
     image_column: str = option("image", "column of the images, if they are no latents")
     label_column: str = option("label", "column of their labels; '' trains without classes")
-    vae: str = option("", "decodes latents; the one that made them if not given, 'none' goes without samples")
-    dataloader_num_workers: int = option(0, "processes that read images ahead", low=0, high=1024)
+    vae: str = option("", "decodes latents; that which made them if not given, 'none' trains without samples")
+    dataloader_num_workers: int = option(0, "processes that read pictures ahead", low=0, high=1024)
 
 
 @dataclass
@@ -46,11 +46,11 @@ class OptimizerOptions:
 
     seed: int = option(0, "seed of weights, data order and noise", low=0, high=2**32 - 1)
     max_train_steps: int = option(400_000, "optimizer steps", low=1)
-    train_batch_size: int = option(256, "images a process and micro-batch; the paper's total is 256", low=1)
-    gradient_accumulation_steps: int = option(1, "micro-batches an optimizer step", low=1)
+    train_batch_size: int = option(256, "images of a process's micro-batch; the paper has 256 in all", low=1)
+    gradient_accumulation_steps: int = option(1, "micro-batches of an optimizer step", low=1)
     learning_rate: float = option(1e-4, "of AdamW", low=0)
     lr_scheduler: str = option(
-        "constant", "after the warm-up: 'constant', or 'linear' or 'cosine' to 0 at the last step",
+        "constant", "the learning rate after the warm-up; 'linear' and 'cosine' fall to 0 at the last step",
         choices=LR_SCHEDULERS.keys(),
     )  # fmt: skip
     lr_warmup_steps: int = option(0, "steps of linear warm-up to the learning rate", low=0)
@@ -58,15 +58,13 @@ class OptimizerOptions:
     adam_beta2: float = option(0.999, "of AdamW", low=0, high=BELOW_1)
     adam_weight_decay: float = option(0.0, "of AdamW", low=0)
     max_grad_norm: float = option(0.0, "gradients are scaled down to this norm; 0: never", low=0)
-    ema_decay: float = option(0.9999, "of the weights that sample", low=0, high=1)
+    ema_decay: float = option(0.9999, "of the averaged weights, which sample", low=0, high=1)
     mixed_precision: str = option(
-        "",
-        "'no', 'bf16' or 'fp16'; as accelerate is configured if not given",
-        choices=("", "no", "bf16", "fp16"),
+        "", "as accelerate is configured if not given", choices=("", "no", "bf16", "fp16")
     )
     gradient_checkpointing: str = option(
         "none",
-        "save memory: backward computes again what is cheap ('selective') or all of a block ('full')",
+        "less memory: backward computes again what is cheap ('selective') or all of a block ('full')",
         choices=CHECKPOINTING,
     )
     compile: bool = option(False, "compile the blocks with torch.compile")
@@ -92,12 +90,12 @@ class EvaluationOptions:
         10_000, f"images that are made for it, in {TRIAL_STEPS} steps of the sampler", low=2
     )
     evaluation_reference: str = option(
-        "",
-        "a REFERENCE of sddit_diffusers.evaluate; the pictures trained on if not given",
+        "", "a REFERENCE of `sddit evaluate`; the pictures trained on if not given"
     )
     evaluation_extractor: str = option(
-        "inception", "'inception'; without downloads 'classifier', 'pixels'", choices=tuple(EXTRACTORS)
-    )
+        "inception", "whose features are compared; all but 'inception' need no download",
+        choices=tuple(EXTRACTORS),
+    )  # fmt: skip
     validation_steps: int = option(0, "sample a grid every so many steps; 0: at the end only", low=0)
     num_validation_images: int = option(100, "images of a grid, in rows of ten", low=0, high=10_000)
 
@@ -108,20 +106,20 @@ class OutputOptions:
 
     _argument_group_name = "output"
 
-    output_dir: str = option("", "where the pipeline goes; named after what is trained if not given")
+    output_dir: str = option(
+        "", "where the pipeline goes; named after what is trained if not given", metavar="FOLDER"
+    )
     overwrite_output_dir: bool = option(
         False, "begin anew where a model or checkpoints are; it is replaced once the new one is complete"
     )
     checkpointing_steps: int = option(0, "save a checkpoint every so many steps; 0: none", low=0)
     checkpoints_total_limit: int = option(0, "checkpoints that are kept, the newest ones; 0: all", low=0)
     resume_from_checkpoint: str = option(
-        "", "a checkpoint folder, or 'latest', which begins where there is none"
+        "", "a checkpoint's folder, or 'latest', which begins where there is none", metavar="FOLDER"
     )
     logging_steps: int = option(1, "write the metrics every so many steps", low=1)
     report_to: str = option("", "'tensorboard', 'wandb' or 'all', beside metrics.jsonl")
     dry_run: bool = option(False, "tell the memory that a step takes, and train nothing")
-    push_to_hub: bool = option(False, "upload the pipeline with its card at the end, never a checkpoint")
-    hub_model_id: str = option("", "where to, USER/NAME or NAME; the output folder's name if not given")
 
     def check(self) -> None:
         """Raises a ValueError for a run that would both begin anew and go on."""
@@ -129,6 +127,16 @@ class OutputOptions:
             raise ValueError(
                 "overwrite_output_dir begins anew, and resume_from_checkpoint goes on: choose one."
             )
+
+
+@dataclass
+class HubOptions:
+    """Where the result is shared."""
+
+    _argument_group_name = "Hub"
+
+    push_to_hub: bool = option(False, "upload the pipeline with its card at the end, never a checkpoint")
+    hub_model_id: str = option("", "where to, USER/NAME or NAME; the output folder's name if not given")
 
 
 class RunConfig:

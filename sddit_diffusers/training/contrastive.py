@@ -14,7 +14,7 @@ from .configuration import BELOW_1
 class ContrastiveOptions:
     """The option of the contrastive loss; the default is the paper's."""
 
-    _argument_group_name = "contrastive"
+    _argument_group_name = "auxiliary losses: contrastive"
 
     contrastive_weight: float = option(
         0.05, "lambda, factor of the distance from another image's target; at 1 the loss would have no end",

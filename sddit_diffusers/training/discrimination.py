@@ -27,24 +27,25 @@ from .teacher import Teacher
 class DiscriminationOptions:
     """The options of L_D; the defaults are the paper's (Table A1)."""
 
-    _argument_group_name = "discrimination"
+    _argument_group_name = "auxiliary losses: discrimination (L_D)"
 
     discriminative_weight: float = option(1.0, "factor of L_D; 0 trains without teacher", low=0)
-    num_prototypes: int = option(8192, "K", low=2, high=2**20)
+    num_prototypes: int = option(8192, "prototypes K", low=2, high=2**20)
     head_hidden_dim: int = option(2048, "hidden width of the projection head", low=1, high=MOST_WIDTH)
     head_bottleneck_dim: int = option(
         256, "width of the projection head before the prototypes", low=1, high=MOST_WIDTH
     )
-    student_temperature: float = option(0.1, "tau_S", low=1e-3)
-    teacher_temperature_start: float = option(0.09, "tau_T at the start", low=1e-3)
-    teacher_temperature_end: float = option(0.099, "tau_T after its warm-up", low=1e-3)
-    teacher_temperature_warmup_epochs: float = option(5, "epochs from the first to the second", low=0)
-    teacher_momentum_start: float = option(0.996, "beta at the start", low=0, high=1)
-    teacher_momentum_end: float = option(0.999, "beta at the end", low=0, high=1)
+    student_temperature: float = option(0.1, "the student's, tau_S", low=1e-3)
+    teacher_temperature_start: float = option(0.09, "the teacher's, tau_T, at the start", low=1e-3)
+    teacher_temperature_end: float = option(0.099, "the teacher's after the warm-up", low=1e-3)
+    teacher_temperature_warmup_epochs: float = option(5, "epochs of this warm-up", low=0)
+    teacher_momentum_start: float = option(0.996, "the teacher's, beta, at the start", low=0, high=1)
+    teacher_momentum_end: float = option(0.999, "the teacher's at the end", low=0, high=1)
     teacher_sigma: str = option(
-        "0.002", "noise over signal of the teacher's view, or 'student' for the student's distribution"
-    )
-    center_momentum: float = option(0.9, "of the teacher's centers", low=0, high=1)
+        "0.002", "noise over signal of the teacher's view, or 'student' for the student's distribution",
+        metavar="SIGMA",
+    )  # fmt: skip
+    center_momentum: float = option(0.9, "momentum of the teacher's centers", low=0, high=1)
 
     def check(self) -> None:
         """Raises a ValueError for a `teacher_sigma` that is neither a number above 0 nor 'student'."""

@@ -15,7 +15,7 @@ from .auxiliary import AuxiliaryLoss, Process, View, check_layer, check_pairs
 class DispersiveOptions:
     """The options of the dispersive loss; the defaults are those of the authors' code."""
 
-    _argument_group_name = "dispersive"
+    _argument_group_name = "auxiliary losses: dispersive"
 
     dispersive_weight: float = option(0.25, "factor of the dispersive loss", low=0)
     dispersive_temperature: float = option(1.0, "tau of its squared distances", low=1e-3)

@@ -14,6 +14,7 @@ from ..cli import Parser, check_options, option, options
 from .configuration import (
     DataOptions,
     EvaluationOptions,
+    HubOptions,
     OptimizerOptions,
     OutputOptions,
     RunConfig,
@@ -57,24 +58,22 @@ class DistillationOptions:
 
     model: str = option(
         "", "the trained pipeline, ours or diffusers' DiTPipeline or StableDiffusionPipeline: a folder or a "
-        "name on the Hub; it is never changed"
+        "name on the Hub; it is never changed; required"
     )  # fmt: skip
     objective: str = option(
-        "ssd", "'ssd', 'issd' (Algorithms 1 and 2) or 'progressive'", choices=OBJECTIVES.keys()
+        "ssd", "Algorithms 1 and 2 of the paper, or progressive distillation", choices=OBJECTIVES.keys()
     )
     num_inference_steps: list[int] = options(
         [10], "steps of the sampler that it is made for; several make a chain, each from the last", low=2,
         high=10**6,
     )  # fmt: skip
-    solver: str = option(
-        "euler", "of the sampler: 'euler', which is DDIM, or 'heun'", choices=("euler", "heun")
-    )
+    solver: str = option("euler", "of the sampler; 'euler' is DDIM", choices=("euler", "heun"))
     fusion_weight: list[float] = options(
-        [], "lambda, or one for each of the steps; that of the paper's tables if not given", low=0, high=1
+        [], "lambda, or one for each number of steps; that of the paper's tables if not given", low=0, high=1
     )
     teacher_steps: int = option(
         0,
-        f"of 'progressive', Heun's in one of the sampler's; 0: as many as make {TEACHER_STEPS} in all",
+        f"of 'progressive': Heun's in one of the sampler's; 0: as many as make {TEACHER_STEPS} in all",
         low=0,
         high=1000,
     )
@@ -89,7 +88,7 @@ class DistillationOptions:
     label_dropout: float = option(0.1, "probability of an image without its label", low=0, high=1)
 
 
-GROUPS = [DistillationOptions, DataOptions, OptimizerOptions, EvaluationOptions, OutputOptions]
+GROUPS = [DistillationOptions, DataOptions, OptimizerOptions, EvaluationOptions, OutputOptions, HubOptions]
 
 
 @dataclass
@@ -283,15 +282,20 @@ def defaults_of(parent: Parent, objective: str) -> dict:
     return found
 
 
+ABOUT = """Makes a trained pipeline better at a small number of steps, by itself.
+
+    sddit distill --model sddit-digits --num_inference_steps 10 --objective progressive
+    sddit distill --model sddit-digits --num_inference_steps 20 10 5
+    accelerate launch -m sddit distill --model sddit-SD-DiT-XL-2 --dataset_name imagenet-latents
+"""
+
+
 def parse(arguments: list[str] | None = None) -> DistillConfig:
     """The configuration of a command line, `sys.argv` by default; leaves with a message where it is wrong."""
-    parser = Parser(
-        GROUPS,
-        description="Makes a trained pipeline better at a small number of steps, by itself.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", help="JSON file of options, which the command line overrides")
-    first = Parser([], add_help=False, allow_abbrev=False)
+    parser = Parser(GROUPS, doc=ABOUT)
+    parser.add_argument("--config", metavar="FILE", help="JSON of options, which the command line overrides")
+    parser.tell_defaults({*INHERITED, *OF_A_CHILD}, "by the model")
+    first = Parser([], add_help=False)
     for name in ("--config", "--model", "--objective"):
         first.add_argument(name)
     first.add_argument("-h", "--help", action="store_true")
@@ -333,7 +337,7 @@ def parse_planned(arguments: list[str], parent: RunConfig) -> DistillConfig:
     Raises:
         ValueError: a setting is wrong.
     """
-    parser = Parser(GROUPS, allow_abbrev=False)
+    parser = Parser(GROUPS)
     inherited = {name: getattr(parent, name) for name in (*INHERITED, "mixed_precision")}
     parser.set_defaults(model=parent.output_dir, **inherited)
     return DistillConfig(**parser.parse_known_options(arguments))

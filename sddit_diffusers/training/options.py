@@ -13,6 +13,7 @@ from .configuration import (
     BELOW_1,
     DataOptions,
     EvaluationOptions,
+    HubOptions,
     OptimizerOptions,
     OutputOptions,
     RunConfig,
@@ -117,40 +118,35 @@ class NetworkOptions:
 
     _argument_group_name = "network"
 
-    method: str = option(
-        "sddit",
-        "'sddit', or what it is compared with: 'dit', 'maskdit', 'mdt', 'tread'",
-        choices=METHODS.keys(),
-    )
+    method: str = option("sddit", "SD-DiT, or what it is compared with", choices=METHODS.keys())
     preset: str = option("digits", "network and recipe: " + ", ".join(PRESETS), choices=PRESETS.keys())
-    transformer: str = option("{}", "JSON of network settings that differ from the preset's")
-    process: str = option(
-        "edm", "diffusion process: 'edm', or the interpolants 'linear', 'gvp', 'vp'", choices=PROCESSES.keys()
-    )
-    auxiliary: list[str] = options(
-        ["discrimination"],
-        "auxiliary losses, by default the method's: 'none', or some of "
-        + ", ".join(f"'{name}' ({row.title})" for name, row in AUXILIARIES.items()),
-    )
+    transformer: str = option("{}", "the network's settings that differ from the preset's", metavar="JSON")
     pretrained_model_name_or_path: str = option(
         "",
-        "a pipeline (folder or Hub name), a single file or a checkpoint, with whose weights the run begins",
+        "begin with the weights of a pipeline (a folder or a name on the Hub), a single file or a checkpoint",
     )
     mask_ratio: float = option(
         0.2,
         "share of the patches hidden from the student's encoder, with tread of those that skip the routed "
-        "blocks; 0.5 for maskdit and tread, 0.3 for mdt",
+        "blocks",
         low=0,
         high=BELOW_1,
     )
     mask_ratio_schedule: str = option(
         "constant",
-        "'cosine' lets the ratio fall to 0 with the cosine's fourth power, MaskDiT's unmask tuning",
+        "'cosine' lets the ratio fall to 0 with the cosine's fourth power: MaskDiT's unmask tuning",
         choices=MASK_SCHEDULES,
     )
-    mae_weight: float = option(0.1, "factor of maskdit's L_MAE", low=0)
+    mae_weight: float = option(0.1, "of maskdit: factor of L_MAE", low=0)
     label_dropout: float = option(
         0.1, "probability of training an image without its label, for guidance", low=0, high=1
+    )
+    process: str = option(
+        "edm", "diffusion process: EDM, or one of the interpolants, which are flows", group="process",
+        choices=PROCESSES.keys(),
+    )  # fmt: skip
+    auxiliary: list[str] = options(
+        ["discrimination"], f"'none', or one or several of {', '.join(AUXILIARIES)}", group="auxiliary losses"
     )
 
     @property
@@ -200,6 +196,7 @@ GROUPS = [
     OptimizerOptions,
     EvaluationOptions,
     OutputOptions,
+    HubOptions,
 ]
 
 
@@ -272,16 +269,21 @@ class TrainingConfig(*GROUPS, RunConfig):
         }
 
 
+ABOUT = """Trains SD-DiT, or a method that it is compared with; without options, on handwritten digits.
+
+    sddit train
+    sddit train --preset cifar10 --dataset_name FOLDER --image_column image --output_dir mine
+    sddit train --config configs/imagenet-sddit-xl-2.json --dataset_name imagenet-latents
+    sddit train --preset SiT-XL/2 --help    # with the defaults of another preset
+    accelerate launch --config_file configs/ddp.yaml -m sddit train --preset cifar10
+"""
+
+
 def parse(arguments: list[str] | None = None) -> TrainingConfig:
     """The configuration of a command line, `sys.argv` by default; leaves with a message where it is wrong."""
-    parser = Parser(
-        GROUPS,
-        description="Trains SD-DiT, or a method that it is compared with. Without options: on handwritten "
-        "digits, in minutes.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", help="JSON file of options, which the command line overrides")
-    first = Parser([], add_help=False, allow_abbrev=False)
+    parser = Parser(GROUPS, doc=ABOUT)
+    parser.add_argument("--config", metavar="FILE", help="JSON of options, which the command line overrides")
+    first = Parser([], add_help=False)
     for name in ("config", "preset", "method", "process"):
         first.add_argument(f"--{name}")
     chosen, _ = first.parse_known_args(arguments)
@@ -292,11 +294,28 @@ def parse(arguments: list[str] | None = None) -> TrainingConfig:
         method = METHODS.get(asked.get("method", TrainingConfig.method))
         process = PROCESSES.get(asked.get("process", TrainingConfig.process))
         parser.set_defaults(**_settings_of(process) | recipe | _settings_of(method) | options)
+        _tell_defaults(parser, options)
         chosen = parser.parse_known_options(arguments)
         del chosen["config"]
         return TrainingConfig(**chosen)
     except ValueError as error:
         parser.error(str(error))
+
+
+def _tell_defaults(parser: Parser, from_file: dict) -> None:
+    """Says in `--help` on what a default depends: the presets, methods and processes, or a file's options."""
+    owners = {
+        "preset": RECIPES.values(),
+        "method": map(_settings_of, METHODS.values()),
+        "process": map(_settings_of, PROCESSES.values()),
+    }
+    found: dict[str, list[str]] = {}
+    for owner, rows in owners.items():
+        for name in {name for row in rows for name in row}:
+            found.setdefault(name, []).append(owner)
+    for name, of in found.items():
+        parser.tell_defaults([name], f"by the {' and '.join(of)}, here {{}}")
+    parser.tell_defaults(from_file, "by the file, here {}")
 
 
 def _settings_of(row: Method | ProcessRow | None) -> dict:

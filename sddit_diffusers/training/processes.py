@@ -19,18 +19,21 @@ class LogNormalOptions:
 
     _argument_group_name = "process"
 
-    p_mean: float = option(-1.2, "mean of ln(sigma / alpha) in training; 0 of interpolants", low=-20, high=20)
-    p_std: float = option(1.2, "its standard deviation; 1 of interpolants", low=0, high=20)
+    p_mean: float = option(-1.2, "mean of ln(sigma / alpha) in training", low=-20, high=20)
+    p_std: float = option(1.2, "its standard deviation", low=0, high=20)
 
 
 @dataclass
 class EDMOptions:
     """Of EDM's preconditioning."""
 
-    _argument_group_name = "EDM"
+    _argument_group_name = "process"
 
     sigma_data: float = option(
-        0.5, "standard deviation that the data are taken to have; it scales nothing", low=1e-6, high=1e6
+        0.5,
+        "of EDM: standard deviation that the data are taken to have; it scales nothing",
+        low=1e-6,
+        high=1e6,
     )
 
 
@@ -38,18 +41,20 @@ class EDMOptions:
 class InterpolantOptions:
     """The options of the interpolants, SiT's processes."""
 
-    _argument_group_name = "interpolants"
+    _argument_group_name = "process"
 
     prediction: str = option(
-        "velocity", "what the network gives: 'velocity', 'score', 'noise' or 'denoised'",
+        "velocity", "of interpolants: what the network gives",
         choices=PREDICTIONS.keys(),
     )  # fmt: skip
     time_distribution: str = option(
-        "uniform", "of training's times: 'uniform', or 'lognormal' by p_mean and p_std", choices=DISTRIBUTIONS
+        "uniform",
+        "of interpolants: training's times; 'lognormal' is by p_mean and p_std",
+        choices=DISTRIBUTIONS,
     )
     loss_weighting: str = option(
-        "none", "'velocity' makes the loss of any prediction the velocity's; 'likelihood' weighs as maximum "
-        "likelihood does", choices=WEIGHTINGS,
+        "none", "of interpolants: 'velocity' makes the loss of any prediction the velocity's, 'likelihood' "
+        "weighs as maximum likelihood does", choices=WEIGHTINGS,
     )  # fmt: skip
 
 

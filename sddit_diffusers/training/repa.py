@@ -29,11 +29,11 @@ from .encoders import CLASSIFIER, Encoder, build_encoder, is_pipeline
 class REPAOptions:
     """The options of REPA; the defaults are the paper's."""
 
-    _argument_group_name = "repa"
+    _argument_group_name = "auxiliary losses: REPA"
 
     repa_encoder: str = option(
         "facebook/dinov2-base",
-        f"frozen encoder: a vision model of transformers, a pipeline (folders or Hub names), or "
+        f"frozen encoder: a vision model of transformers or a pipeline (a folder or a name on the Hub), "
         f"'{CLASSIFIER}', a small one that is trained on the pictures first, or its .safetensors file",
     )
     repa_weight: float = option(0.5, "factor of REPA's loss", low=0)

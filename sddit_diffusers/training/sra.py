@@ -27,7 +27,7 @@ BETA = 0.05  # of smooth L1: where squares become lengths
 class SRAOptions:
     """The options of SRA; the defaults are the paper's and its code's."""
 
-    _argument_group_name = "sra"
+    _argument_group_name = "auxiliary losses: SRA"
 
     sra_weight: float = option(0.2, "factor of SRA's loss", low=0)
     sra_layer: int = option(0, "block whose tokens are aligned; 0: 8 of 28, and in proportion", low=0)
@@ -35,7 +35,7 @@ class SRAOptions:
     sra_interval: float = option(
         0.2, "the teacher's time is up to so much lower, in time of the linear path", low=0, high=1
     )
-    sra_momentum: float = option(0.9999, "of the teacher", low=0, high=1)
+    sra_momentum: float = option(0.9999, "momentum of the teacher", low=0, high=1)
 
 
 class SRADraws(NamedTuple):
