@@ -4,6 +4,7 @@ import errno
 import shutil
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from textwrap import indent
 
@@ -18,7 +19,7 @@ from ..data.latents import LatentDataset
 from ..data.pictures import ImageDataset
 from ..evaluation.judge import Judge
 from ..files import folder_written_aside, remove, written_aside
-from ..launching import on_main_process
+from ..launching import bar, on_main_process
 from ..pipelines.loading import load_vae, sha256_of_weights
 from ..pipelines.pipeline_sddit import SDDiTPipeline
 from ..pipelines.sampling import sample_grid
@@ -134,7 +135,7 @@ class Results:
             if not (metrics := read_metrics(folder / "metrics.jsonl")):  # it was lost, and no step was left
                 metrics = [{"step": self.config.max_train_steps}]
                 MetricsLog(folder / "metrics.jsonl", 0).write(metrics[0])
-            pipe.set_progress_bar_config(disable=False, desc="samples.png", leave=False)
+            pipe.progress_bar = partial(bar, desc="samples.png", unit="step", leave=False)
             try:
                 sampled = self.draw_samples(pipe, folder / "samples.png")
             except FloatingPointError as error:
