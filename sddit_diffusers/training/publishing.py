@@ -95,9 +95,8 @@ def write_card(
         steps=config.max_train_steps,
         weights=sum(weight.numel() for weight in pipe.transformer.parameters()),
         side=pipe.transformer.config.sample_size * pipe.vae_scale_factor,
-        label=None if foreign else _example(pipe),
+        call=None if foreign else example_call(pipe, about["guided"]),
         foreign=foreign,
-        guided=about["guided"],
         snippet=foreign and foreign.snippet(repo, config.trial_steps, 0, about["guided"]),
         settings={
             name: markdown(str(value))
@@ -153,11 +152,26 @@ def python_text(text: str) -> str:
     return quoted if "'" in text or '"' in text else f'"{quoted[1:-1]}"'
 
 
-def _example(pipe: SDDiTPipeline) -> str | None:
-    """Python of the lowest class: its name, or its number where no name is its own; None without classes."""
-    if not pipe.transformer.config.num_classes:
+def example_call(pipe: SDDiTPipeline, guided: bool = True) -> str:
+    """Python that makes and saves an image of [`example_class`] with `pipe`.
+
+    Args:
+        guided: whether it samples with guidance, where there are classes.
+    """
+    label = example_class(pipe)
+    scale = ", guidance_scale=1.5" if guided and label else ""
+    return f'pipe(class_labels=[{label}]{scale}).images[0].save("sample.png")'
+
+
+def example_class(pipe: SDDiTPipeline) -> str | None:
+    """Python of a class: its name, or its number where no name is its own; None without classes.
+
+    It is the third from the end, a 7 of the digits, or the first of fewer.
+    """
+    if not (classes := pipe.transformer.config.num_classes):
         return None
-    number = min(pipe.id2label, default=0)
+    numbers = sorted(pipe.id2label) or range(classes)
+    number = numbers[max(0, len(numbers) - 3)]
     name = pipe.id2label.get(number, "")
     return python_text(name) if pipe.label2ids.get(name.strip().lower()) == [number] else str(number)
 

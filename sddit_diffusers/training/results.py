@@ -29,7 +29,7 @@ from .foreign import ForeignNetwork
 from .metrics import MetricsLog, draw_curves, read_metrics
 from .objective import Objective
 from .output import Records
-from .publishing import python_text, upload, write_card
+from .publishing import example_call, python_text, upload, write_card
 
 
 class Results:
@@ -148,21 +148,20 @@ class Results:
         records.clear()
         if problem:
             raise FloatingPointError(f"The pipeline is in {output_dir}, without samples.png: {problem}")
-        self.tell(output_dir, sampled)
+        self.tell(pipe, output_dir, sampled)
         if repo:
             print(f"Uploaded: {upload(output_dir, repo)}")
 
-    def tell(self, output_dir: Path, sampled: bool) -> None:
-        """Says what there is, and how it is used."""
-        label = self.dataset.num_classes - 3 if self.dataset.num_classes > 2 else None
-        network = self.objective.transformer
-        if isinstance(network, ForeignNetwork):
-            snippet = network.snippet(str(output_dir), self.config.trial_steps, label or 0)
+    def tell(self, pipe: SDDiTPipeline, output_dir: Path, sampled: bool) -> None:
+        """Says what there is, and how it is used: as the model card does."""
+        guided = self.config.card()["guided"]
+        if isinstance(pipe.transformer, ForeignNetwork):
+            snippet = pipe.transformer.snippet(str(output_dir), self.config.trial_steps, 0, guided)
         else:
             snippet = (
                 "from sddit_diffusers import SDDiTPipeline\n"
                 f"pipe = SDDiTPipeline.from_pretrained({python_text(str(output_dir))})\n"
-                f'pipe(class_labels=[{label}]).images[0].save("sample.png")'
+                f"{example_call(pipe, guided)}"
             )
         print(
             f"Done: the pipeline, metrics.jsonl, curves.png{', samples.png' * bool(sampled)} are in "
