@@ -13,7 +13,7 @@ from ..data.pictures import ImageDataset
 from ..evaluation.catalogue import METRICS, SCORES
 from ..files import written_aside
 from ..pipelines.pipeline_sddit import SDDiTPipeline
-from .configuration import RunConfig
+from .configuration import RunConfig, without_places
 from .metrics import read_metrics
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
@@ -199,4 +199,5 @@ def _settings(config: RunConfig) -> dict[str, object]:
         "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "adam_beta1",
         "adam_beta2", "ema_decay", "mixed_precision", "seed", *config.own(),
     )  # fmt: skip
-    return {name: getattr(config, name) for name in names}
+    settings = without_places({name: getattr(config, name) for name in names})
+    return {name: settings[name] for name in names}

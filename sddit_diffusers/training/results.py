@@ -1,6 +1,7 @@
 """What the averaged weights of a run give: samples, scores, and the pipeline that is left."""
 
 import errno
+import json
 import shutil
 import sys
 import warnings
@@ -23,13 +24,16 @@ from ..launching import bar, on_main_process
 from ..pipelines.loading import load_vae, sha256_of_weights
 from ..pipelines.pipeline_sddit import SDDiTPipeline
 from ..pipelines.sampling import sample_grid
-from .configuration import RunConfig
+from .configuration import RunConfig, is_place, place_told
 from .engines import whole_weights
 from .foreign import ForeignNetwork
 from .metrics import MetricsLog, draw_curves, read_metrics
 from .objective import Objective
 from .output import Records
 from .publishing import example_call, python_text, upload, write_card
+
+# Under which configurations tell where they were loaded from.
+_ORIGINS = ("_name_or_path", "name_or_path")
 
 
 class Results:
@@ -141,7 +145,8 @@ class Results:
             except FloatingPointError as error:
                 sampled, problem = False, error
             draw_curves(metrics, folder / "curves.png")
-            write_card(folder, repo or str(output_dir), pipe, self.config, self.dataset)
+            name = repo or (place_told(str(output_dir))[2:] if output_dir.is_absolute() else str(output_dir))
+            write_card(folder, name, pipe, self.config, self.dataset)
             gone = [name for name in ("samples.png", "vae") if not (folder / name).exists()]
         for name in gone:  # an earlier model's
             remove(output_dir / name)
@@ -175,7 +180,7 @@ def told(step: int, scores: dict[str, float]) -> str:
 
 
 def save_weights(pipe: SDDiTPipeline, folder: Path) -> None:
-    """Saves a pipeline, that of another's network as what it was.
+    """Saves a pipeline, that of another's network as what it was, without the paths that it is from.
 
     Raises:
         OSError: the disk is full.
@@ -185,9 +190,24 @@ def save_weights(pipe: SDDiTPipeline, folder: Path) -> None:
             pipe.transformer.save_pipeline(folder, pipe.scheduler)
         else:
             pipe.save_pretrained(folder)
+        for path in folder.rglob("*.json"):
+            forget_origin(path)
     except SafetensorError as error:  # what safetensors makes of a disk that is full
         message = f"The pipeline cannot be written: {error}"
         raise OSError(errno.EIO, message, str(folder.parent)) from error
+
+
+def forget_origin(path: Path) -> None:
+    """Removes from a configuration of diffusers or transformers the absolute path that it was loaded from."""
+    if b"name_or_path" not in (content := path.read_bytes()):
+        return
+    settings = json.loads(content)
+    if not isinstance(settings, dict):
+        return
+    kept = {name: value for name, value in settings.items() if name not in _ORIGINS or not is_place(value)}
+    if kept != settings:
+        with written_aside(path, "w") as file:
+            file.write(json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
 def open_vae(

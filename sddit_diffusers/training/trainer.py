@@ -23,7 +23,7 @@ from ..launching import bar, check_machine, main_first, on_main_process
 from ..seeds import generator_for
 from .building import build_objective
 from .checkpointing import find_checkpoints
-from .configuration import RunConfig
+from .configuration import RunConfig, without_places
 from .engines import check_engine, prepare
 from .health import Health
 from .metrics import MetricsLog
@@ -110,7 +110,7 @@ class Trainer:
         log = on_main_process(
             lambda: self.records.begin(self.config, self.sampler.start_step), self.accelerator
         )
-        settings = dataclasses.asdict(self.config)
+        settings = without_places(dataclasses.asdict(self.config))
         flat = {
             name: " ".join(map(str, value)) for name, value in settings.items() if isinstance(value, list)
         }
