@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from safetensors import SafetensorError
 
 from ..data.latents import LatentDataset
@@ -27,10 +28,11 @@ from ..pipelines.sampling import sample_grid
 from .configuration import RunConfig, is_place, place_told
 from .engines import whole_weights
 from .foreign import ForeignNetwork
-from .metrics import MetricsLog, draw_curves, read_metrics
+from .metrics import MetricsLog, draw_curves, picture_of_curves, read_metrics
 from .objective import Objective
 from .output import Records
 from .publishing import example_call, python_text, upload, write_card
+from .trackers import log_images, takers
 
 # Under which configurations tell where they were loaded from.
 _ORIGINS = ("_name_or_path", "name_or_path")
@@ -80,14 +82,30 @@ class Results:
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(self.accelerator.device)
 
-    def validate(self, name: str) -> None:
-        """Draws a grid of samples with the averaged weights, in fewer steps than the last one."""
+    def validate(self, step: int, records: Records) -> None:
+        """Draws a grid of samples with the averaged weights, in fewer steps than the last one.
+
+        Args:
+            records: of the run, whose curves go to its trackers with the samples.
+        """
         pipe = self.averaged_pipeline()
-        path = Path(self.config.output_dir) / name
-        on_main_process(
-            lambda: self.draw_samples(pipe, path, num_inference_steps=self.config.trial_steps),
-            self.accelerator,
-        )
+        path = records.output_dir / f"samples-{step}.png"
+
+        def draw() -> None:
+            sampled = self.draw_samples(pipe, path, num_inference_steps=self.config.trial_steps)
+            metrics = read_metrics(records.folder / "metrics.jsonl") if takers(self.accelerator) else []
+            if metrics:
+                self.show(step, picture_of_curves(metrics), path if sampled else None)
+
+        on_main_process(draw, self.accelerator)
+
+    def show(self, step: int, curves: Image.Image, samples: Path | None) -> None:
+        """Gives the run's trackers its curves, and its samples if there are any."""
+        pictures = {"curves": curves}
+        if samples is not None:
+            with Image.open(samples) as grid:
+                pictures["samples"] = grid.convert("RGB")
+        log_images(self.accelerator, pictures, step)
 
     def evaluate(self) -> dict[str, float]:
         """The scores of the averaged weights, on all processes."""
@@ -154,6 +172,10 @@ class Results:
         if problem:
             raise FloatingPointError(f"The pipeline is in {output_dir}, without samples.png: {problem}")
         self.tell(pipe, output_dir, sampled)
+        if takers(self.accelerator):
+            with Image.open(output_dir / "curves.png") as curves:
+                samples = output_dir / "samples.png" if sampled else None
+                self.show(self.config.max_train_steps, curves, samples)
         if repo:
             print(f"Uploaded: {upload(output_dir, repo)}")
 

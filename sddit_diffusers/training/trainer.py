@@ -171,7 +171,7 @@ class Trainer:
                     progress.close()
                     self.signals.leave(done)
                 if config.validation_steps and done % config.validation_steps == 0 and not last:
-                    self.sampled(done, partial(self.results.validate, f"samples-{done}.png"))
+                    self.sampled(done, partial(self.results.validate, done, self.records))
 
     def save(self, step: int) -> None:
         """Writes a checkpoint, unless a step has failed.
