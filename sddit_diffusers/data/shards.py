@@ -15,10 +15,10 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet as pq
 from huggingface_hub.errors import OfflineModeIsEnabled
-from tqdm.auto import tqdm
 
 from ..cli import one_line, shortened
 from ..files import parse_json, sha256_of, written_aside
+from ..launching import bar
 from .pictures import MOST_CLASSES, from_webp
 
 _MANIFEST = "manifest.json"
@@ -250,7 +250,7 @@ def verify(name: str) -> list[str]:
     if root is None:
         raise ValueError(f"There are no latents in {name}: it has no manifest.json.")
     manifest, problems = Manifest.read(root), []
-    for shard in tqdm(manifest.shards, desc="verifying", unit="shard", dynamic_ncols=True):
+    for shard in bar(manifest.shards, desc="verifying", unit="shard"):
         try:
             with fsspec.open(f"{root}/{shard['file']}") as file:
                 if sha256_of(file) != shard["sha256"]:

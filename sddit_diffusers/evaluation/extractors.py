@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.registry import register_feature_extractor
-from tqdm.auto import tqdm
 from transformers import Dinov2Model
 
 from ..cli import one_line
 from ..data.order import prefetch
 from ..files import save_tensors, sha256_of
+from ..launching import bar
 from ..seeds import generator_for
 from .image_sets import DatasetImages
 
@@ -330,7 +330,7 @@ def _fit_classifier(images: DatasetImages, device, steps: int) -> tuple[dict[str
             rows = used[torch.randint(len(used), (128,), generator=generator_for(0, step))]
             yield images.dataset.pixels(rows.tolist()), labels[rows]
 
-    for pixels, targets in tqdm(prefetch(draws()), total=steps, desc="training the classifier", leave=False):
+    for pixels, targets in bar(prefetch(draws()), total=steps, desc="training the classifier", leave=False):
         loss = F.cross_entropy(net.head(net.features(pixels.to(device))), targets.to(device))
         optimizer.zero_grad()
         loss.backward()

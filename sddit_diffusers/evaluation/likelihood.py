@@ -13,9 +13,9 @@ import math
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..data.pictures import ImageDataset
+from ..launching import bar
 from ..pipelines.ode import ATOL, RTOL, VelocityField, check_ode, dopri5
 from ..pipelines.pipeline_sddit import SDDiTPipeline
 from ..seeds import generator_for
@@ -91,7 +91,7 @@ def likelihoods(
     rows = torch.randperm(len(dataset), generator=generator_for(0))[:num_samples]
     labels = [None] * len(dataset) if dataset.labels is None else dataset.labels.tolist()
     bits, evaluations = [], 0
-    with tqdm(total=len(rows), desc="likelihood", unit="picture") as progress:
+    with bar(total=len(rows), desc="likelihood", unit="picture") as progress:
         for part in rows.split(batch_size):
             pixels, _ = dataset.__getitems__(part.tolist())
             generators = [generator_for(0, 2, row) for row in part.tolist()]

@@ -13,9 +13,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..data.pictures import ImageDataset
+from ..launching import bar
 from ..pipelines.pipeline_sddit import SDDiTPipeline
 from ..pipelines.sampling import MULTIPLE, image_size
 from ..seeds import generator_for
@@ -70,7 +70,7 @@ def read_samples(
 ) -> tuple[Tensor, np.ndarray]:
     """Clean samples of some rows `[rows, c, h, w]`, encoded if the pipeline has a VAE, and their classes."""
     samples, labels = [], []
-    for part in tqdm(rows.split(batch_size), desc="reading", unit="batch", leave=False):
+    for part in bar(rows.split(batch_size), desc="reading", unit="batch", leave=False):
         x0, classes = dataset.__getitems__(part.tolist())
         samples.append(pipe.encode(x0).cpu())
         labels.append(classes)
@@ -126,7 +126,7 @@ def probe(
     x0, labels = read_samples(pipe, dataset, rows, batch_size)
     noise = torch.randn(x0.shape, generator=generator_for(0, 1))  # the same at every level
     results = []
-    for sigma in tqdm(sigmas, desc="probing", unit="noise level"):
+    for sigma in bar(sigmas, desc="probing", unit="noise level"):
         parts = []
         for part in pipe.scheduler.noised(x0, noise, _time(pipe, sigma)).split(batch_size):
             found = encoder_features(pipe, _filled(part).to(pipe.device), sigma)

@@ -13,7 +13,7 @@ from ..files import read_json, written_aside
 
 BELOW_1 = 1 - 2**-53  # the largest number
 CHECKPOINTING = ("none", "selective", "full")
-FACTS = ("parent_sha256",)  # in a training_config.json, and no options
+FACTS = ("parent_sha256", "names_only")  # in a training_config.json, and no options
 # The factor of the learning rate, of the share of the steps after the warm-up that is done.
 LR_SCHEDULERS = {
     "constant": lambda done: 1.0,
@@ -188,10 +188,59 @@ class RunConfig:
         return {}
 
     def save(self, path: Path) -> None:
-        """Writes the resolved settings as a file that `--config` reads."""
+        """Writes the resolved settings, as others may read them, as a file that `--config` reads."""
+        settings = dataclasses.asdict(self) | {"overwrite_output_dir": False}  # once, as is the next
+        if self.resume_from_checkpoint != "latest":
+            settings["resume_from_checkpoint"] = ""
         with written_aside(path, "w") as file:
-            settings = dataclasses.asdict(self) | self.facts() | {"overwrite_output_dir": False}  # once
-            file.write(json.dumps(settings, indent=2) + "\n")
+            file.write(json.dumps(without_places(settings) | self.facts(), indent=2) + "\n")
+
+
+def is_place(value) -> bool:
+    """Whether a setting is an absolute path, which is of this machine."""
+    return isinstance(value, str) and (Path(value).is_absolute() or value.startswith("file://"))
+
+
+def place_told(path: str) -> str:
+    """An absolute path as others may read it: from the working folder, or its name where it is elsewhere.
+
+    It begins with "./", so that it is no name of a dataset.
+    """
+    path, here = Path(path.removeprefix("file://")), Path.cwd()
+    below = here != Path(here.anchor) and path.is_relative_to(here)
+    return f"./{(path.relative_to(here) if below else Path(path.name)).as_posix()}"
+
+
+def without_places(settings: dict) -> dict:
+    """Settings as others may read them; `names_only` has the options of which a path's name alone is left."""
+    told = settings | {name: place_told(value) for name, value in settings.items() if is_place(value)}
+    away = [
+        name
+        for name, value in settings.items()
+        if is_place(value) and name != "output_dir" and Path(told[name]).resolve() != Path(value).resolve()
+    ]  # an output folder is made where it is missing
+    return told | ({"names_only": away} if away else {})
+
+
+def is_lost(name: str, saved: dict) -> bool:
+    """Whether saved settings have of an option's path a name alone, and nothing of that name is here."""
+    away = saved.get("names_only")
+    return isinstance(away, list) and name in away and not Path(str(saved.get(name))).exists()
+
+
+def check_places(path: str, settings: dict) -> None:
+    """Holds settings against a JSON file of options that they may be of.
+
+    Raises:
+        ValueError: one is a path of which the file has the name alone, and nothing of that name is here.
+    """
+    saved = read_json(Path(path), dict, "file of options")
+    for name, value in settings.items():
+        if value == saved.get(name) and is_lost(name, saved):
+            raise ValueError(
+                f"config {path}: {name} is {shortened(value)}, the name of what was elsewhere; nothing of "
+                f"that name is here: give --{name}."
+            )
 
 
 def check_groups(config: RunConfig, groups: list[type]) -> None:

@@ -19,6 +19,8 @@ from .configuration import (
     OutputOptions,
     RunConfig,
     check_groups,
+    check_places,
+    is_lost,
     read_options,
 )
 from .distillation import OBJECTIVES
@@ -270,7 +272,7 @@ def defaults_of(parent: Parent, objective: str) -> dict:
     usual = {each.name: each.default for each in dataclasses.fields(DistillConfig)}
     inherited = INHERITED + OF_A_CHILD * parent.is_child
     for name in inherited:
-        if type(parent.settings.get(name)) is type(usual[name]):
+        if type(parent.settings.get(name)) is type(usual[name]) and not is_lost(name, parent.settings):
             found[name] = parent.settings[name]
     if parent.vae is not None:
         found["vae"] = parent.name
@@ -307,6 +309,8 @@ def parse(arguments: list[str] | None = None) -> DistillConfig:
         name = chosen.model or settings.get("model")
         if not name:
             raise ValueError("--model is needed: the trained pipeline that is distilled.")
+        if chosen.config:
+            check_places(chosen.config, {"model": name})
         objective = chosen.objective or settings.get("objective")
         if objective != settings.get("objective"):  # what is left of another's settings
             settings = {name: settings[name] for name in settings.keys() - {"fusion_weight", "teacher_steps"}}
@@ -314,7 +318,8 @@ def parse(arguments: list[str] | None = None) -> DistillConfig:
             objective = DistillConfig.objective  # another one is refused below
         parser.set_defaults(**defaults_of(load_parent(name), objective) | settings)
         chosen = parser.parse_known_options(arguments)
-        del chosen["config"]
+        if path := chosen.pop("config"):
+            check_places(path, chosen)
         if not chosen["fusion_weight"] and chosen["objective"] != "progressive":
             parent = load_parent(name)
             chosen["fusion_weight"] = [

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from diffusers import SchedulerMixin
-from tqdm.auto import tqdm
 
 from ..evaluation.judge import Judge
 from ..evaluation.probe import labelled_pictures, probe
 from ..files import locked, remove
-from ..launching import on_main_process
+from ..launching import bar, on_main_process
 from ..pipelines.loading import load_pipeline, scheduler_of
 from ..pipelines.pipeline_sddit import SDDiTPipeline
 from ..pipelines.sampling import class_of, image_size, sample
@@ -52,7 +51,7 @@ def steps_a_second(
             trainer = Trainer(config, build=builder(config))
             data = stack.enter_context(closing(trainer.dataset.batches(trainer.sampler)))
             trainers[name] = trainer, data
-        for step in tqdm(range(SPEED_ROUNDS + 2), desc="speed", unit="round", leave=False):
+        for step in bar(range(SPEED_ROUNDS + 2), desc="speed", unit="round", leave=False):
             for name, (trainer, data) in trainers.items():
                 start = time.perf_counter()
                 trainer.train_step(step, data)  # its metrics are read back from the device
@@ -95,7 +94,7 @@ def images_a_second(
         schedulers = [sampler(pipes[run].scheduler, sampling) for run, _, sampling in ways]
         batch = min(configs[run].train_batch_size for run in pipes)
         seconds: list[list[float]] = [[] for _ in ways]
-        for _ in tqdm(range(SAMPLING_ROUNDS + 1), desc="sampling", unit="round", leave=False):
+        for _ in bar(range(SAMPLING_ROUNDS + 1), desc="sampling", unit="round", leave=False):
             for i, (run, _, sampling) in enumerate(ways):
                 pipe = pipes[run]
                 pipe.scheduler = schedulers[i]

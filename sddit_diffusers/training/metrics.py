@@ -1,11 +1,14 @@
 """What a run leaves for people to look at: metrics.jsonl, curves.png and grids of samples."""
 
+import io
 import json
 import os
 from pathlib import Path
+from typing import IO
 
 import matplotlib
 import numpy as np
+from PIL import Image
 
 from ..evaluation.catalogue import METRICS
 from ..files import parse_json, written_aside
@@ -74,6 +77,19 @@ _SCORE_PANELS = (("Fréchet distance", ("fid",)), ("precision and recall", ("pre
 
 def draw_curves(metrics: list[dict], path: Path) -> None:
     """Draws the metrics over steps: the values pale, their mean over 2 % of the run around a step on top."""
+    with written_aside(path) as file:
+        _draw_curves(metrics, file)
+
+
+def picture_of_curves(metrics: list[dict]) -> Image.Image:
+    """What [`draw_curves`] draws."""
+    file = io.BytesIO()
+    _draw_curves(metrics, file)
+    return Image.open(file)
+
+
+def _draw_curves(metrics: list[dict], file: IO[bytes]) -> None:
+    """Writes the curves as a PNG."""
     scores = {name for row in metrics for name in row if name in METRICS}
     there = {name for row in metrics for name in row}
     losses = sorted(name for name in there - _NO_PANEL if name.startswith("loss_"))
@@ -103,8 +119,7 @@ def draw_curves(metrics: list[dict], path: Path) -> None:
         drawn = axis.get_legend_handles_labels()[1]
         if len(drawn) > 1 or scores.intersection(drawn):
             axis.legend()
-    with written_aside(path) as file:
-        figure.savefig(file, format="png", dpi=100)
+    figure.savefig(file, format="png", dpi=100)
     plt.close(figure)
 
 

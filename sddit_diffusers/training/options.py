@@ -18,6 +18,7 @@ from .configuration import (
     OutputOptions,
     RunConfig,
     check_groups,
+    check_places,
     read_options,
 )
 from .methods import METHODS, Method
@@ -296,7 +297,8 @@ def parse(arguments: list[str] | None = None) -> TrainingConfig:
         parser.set_defaults(**_settings_of(process) | recipe | _settings_of(method) | options)
         _tell_defaults(parser, options)
         chosen = parser.parse_known_options(arguments)
-        del chosen["config"]
+        if path := chosen.pop("config"):
+            check_places(path, chosen)
         return TrainingConfig(**chosen)
     except ValueError as error:
         parser.error(str(error))

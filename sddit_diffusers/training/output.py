@@ -9,7 +9,7 @@ from pathlib import Path
 from ..cli import differences
 from ..files import locked, read_json, remove
 from .checkpointing import find_checkpoints, set_aside
-from .configuration import OutputOptions, RunConfig
+from .configuration import OutputOptions, RunConfig, is_place
 from .metrics import MetricsLog, read_metrics
 
 # What a run leaves at its end, in the order in which it does.
@@ -66,6 +66,9 @@ def is_complete(config: RunConfig) -> bool:
     fields = [each for each in dataclasses.fields(config) if each.default is not dataclasses.MISSING]
     begun = wanted | {each.name: each.default for each in fields}
     begun |= read_json(path, dict, "training's settings")
+    for name, value in wanted.items():
+        if is_place(value):  # of which the name is always told
+            wanted[name], begun[name] = Path(value).name, Path(str(begun[name])).name
     if others := differences(_of_result(begun), _of_result(wanted)):
         raise ValueError(
             f"{folder} was begun with other settings: {'; '.join(others)}. Choose another --output_dir."
@@ -78,7 +81,11 @@ def is_complete(config: RunConfig) -> bool:
 
 def _of_result(settings: dict) -> dict:
     """Without those that change what is told and kept of a run, and not what is learnt."""
-    others = {"dataloader_num_workers", *(each.name for each in dataclasses.fields(OutputOptions))}
+    others = {
+        "dataloader_num_workers",
+        "names_only",
+        *(each.name for each in dataclasses.fields(OutputOptions)),
+    }
     return {name: value for name, value in settings.items() if name not in others}
 
 

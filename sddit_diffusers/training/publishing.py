@@ -13,7 +13,7 @@ from ..data.pictures import ImageDataset
 from ..evaluation.catalogue import METRICS, SCORES
 from ..files import written_aside
 from ..pipelines.pipeline_sddit import SDDiTPipeline
-from .configuration import RunConfig
+from .configuration import RunConfig, without_places
 from .metrics import read_metrics
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
@@ -95,9 +95,8 @@ def write_card(
         steps=config.max_train_steps,
         weights=sum(weight.numel() for weight in pipe.transformer.parameters()),
         side=pipe.transformer.config.sample_size * pipe.vae_scale_factor,
-        label=None if foreign else _example(pipe),
+        call=None if foreign else example_call(pipe, about["guided"]),
         foreign=foreign,
-        guided=about["guided"],
         snippet=foreign and foreign.snippet(repo, config.trial_steps, 0, about["guided"]),
         settings={
             name: markdown(str(value))
@@ -153,11 +152,26 @@ def python_text(text: str) -> str:
     return quoted if "'" in text or '"' in text else f'"{quoted[1:-1]}"'
 
 
-def _example(pipe: SDDiTPipeline) -> str | None:
-    """Python of the lowest class: its name, or its number where no name is its own; None without classes."""
-    if not pipe.transformer.config.num_classes:
+def example_call(pipe: SDDiTPipeline, guided: bool = True) -> str:
+    """Python that makes and saves an image of [`example_class`] with `pipe`.
+
+    Args:
+        guided: whether it samples with guidance, where there are classes.
+    """
+    label = example_class(pipe)
+    scale = ", guidance_scale=1.5" if guided and label else ""
+    return f'pipe(class_labels=[{label}]{scale}).images[0].save("sample.png")'
+
+
+def example_class(pipe: SDDiTPipeline) -> str | None:
+    """Python of a class: its name, or its number where no name is its own; None without classes.
+
+    It is the third from the end, a 7 of the digits, or the first of fewer.
+    """
+    if not (classes := pipe.transformer.config.num_classes):
         return None
-    number = min(pipe.id2label, default=0)
+    numbers = sorted(pipe.id2label) or range(classes)
+    number = numbers[max(0, len(numbers) - 3)]
     name = pipe.id2label.get(number, "")
     return python_text(name) if pipe.label2ids.get(name.strip().lower()) == [number] else str(number)
 
@@ -185,4 +199,5 @@ def _settings(config: RunConfig) -> dict[str, object]:
         "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "adam_beta1",
         "adam_beta2", "ema_decay", "mixed_precision", "seed", *config.own(),
     )  # fmt: skip
-    return {name: getattr(config, name) for name in names}
+    settings = without_places({name: getattr(config, name) for name in names})
+    return {name: settings[name] for name in names}

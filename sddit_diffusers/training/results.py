@@ -1,9 +1,11 @@
 """What the averaged weights of a run give: samples, scores, and the pipeline that is left."""
 
 import errno
+import json
 import shutil
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from textwrap import indent
 
@@ -12,23 +14,28 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from safetensors import SafetensorError
 
 from ..data.latents import LatentDataset
 from ..data.pictures import ImageDataset
 from ..evaluation.judge import Judge
 from ..files import folder_written_aside, remove, written_aside
-from ..launching import on_main_process
+from ..launching import bar, on_main_process
 from ..pipelines.loading import load_vae, sha256_of_weights
 from ..pipelines.pipeline_sddit import SDDiTPipeline
 from ..pipelines.sampling import sample_grid
-from .configuration import RunConfig
+from .configuration import RunConfig, is_place, place_told
 from .engines import whole_weights
 from .foreign import ForeignNetwork
-from .metrics import MetricsLog, draw_curves, read_metrics
+from .metrics import MetricsLog, draw_curves, picture_of_curves, read_metrics
 from .objective import Objective
 from .output import Records
-from .publishing import python_text, upload, write_card
+from .publishing import example_call, python_text, upload, write_card
+from .trackers import log_images, takers
+
+# Under which configurations tell where they were loaded from.
+_ORIGINS = ("_name_or_path", "name_or_path")
 
 
 class Results:
@@ -75,14 +82,30 @@ class Results:
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(self.accelerator.device)
 
-    def validate(self, name: str) -> None:
-        """Draws a grid of samples with the averaged weights, in fewer steps than the last one."""
+    def validate(self, step: int, records: Records) -> None:
+        """Draws a grid of samples with the averaged weights, in fewer steps than the last one.
+
+        Args:
+            records: of the run, whose curves go to its trackers with the samples.
+        """
         pipe = self.averaged_pipeline()
-        path = Path(self.config.output_dir) / name
-        on_main_process(
-            lambda: self.draw_samples(pipe, path, num_inference_steps=self.config.trial_steps),
-            self.accelerator,
-        )
+        path = records.output_dir / f"samples-{step}.png"
+
+        def draw() -> None:
+            sampled = self.draw_samples(pipe, path, num_inference_steps=self.config.trial_steps)
+            metrics = read_metrics(records.folder / "metrics.jsonl") if takers(self.accelerator) else []
+            if metrics:
+                self.show(step, picture_of_curves(metrics), path if sampled else None)
+
+        on_main_process(draw, self.accelerator)
+
+    def show(self, step: int, curves: Image.Image, samples: Path | None) -> None:
+        """Gives the run's trackers its curves, and its samples if there are any."""
+        pictures = {"curves": curves}
+        if samples is not None:
+            with Image.open(samples) as grid:
+                pictures["samples"] = grid.convert("RGB")
+        log_images(self.accelerator, pictures, step)
 
     def evaluate(self) -> dict[str, float]:
         """The scores of the averaged weights, on all processes."""
@@ -134,34 +157,38 @@ class Results:
             if not (metrics := read_metrics(folder / "metrics.jsonl")):  # it was lost, and no step was left
                 metrics = [{"step": self.config.max_train_steps}]
                 MetricsLog(folder / "metrics.jsonl", 0).write(metrics[0])
-            pipe.set_progress_bar_config(disable=False, desc="samples.png", leave=False)
+            pipe.progress_bar = partial(bar, desc="samples.png", unit="step", leave=False)
             try:
                 sampled = self.draw_samples(pipe, folder / "samples.png")
             except FloatingPointError as error:
                 sampled, problem = False, error
             draw_curves(metrics, folder / "curves.png")
-            write_card(folder, repo or str(output_dir), pipe, self.config, self.dataset)
+            name = repo or (place_told(str(output_dir))[2:] if output_dir.is_absolute() else str(output_dir))
+            write_card(folder, name, pipe, self.config, self.dataset)
             gone = [name for name in ("samples.png", "vae") if not (folder / name).exists()]
         for name in gone:  # an earlier model's
             remove(output_dir / name)
         records.clear()
         if problem:
             raise FloatingPointError(f"The pipeline is in {output_dir}, without samples.png: {problem}")
-        self.tell(output_dir, sampled)
+        self.tell(pipe, output_dir, sampled)
+        if takers(self.accelerator):
+            with Image.open(output_dir / "curves.png") as curves:
+                samples = output_dir / "samples.png" if sampled else None
+                self.show(self.config.max_train_steps, curves, samples)
         if repo:
             print(f"Uploaded: {upload(output_dir, repo)}")
 
-    def tell(self, output_dir: Path, sampled: bool) -> None:
-        """Says what there is, and how it is used."""
-        label = self.dataset.num_classes - 3 if self.dataset.num_classes > 2 else None
-        network = self.objective.transformer
-        if isinstance(network, ForeignNetwork):
-            snippet = network.snippet(str(output_dir), self.config.trial_steps, label or 0)
+    def tell(self, pipe: SDDiTPipeline, output_dir: Path, sampled: bool) -> None:
+        """Says what there is, and how it is used: as the model card does."""
+        guided = self.config.card()["guided"]
+        if isinstance(pipe.transformer, ForeignNetwork):
+            snippet = pipe.transformer.snippet(str(output_dir), self.config.trial_steps, 0, guided)
         else:
             snippet = (
                 "from sddit_diffusers import SDDiTPipeline\n"
                 f"pipe = SDDiTPipeline.from_pretrained({python_text(str(output_dir))})\n"
-                f'pipe(class_labels=[{label}]).images[0].save("sample.png")'
+                f"{example_call(pipe, guided)}"
             )
         print(
             f"Done: the pipeline, metrics.jsonl, curves.png{', samples.png' * bool(sampled)} are in "
@@ -175,7 +202,7 @@ def told(step: int, scores: dict[str, float]) -> str:
 
 
 def save_weights(pipe: SDDiTPipeline, folder: Path) -> None:
-    """Saves a pipeline, that of another's network as what it was.
+    """Saves a pipeline, that of another's network as what it was, without the paths that it is from.
 
     Raises:
         OSError: the disk is full.
@@ -185,9 +212,24 @@ def save_weights(pipe: SDDiTPipeline, folder: Path) -> None:
             pipe.transformer.save_pipeline(folder, pipe.scheduler)
         else:
             pipe.save_pretrained(folder)
+        for path in folder.rglob("*.json"):
+            forget_origin(path)
     except SafetensorError as error:  # what safetensors makes of a disk that is full
         message = f"The pipeline cannot be written: {error}"
         raise OSError(errno.EIO, message, str(folder.parent)) from error
+
+
+def forget_origin(path: Path) -> None:
+    """Removes from a configuration of diffusers or transformers the absolute path that it was loaded from."""
+    if b"name_or_path" not in (content := path.read_bytes()):
+        return
+    settings = json.loads(content)
+    if not isinstance(settings, dict):
+        return
+    kept = {name: value for name, value in settings.items() if name not in _ORIGINS or not is_place(value)}
+    if kept != settings:
+        with written_aside(path, "w") as file:
+            file.write(json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
 def open_vae(

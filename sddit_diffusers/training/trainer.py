@@ -14,17 +14,16 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from diffusers.training_utils import EMAModel
-from tqdm.auto import tqdm
 
 from ..data.latents import LatentDataset
 from ..data.order import Batch, BatchSampler, ahead
 from ..data.pictures import ImageDataset
 from ..data.shards import find_latents
-from ..launching import check_machine, main_first, on_main_process
+from ..launching import bar, check_machine, main_first, on_main_process
 from ..seeds import generator_for
 from .building import build_objective
 from .checkpointing import find_checkpoints
-from .configuration import RunConfig
+from .configuration import RunConfig, without_places
 from .engines import check_engine, prepare
 from .health import Health
 from .metrics import MetricsLog
@@ -111,7 +110,7 @@ class Trainer:
         log = on_main_process(
             lambda: self.records.begin(self.config, self.sampler.start_step), self.accelerator
         )
-        settings = dataclasses.asdict(self.config)
+        settings = without_places(dataclasses.asdict(self.config))
         flat = {
             name: " ".join(map(str, value)) for name, value in settings.items() if isinstance(value, list)
         }
@@ -137,18 +136,16 @@ class Trainer:
             log: the main process's.
         """
         config, main, device = self.config, self.accelerator.is_main_process, self.accelerator.device
-        progress = tqdm(
-            range(self.sampler.start_step, config.max_train_steps),
-            initial=self.sampler.start_step,
-            total=config.max_train_steps,
+        progress = bar(
+            initial=self.sampler.start_step, total=config.max_train_steps, unit="step", smoothing=0.05,
             disable=not self.accelerator.is_local_main_process,
-            unit="step",
-            mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs no animation
-            smoothing=0.05,
-            dynamic_ncols=True,
-        )
-        with closing(self.dataset.batches(self.sampler)) as read, closing(ahead(read, device)) as data:
-            for step in progress:
+        )  # fmt: skip
+        with (
+            closing(progress),
+            closing(self.dataset.batches(self.sampler)) as read,
+            closing(ahead(read, device)) as data,
+        ):
+            for step in range(self.sampler.start_step, config.max_train_steps):
                 done = step + 1
                 last = done == config.max_train_steps
                 evaluated = due(config.evaluation_steps, done, last)
@@ -157,6 +154,7 @@ class Trainer:
                 if logged:
                     losses = {name: f"{metrics[name]:.3f}" for name in metrics if name.startswith("loss")}
                     progress.set_postfix(losses, refresh=False)
+                progress.update()
                 if evaluated:
                     scores = self.sampled(done, self.results.evaluate)
                     metrics |= scores
@@ -173,7 +171,7 @@ class Trainer:
                     progress.close()
                     self.signals.leave(done)
                 if config.validation_steps and done % config.validation_steps == 0 and not last:
-                    self.sampled(done, partial(self.results.validate, f"samples-{done}.png"))
+                    self.sampled(done, partial(self.results.validate, done, self.records))
 
     def save(self, step: int) -> None:
         """Writes a checkpoint, unless a step has failed.

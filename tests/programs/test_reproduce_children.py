@@ -13,6 +13,7 @@ from sddit_diffusers.evaluation import figures
 from sddit_diffusers.evaluation.studies import read_study
 from sddit_diffusers.evaluation.tables import Results, as_json
 from sddit_diffusers.training.metrics import read_metrics
+from sddit_diffusers.training.parents import load_parent
 
 
 @pytest.fixture
@@ -42,8 +43,8 @@ def test_children_are_trained_after_their_parents_and_scored_beside_them(write, 
     results = run(path, folder)
     made = {name: folder / name / "seed-5" for name in ("sd-dit", "ssd-4", "ssd-2")}
     configs = {name: json.loads((made[name] / "training_config.json").read_text()) for name in made}
-    assert configs["ssd-4"]["model"] == str(made["sd-dit"])
-    assert configs["ssd-2"]["model"] == str(made["ssd-4"])
+    for name, parent in (("ssd-4", "sd-dit"), ("ssd-2", "ssd-4")):
+        assert configs[name]["parent_sha256"] == load_parent(str(made[parent])).sha256
     for name in ("dataset_name", "evaluation_extractor", "evaluation_samples", "num_validation_images"):
         assert configs["ssd-2"][name] == configs["sd-dit"][name]
 

@@ -79,7 +79,8 @@ def test_all_that_it_says_of_itself(tmp_path, parent, capsys):
         assert words in card, card
     assert f"Step 0: fid_pixels {first['fid_pixels']:.4g}" in capsys.readouterr().err
     again = tmp_path / "again"
-    distill_sddit.main(["--config", str(child / "training_config.json"), "--output_dir", str(again)])
+    options = ["--config", child / "training_config.json", "--output_dir", again, "--model", parent]
+    distill_sddit.main([*map(str, options)])
     assert weights_of(again) == weights_of(child)
 
 
@@ -90,7 +91,7 @@ def test_a_chain_goes_from_child_to_child(tmp_path, parent):
     assert weights_of(chain / "steps-6") == weights_of(first)
     assert weights_of(chain / "steps-3") == weights_of(second)
     config = json.loads((chain / "steps-3/training_config.json").read_text())
-    assert config["num_inference_steps"] == [3] and config["model"] == str(chain / "steps-6")
+    assert config["num_inference_steps"] == [3] and config["model"] == "./steps-6"
 
 
 @pytest.mark.parametrize("objective", ["issd"])
@@ -146,10 +147,13 @@ def test_help_needs_no_model(capsys):
     assert not exit.value.code and "--num_inference_steps" in capsys.readouterr().out
 
 
-def test_a_file_of_another_objective_gives_what_both_have(tmp_path, parent):
+def test_a_file_of_another_objective_gives_what_both_have(tmp_path, parent, capsys):
     child = distil(tmp_path / "child", parent, "--fusion_weight", 0.3, "--learning_rate", 0.5)
     options = ["--config", child / "training_config.json", "--objective", "progressive"]
-    config = parse([*map(str, options)])
+    with pytest.raises(SystemExit):  # its folder does not tell where the parent is
+        parse([*map(str, options)])
+    config = parse([*map(str, options), "--model", str(parent)])
+    assert "model is './parent', the name of what was elsewhere" in capsys.readouterr().err
     assert (config.fusion_weight, config.learning_rate, config.max_train_steps) == ([], 0.5, 3)
 
 

@@ -28,6 +28,8 @@ def test_leaves_a_pipeline_and_what_people_look_at(tmp_path, capsys, monkeypatch
     assert not list((tmp_path / "run").rglob("*.bin")) and not list((tmp_path / "run").rglob("*.pt"))
 
     lines = re.search(r"Use it:\n\n((    .+\n){3})", capsys.readouterr().out).group(1)
+    assert 'pipe(class_labels=["7"], guidance_scale=1.5)' in lines  # by its name, as the card does
+    assert lines.splitlines()[-1].strip() in (tmp_path / "run/README.md").read_text()
     monkeypatch.chdir(tmp_path)
     exec("\n".join(line.strip() for line in lines.splitlines()), {})
     assert (tmp_path / "sample.png").is_file()

@@ -91,7 +91,9 @@ def test_a_card_is_one_that_the_hub_reads(trained):
 
 
 def test_a_cards_snippet_runs(trained, tmp_path, monkeypatch):
+    """Where the folder is, whose place the card does not tell."""
     (snippet,) = re.findall(r"```python\n(.*?)```", (trained / "README.md").read_text(), re.DOTALL)
+    (tmp_path / trained.name).symlink_to(trained)
     monkeypatch.chdir(tmp_path)
     exec(snippet, {})
     assert (tmp_path / "sample.png").is_file()
@@ -177,11 +179,11 @@ def test_ordinary_names_stand_as_they_are(tmp_path):
 
 
 @pytest.mark.process
-def test_the_example_is_the_lowest_class_whatever_the_order_of_sets():
+def test_the_example_is_the_same_class_whatever_the_order_of_sets():
     code = (
-        "from sddit_diffusers.training.publishing import _example; from types import SimpleNamespace as N;"
+        "from sddit_diffusers.training.publishing import example_class;"
         "from sddit_diffusers import *;"
-        f"print(_example(SDDiTPipeline(SDDiTTransformer2DModel(**{TINY}), EDMHeunScheduler(),"
+        f"print(example_class(SDDiTPipeline(SDDiTTransformer2DModel(**{TINY}), EDMHeunScheduler(),"
         "id2label={3: 'd', 1: 'Tench, Tinca tinca', 2: 'c'})))"
     )
     folders = f"{Path(__file__).parents[2]}:{Path(__file__).parents[1]}"
@@ -193,7 +195,15 @@ def test_the_example_is_the_lowest_class_whatever_the_order_of_sets():
 
 def test_a_name_of_several_classes_is_no_example(pipe):
     pipe.id2label, pipe.label2ids = {0: "crane", 1: "crane"}, {"crane": [0, 1]}
-    assert sharing._example(pipe) == "0"
+    assert sharing.example_class(pipe) == "0"
+
+
+def test_the_example_is_the_third_class_from_the_end_and_unguided_where_guidance_was_learnt(pipe):
+    """Of the fixture's four classes that is one of several names."""
+    assert sharing.example_class(pipe) == '"golden retriever, retriever"'
+    call = 'pipe(class_labels=["golden retriever, retriever"]).images[0].save("sample.png")'
+    assert sharing.example_call(pipe, guided=False) == call
+    assert "], guidance_scale=1.5)" in sharing.example_call(pipe)
 
 
 def test_an_upload_that_failed_is_told_with_quoted_names(hub, trained, tmp_path, monkeypatch):
