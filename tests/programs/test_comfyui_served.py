@@ -21,6 +21,7 @@ import urllib.request
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -83,6 +84,8 @@ def server(tmp_path_factory):
     for name in ("custom_nodes", "models/diffusers", "input", "output", "user"):
         (base / name).mkdir(parents=True)
     (base / "custom_nodes/sddit").symlink_to(PACK)
+    (base / "user/default").mkdir()
+    (base / "user/default/comfy.settings.json").write_text(json.dumps(SETTINGS))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -156,8 +159,7 @@ def saved(images: torch.Tensor) -> torch.Tensor:
 
 
 def pixels(images: list[Image.Image]) -> torch.Tensor:
-    return torch.stack([torch.frombuffer(i.convert("RGB").tobytes(), dtype=torch.uint8).reshape(*i.size, 3)
-                        for i in images]).permute(0, 3, 1, 2)  # fmt: skip
+    return torch.stack([torch.tensor(np.asarray(i.convert("RGB"))) for i in images]).permute(0, 3, 1, 2)
 
 
 def made_by(labels, seeds, **arguments) -> torch.Tensor:
@@ -179,10 +181,10 @@ def test_the_example_workflow_makes_the_pipelines_images(server, example):
     expected = made_by(range(10), range(10))
     close(images, torch.nn.functional.interpolate(expected, size=(256, 256), mode="bicubic"))
     if DRAW:
-        sheet = Image.new("RGB", (5 * 128, 2 * 128))
-        for i, image in enumerate(images):
-            sheet.paste(image.resize((128, 128), Image.Resampling.BOX), (i % 5 * 128, i // 5 * 128))
-        sheet.save(PACK / "example_workflows/sddit_digits.jpg", quality=85)
+        card = Image.new("RGB", (3 * 136, 3 * 136), "#202020")
+        for i, image in enumerate(images[1:]):
+            card.paste(image.resize((128, 128), Image.Resampling.BOX), (i % 3 * 136 + 4, i // 3 * 136 + 4))
+        card.save(PACK / "example_workflows/sddit_digits.jpg", quality=85)
 
 
 def test_classes_by_name_and_all_nodes_in_a_chain(server):
@@ -252,7 +254,10 @@ def test_the_template_is_offered_with_its_picture(server):
     Image.open(io.BytesIO(server.get(f"{folder}.jpg"))).load()
 
 
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False}
 BOXES = "() => app.graph.nodes.map(node => [...node.getBounding()])"
+# Puts a place of the graph at another of the window, in its own size.
+SHOW = "at => { Object.assign(app.canvas.ds, {scale: 1, offset: at}); app.canvas.setDirty(true, true); }"
 
 
 @pytest.fixture
@@ -264,7 +269,7 @@ def page(server):
     options = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, args=options)
-        page = browser.new_page(viewport={"width": 1500, "height": 680})
+        page = browser.new_page(viewport={"width": 1800, "height": 900})
         page.set_default_timeout(60_000)
         yield page
         browser.close()
@@ -281,4 +286,10 @@ def test_in_the_browser_the_workflow_runs_and_no_node_covers_another(server, pag
     for (x, y, width, height), (other_x, other_y, other_width, other_height) in combinations(boxes, 2):
         aside = x + width <= other_x or other_x + other_width <= x
         assert aside or y + height <= other_y or other_y + other_height <= y
-    page.screenshot(path="/tmp/comfyreal/page.png")
+    if DRAW:
+        page.evaluate(SHOW, [80 - boxes[0][0], 230 - boxes[0][1]])
+        page.wait_for_timeout(2000)
+        width = max(x + width for x, _, width, _ in boxes) - boxes[0][0]
+        height = max(y + height for _, y, _, height in boxes) - boxes[0][1]
+        clip = {"x": 60, "y": 205, "width": width + 40, "height": height + 40}
+        page.screenshot(path=PACK / "graph.png", clip=clip)
