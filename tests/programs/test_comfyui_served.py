@@ -7,6 +7,7 @@ set. The models and the output of that ComfyUI are not touched. With `COMFYUI_PI
 pack are drawn anew from what is seen.
 """
 
+import copy
 import io
 import json
 import os
@@ -26,6 +27,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sddit_diffusers import EDMHeunScheduler
 from sddit_diffusers.pipelines.loading import load_pipeline
 
 if "COMFYUI_DIR" not in os.environ:
@@ -38,10 +40,10 @@ DRAW = "COMFYUI_PICTURES" in os.environ
 
 
 class Server:
-    """A ComfyUI that runs, by its address."""
+    """A ComfyUI that runs, by its address, and its folder of models."""
 
-    def __init__(self, address: str):
-        self.address = address
+    def __init__(self, address: str, models: Path):
+        self.address, self.models = address, models
 
     def get(self, path: str, **query) -> bytes:
         path = f"{self.address}{path}?{urllib.parse.urlencode(query)}"
@@ -55,9 +57,12 @@ class Server:
         request = urllib.request.Request(f"{self.address}/prompt", body)
         return json.loads(urllib.request.urlopen(request, timeout=60).read())["prompt_id"]
 
-    def run(self, prompt: dict, seconds: float = 240) -> dict:
+    def run(self, prompt: dict) -> dict:
         """What the history has of a prompt when it is done: `outputs` and `status`."""
-        number, deadline = self.start(prompt), time.monotonic() + seconds
+        return self.result(self.start(prompt))
+
+    def result(self, number: str, seconds: float = 240) -> dict:
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             history = json.loads(self.get(f"/history/{number}"))
             if number in history and history[number]["status"]["status_str"] in ("success", "error"):
@@ -70,6 +75,9 @@ class Server:
         done = self.run(prompt)
         assert done["status"]["status_str"] == "success", done["status"]["messages"]
         return [Image.open(io.BytesIO(self.get("/view", **each))) for each in done["outputs"][node]["images"]]
+
+    def stop(self) -> None:
+        urllib.request.urlopen(urllib.request.Request(f"{self.address}/interrupt", b"{}"), timeout=60)
 
     def error(self, prompt: dict) -> str:
         """The message that a prompt ends in."""
@@ -103,7 +111,10 @@ def server(tmp_path_factory):
             stderr=log,
         )
     try:
-        running, deadline = Server(f"http://127.0.0.1:{port}"), time.monotonic() + 240
+        running, deadline = (
+            Server(f"http://127.0.0.1:{port}", base / "models/diffusers"),
+            time.monotonic() + 240,
+        )
         while True:
             assert process.poll() is None and time.monotonic() < deadline, (base / "log").read_text()
             try:
@@ -147,7 +158,7 @@ def with_inputs(prompt: dict, **changes) -> dict:
     """A prompt whose SD-DiT nodes have other inputs, where they have them."""
     ours = {number for number, node in prompt.items() if node["class_type"].startswith("SDDiT")}
     return {
-        number: node if number not in ours else node
+        number: copy.deepcopy(node) if number not in ours else node
         | {"inputs": {name: changes.get(name, value) for name, value in node["inputs"].items()}}
         for number, node in prompt.items()
     }  # fmt: skip
@@ -162,8 +173,8 @@ def pixels(images: list[Image.Image]) -> torch.Tensor:
     return torch.stack([torch.tensor(np.asarray(i.convert("RGB"))) for i in images]).permute(0, 3, 1, 2)
 
 
-def made_by(labels, seeds, **arguments) -> torch.Tensor:
-    pipe = load_pipeline("digits")
+def made_by(labels, seeds, pipe=None, **arguments) -> torch.Tensor:
+    pipe = pipe or load_pipeline("digits")
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return pipe(labels, guidance_scale=1.5, generator=generators, output_type="pt", **arguments).images
@@ -252,6 +263,33 @@ def test_the_template_is_offered_with_its_picture(server):
     folder = "/api/workflow_templates/sddit/sddit_digits"
     assert json.loads(server.get(f"{folder}.json")) == WORKFLOW
     Image.open(io.BytesIO(server.get(f"{folder}.jpg"))).load()
+
+
+def test_a_pipeline_that_is_put_there_samples_by_itself_in_its_steps(server, example):
+    """While ComfyUI runs, and as a distilled one: 3 of Euler's steps. Its classes are listed as well."""
+    pipe = load_pipeline("digits")
+    pipe.scheduler = EDMHeunScheduler.from_config(
+        pipe.scheduler.config, num_inference_steps=3, solver="euler"
+    )
+    pipe.id2label = {i: f"the {i}" for i in range(10)}
+    pipe.register_to_config(id2label=pipe.id2label)
+    pipe.save_pretrained(server.models / "mine/distilled")
+    nodes = server.nodes()
+    assert nodes["SDDiTLoadPipeline"]["input"]["required"]["folder"][1]["options"] == [
+        "mine/distilled", "digits (embedded)", "(from the Hub)"
+    ]  # fmt: skip
+    assert "the 7" in nodes["SDDiTClass"]["input"]["required"]["name"][1]["options"]
+    prompt = with_inputs(example, folder="mine/distilled", classes="the 7; the 1", seed=11)
+    prompt["4"]["inputs"]["images"] = ["2", 0]  # as they are
+    close(server.images(prompt, "4"), made_by([7, 1], [11, 12], pipe))
+
+
+def test_stopping_takes_effect_between_evaluations(server, example):
+    number = server.start(with_inputs(example, steps=1000, seed=12))
+    time.sleep(1)
+    server.stop()
+    messages = dict(server.result(number, seconds=20)["status"]["messages"])
+    assert messages["execution_interrupted"]["node_type"] == "SDDiTSample"
 
 
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False}
