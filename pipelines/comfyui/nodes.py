@@ -18,7 +18,7 @@ from sddit_diffusers.pipelines.loading import SHORT_DTYPES, load_pipeline
 from sddit_diffusers.pipelines.sampling import generators
 
 from .classes import class_names, parse_classes, quoted_where_needed
-from .samplers import AUTO, SAMPLERS, churn_inputs, number, scheduler_of
+from .samplers import churn_inputs, sampler_inputs, scheduler_of
 from .sources import FROM_HUB, pipeline_folders, source
 
 Pipeline = io.Custom("SDDIT_PIPELINE")
@@ -169,36 +169,7 @@ class Sample(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="Of the first image; image i of all has the seed + i and depends on it alone.",
                 ),
-                io.Combo.Input(
-                    "sampler",
-                    options=[AUTO, *SAMPLERS],
-                    default=AUTO,
-                    tooltip="auto: the pipeline's own, as it was trained or distilled for. dpmpp_2m needs "
-                    "fewer steps, such as 15; 8 for a first look.",
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=0,
-                    min=0,
-                    max=1000,
-                    tooltip="0: the pipeline's own steps, mostly 40; of a distilled pipeline, its few. heun "
-                    "evaluates the network 2 steps - 1 times, the others once a step.",
-                ),
-                number(
-                    "guidance_scale",
-                    1.5,
-                    100,
-                    "Classifier-free guidance: higher is more of the class and less various. 1 is off, and "
-                    "takes half the time.",
-                    round=0.01,
-                ),
-                number("guidance_sigma_min", 0, 1000, "The lowest noise level that is guided."),
-                number(
-                    "guidance_sigma_max",
-                    1000,
-                    1000,
-                    "The highest noise level that is guided; EDM's sampling begins at 80.",
-                ),  # fmt: skip
+                *sampler_inputs(),
                 *churn_inputs(),
             ],
             outputs=[

@@ -56,6 +56,42 @@ def scheduler_of(pipe: SDDiTPipeline, sampler: str, diffusion: str, diffusion_no
     return scheduler
 
 
+def sampler_inputs() -> list:
+    """Sampler, steps and guidance."""
+    return [
+        io.Combo.Input(
+            "sampler",
+            options=[AUTO, *SAMPLERS],
+            default=AUTO,
+            tooltip="auto: the pipeline's own, as it was trained or distilled for. dpmpp_2m needs "
+            "fewer steps, such as 15; 8 for a first look.",
+        ),
+        io.Int.Input(
+            "steps",
+            default=0,
+            min=0,
+            max=1000,
+            tooltip="0: the pipeline's own steps, mostly 40; of a distilled pipeline, its few. heun "
+            "evaluates the network 2 steps - 1 times, the others once a step.",
+        ),
+        number(
+            "guidance_scale",
+            1.5,
+            100,
+            "Classifier-free guidance: higher is more of the class and less various. 1 is off, and "
+            "takes half the time.",
+            round=0.01,
+        ),
+        number("guidance_sigma_min", 0, 1000, "The lowest noise level that is guided."),
+        number(
+            "guidance_sigma_max",
+            1000,
+            1000,
+            "The highest noise level that is guided; EDM's sampling begins at 80.",
+        ),  # fmt: skip
+    ]
+
+
 def churn_inputs() -> list:
     """The stochastic samplers, EDM's and the interpolants'."""
     inputs = (

@@ -13,7 +13,7 @@ from sddit_diffusers.cli import one_line
 
 EMBEDDED = "digits (embedded)"
 FROM_HUB = "(from the Hub)"
-HUB_SECONDS = 10.0  # that the Hub has for an answer
+HUB_SECONDS = 5.0  # that a connection to the Hub may take, and then its answer
 
 
 def pipeline_folders() -> dict[str, Path]:
@@ -67,8 +67,8 @@ def source(folder: str, hub_name: str) -> str:
 def on_hub(name: str) -> str:
     """A name on the Hub; or the folder of its copy on this machine, if the Hub is out of reach.
 
-    The Hub is asked once, so that a wrong name or a missing network ends in one line after `HUB_SECONDS`, not
-    in the retries and the traceback of a download.
+    The Hub is asked once, so that a wrong name or a missing network ends in one line, soon, and not in the
+    retries and the traceback of a download.
 
     Raises:
         ValueError: there is no such pipeline, or neither an answer nor a copy.
