@@ -130,6 +130,8 @@ def run(node: type[ComfyNode], **inputs) -> tuple:
         value = inputs[each.id]
         if each.io_type in ("INT", "FLOAT"):
             assert each.min <= value <= each.max, each.id
+        if each.io_type == "COMBO" and each.id != "folder":  # wrong folders are the node's to name
+            assert value in each.options, each.id
     with torch.inference_mode():
         outputs = node.execute(**inputs).args
     assert len(outputs) == len(schema.outputs)

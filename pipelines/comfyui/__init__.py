@@ -2,12 +2,12 @@
 
 from comfy_api.latest import ComfyExtension
 
-from .nodes import Decode, Encode, LoadPipeline, Sample
+from .nodes import ClassName, Decode, Encode, LoadPipeline, Sample
 
 
 class SDDiTExtension(ComfyExtension):
     async def get_node_list(self):
-        return [LoadPipeline, Sample, Decode, Encode]
+        return [LoadPipeline, ClassName, Sample, Decode, Encode]
 
 
 async def comfy_entrypoint() -> ComfyExtension:

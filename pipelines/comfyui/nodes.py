@@ -6,101 +6,23 @@ A LATENT holds what ComfyUI's own VAE nodes take and make: the VAE's latents, no
 """
 
 import math
-import os
-import re
-from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
-import folder_paths
 import torch
 from comfy_api.latest import io
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    EDMDPMSolverMultistepScheduler,
-    EDMEulerScheduler,
-    SchedulerMixin,
-)
 
-from sddit_diffusers import EDMHeunScheduler, InterpolantScheduler, SDDiTPipeline
+from sddit_diffusers import SDDiTPipeline
 from sddit_diffusers.pipelines.calls import MAX_LEVEL
 from sddit_diffusers.pipelines.loading import SHORT_DTYPES, load_pipeline
-from sddit_diffusers.pipelines.pipeline_sddit import check_scheduler
 from sddit_diffusers.pipelines.sampling import generators
-from sddit_diffusers.schedulers.scheduling_interpolant import DIFFUSIONS
+
+from .classes import class_names, parse_classes, quoted_where_needed
+from .samplers import churn_inputs, sampler_inputs, scheduler_of
+from .sources import FROM_HUB, pipeline_folders, source
 
 Pipeline = io.Custom("SDDIT_PIPELINE")
-FROM_HUB = "(from the Hub)"
-# By name: schedulers of EDM's pipelines; of interpolants', and their settings.
-SAMPLERS = {
-    "heun": (EDMHeunScheduler, InterpolantScheduler, {"solver": "heun"}),
-    "euler": (EDMEulerScheduler, InterpolantScheduler, {"solver": "euler"}),
-    "dpmpp_2m": (EDMDPMSolverMultistepScheduler, DPMSolverMultistepScheduler, {}),
-}
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL makes pictures grey
-
-
-def pipeline_folders() -> dict[str, Path]:
-    """SD-DiT pipelines in ComfyUI's folders of `diffusers` models, by their names below these."""
-    found = {}
-    for root in folder_paths.get_folder_paths("diffusers"):
-        for folder, subfolders, files in os.walk(root, followlinks=True):
-            if leads_back(Path(folder), Path(root)):
-                subfolders.clear()
-                continue
-            index = Path(folder, "model_index.json")
-            if index.name in files:
-                subfolders.clear()
-                if b"SDDiTPipeline" in index.read_bytes():
-                    found.setdefault(index.parent.relative_to(root).as_posix(), index.parent)
-    return dict(sorted(found.items()))
-
-
-def leads_back(folder: Path, root: Path) -> bool:
-    """Whether a folder is, by a link, one of those above it up to `root`."""
-    above = [parent for parent in folder.parents if parent.is_relative_to(root)]
-    return os.path.realpath(folder) in map(os.path.realpath, above)
-
-
-def source(folder: str, hub_name: str) -> str:
-    """What `from_pretrained` takes: a folder of models that was found, or a name on the Hub.
-
-    Raises:
-        ValueError: there is no such folder of models, or the name may be a path.
-    """
-    if folder == FROM_HUB:
-        if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", hub_name) or os.path.exists(hub_name):
-            raise ValueError(
-                f"hub_name is {hub_name!r}; it must be a name on the Hub, as 'owner/name', and no path."
-            )
-        return hub_name
-    if hub_name:
-        raise ValueError(
-            f"Both the folder {folder!r} and hub_name {hub_name!r} are given; "
-            f"choose the folder {FROM_HUB!r}, or empty hub_name."
-        )
-    folders = pipeline_folders()
-    if folder not in folders:
-        raise ValueError(
-            f"There is no SD-DiT pipeline {folder!r} in ComfyUI's folders of diffusers models; "
-            f"there are: {', '.join(folders) or 'none'}."
-        )
-    return str(folders[folder])
-
-
-def parse_classes(text: str) -> list[int | str | None]:
-    """Labels by a text: names and numbers, split at semicolons and line ends; numbers at commas as well.
-
-    Commas do not split names, which have some ("crane, bird"). An empty text is the null class.
-    """
-    labels = []
-    for part in map(str.strip, re.split(r"[;\n]", text)):
-        numbers = [number.strip() for number in part.split(",")]
-        if all(number.isdecimal() for number in numbers):
-            labels += [int(number) for number in numbers]
-        elif part:
-            labels.append(part)
-    return labels or [None]
 
 
 def decode(
@@ -109,60 +31,6 @@ def decode(
     """IMAGE of a LATENT's samples, and what they were made with, if that is known."""
     images = pipe.decode(latents, "pt", scaled=False, generator=generator)
     return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().cpu()
-
-
-def number(
-    name: str, default: float, most: float, tooltip: str, step: float = 0.1, round: float = 0.001, **options
-):
-    """An input from 0 to `most`."""
-    return io.Float.Input(
-        name, default=float(default), min=0.0, max=float(most), step=step, round=round, tooltip=tooltip,
-        **options,
-    )  # fmt: skip
-
-
-def scheduler_of(pipe: SDDiTPipeline, sampler: str, diffusion: str, diffusion_norm: float) -> SchedulerMixin:
-    """The scheduler of a sampler's name for a pipeline.
-
-    Raises:
-        ValueError: the pipeline has no such sampler.
-    """
-    edm, flow, settings = SAMPLERS[sampler]
-    config = pipe.scheduler.config
-    if "path" not in config:
-        if diffusion != "none":
-            raise ValueError(f"diffusion is {diffusion!r}; this pipeline is EDM's, whose noise is s_churn.")
-        return edm.from_config(config)
-    if flow is InterpolantScheduler:
-        settings = settings | {"diffusion": diffusion, "diffusion_norm": diffusion_norm}
-    elif diffusion != "none":
-        raise ValueError(
-            f"diffusion is {diffusion!r}; the samplers heun and euler have it, {sampler} has not."
-        )
-    scheduler = flow.from_config(config, **settings)
-    check_scheduler(scheduler)
-    return scheduler
-
-
-def churn_inputs() -> list:
-    """The stochastic samplers, EDM's and the interpolants'."""
-    inputs = (
-        ("s_churn", 0, 1000, "EDM's S_churn: noise that each step adds, for heun and euler. 0 is off.", 1.0),
-        ("s_tmin", 0, 1000, "The lowest noise level at which noise is added.", 0.01),
-        ("s_tmax", 1000, 1000, "The highest noise level at which noise is added.", 1.0),
-        ("s_noise", 1, 10, "Standard deviation of the noise that is added.", 0.001),
-    )
-    return [
-        *(number(*each, optional=True) for each in inputs),
-        io.Combo.Input(
-            "diffusion",
-            options=list(DIFFUSIONS),
-            default="none",
-            optional=True,
-            tooltip="The SDE's noise, of an interpolant's pipeline, for heun and euler. none: the ODE.",
-        ),
-        number("diffusion_norm", 1, 100, "What the SDE's noise is multiplied by.", 0.1, optional=True),
-    ]
 
 
 class LoadPipeline(io.ComfyNode):
@@ -182,10 +50,13 @@ class LoadPipeline(io.ComfyNode):
                 io.Combo.Input(
                     "folder",
                     options=[*pipeline_folders(), FROM_HUB],
-                    tooltip="A folder in models/diffusers that holds a model_index.json.",
+                    tooltip="A folder in models/diffusers that holds a model_index.json; or the small "
+                    "pipeline that comes with the package; or a name on the Hub.",
                 ),
                 io.String.Input(
-                    "hub_name", default="", tooltip=f"owner/name, where the folder is {FROM_HUB}."
+                    "hub_name",
+                    default="",
+                    tooltip=f"owner/name, where the folder is {FROM_HUB}; empty where it is another.",
                 ),
                 io.Combo.Input(
                     "dtype",
@@ -197,7 +68,11 @@ class LoadPipeline(io.ComfyNode):
                     "device", options=devices, default="auto", tooltip="auto: the one that ComfyUI uses."
                 ),
             ],
-            outputs=[Pipeline.Output(display_name="pipeline")],
+            outputs=[
+                Pipeline.Output(
+                    display_name="pipeline", tooltip="Network, scheduler, VAE and the names of the classes."
+                )
+            ],
         )
 
     @classmethod
@@ -222,6 +97,44 @@ class LoadPipeline(io.ComfyNode):
         return io.NodeOutput(pipe)
 
 
+class ClassName(io.ComfyNode):
+    """A class by a list of names.
+
+    ComfyUI asks a node for its choices before anything is linked to it, so these are the names of all
+    pipelines that are found; which of them the linked one has, the sampling says.
+    """
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SDDiTClass",
+            display_name="SD-DiT Class",
+            category="SD-DiT",
+            description="A class by name, for the classes of SD-DiT Sample. For several, chain these nodes.",
+            inputs=[
+                io.Combo.Input(
+                    "name",
+                    options=class_names(),
+                    tooltip="Names of all pipelines that SD-DiT's loader offers; type to search among them.",
+                ),
+                io.String.Input(
+                    "before",
+                    default="",
+                    optional=True,
+                    force_input=True,
+                    tooltip="Classes that come before this one, of another SD-DiT Class.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="classes", tooltip="For the input classes of SD-DiT Sample.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, name: str, before: str = "") -> io.NodeOutput:
+        return io.NodeOutput("; ".join(filter(None, [before, quoted_where_needed(name)])))
+
+
 class Sample(io.ComfyNode):
     """Images of classes and seeds."""
 
@@ -233,36 +146,39 @@ class Sample(io.ComfyNode):
             category="SD-DiT",
             description="Images of classes. Image i has the seed + i, and depends on it alone.",
             inputs=[
-                Pipeline.Input("pipeline"),
+                Pipeline.Input("pipeline", tooltip="Of Load SD-DiT Pipeline."),
                 io.String.Input(
                     "classes",
                     multiline=True,
                     default="0",
                     tooltip="Names or numbers, semicolons or line ends between them: golden retriever; 207. "
-                    "Empty: images of no class.",
+                    "A name in quotes is never a number. Empty: images of no class.",
                 ),
-                io.Int.Input("images_per_class", default=1, min=1, max=4096),
-                io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True),
-                io.Combo.Input("sampler", options=list(SAMPLERS), default="heun"),
                 io.Int.Input(
-                    "steps",
+                    "images_per_class",
+                    default=1,
+                    min=1,
+                    max=4096,
+                    tooltip="Images of each class, side by side in the batch. All are made at once.",
+                ),
+                io.Int.Input(
+                    "seed",
                     default=0,
                     min=0,
-                    max=1000,
-                    tooltip="heun evaluates the network 2 steps - 1 times, the others once a step. "
-                    "0: the pipeline's own steps, mostly 40.",
+                    max=2**64 - 1,
+                    control_after_generate=True,
+                    tooltip="Of the first image; image i of all has the seed + i and depends on it alone.",
                 ),
-                number("guidance_scale", 1.5, 100, "1 is off.", round=0.01),
-                number("guidance_sigma_min", 0, 1000, "The lowest noise level that is guided."),
-                number(
-                    "guidance_sigma_max",
-                    1000,
-                    1000,
-                    "The highest noise level that is guided; EDM's sampling begins at 80.",
-                ),  # fmt: skip
+                *sampler_inputs(),
                 *churn_inputs(),
             ],
-            outputs=[io.Image.Output(display_name="image"), io.Latent.Output(display_name="latent")],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="The images, those of the first class first."),
+                io.Latent.Output(
+                    display_name="latent",
+                    tooltip="The same as latents of the VAE, for VAE Decode as well; without a VAE, pixels.",
+                ),
+            ],
         )
 
     @classmethod
@@ -325,8 +241,11 @@ class Decode(io.ComfyNode):
             display_name="SD-DiT Decode",
             category="SD-DiT",
             description="Images of latents, by the pipeline's VAE; of a pipeline without one, of pixels.",
-            inputs=[Pipeline.Input("pipeline"), io.Latent.Input("samples")],
-            outputs=[io.Image.Output(display_name="image")],
+            inputs=[
+                Pipeline.Input("pipeline", tooltip="The one whose VAE decodes."),
+                io.Latent.Input("samples", tooltip="Latents of that VAE, of SD-DiT Sample or VAE Encode."),
+            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="The decoded images.")],
         )
 
     @classmethod
@@ -350,8 +269,15 @@ class Encode(io.ComfyNode):
             display_name="SD-DiT Encode",
             category="SD-DiT",
             description="Latents of images, by the pipeline's VAE; without one, pixels.",
-            inputs=[Pipeline.Input("pipeline"), io.Image.Input("image")],
-            outputs=[io.Latent.Output(display_name="latent")],
+            inputs=[
+                Pipeline.Input("pipeline", tooltip="The one whose VAE encodes."),
+                io.Image.Input(
+                    "image", tooltip="Images whose sides are multiples of the VAE's factor, mostly 8."
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="latent", tooltip="The mean of the VAE's posterior; no draw.")
+            ],
         )
 
     @classmethod

@@ -5,12 +5,16 @@ import importlib.util
 import json
 import os
 import re
+import socket
 import sys
+import time
 from contextlib import suppress
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
 import comfy_stand_ins
+import loopback_hub
 import numpy as np
 import pytest
 import torch
@@ -27,9 +31,11 @@ from PIL import Image
 
 import sddit_diffusers
 from sddit_diffusers import EDMHeunScheduler, InterpolantScheduler, SDDiTPipeline, SDDiTTransformer2DModel
+from sddit_diffusers.pipelines.loading import load_pipeline
 
 PACK = Path(__file__).parents[2] / "pipelines/comfyui"
 WORKFLOW = json.loads((PACK / "example_workflows/sddit_digits.json").read_text())
+EMBEDDED, HUB = "digits (embedded)", "(from the Hub)"
 SAMPLE = {
     "images_per_class": 1, "seed": 5, "sampler": "heun", "steps": 4, "guidance_scale": 1.5,
     "guidance_sigma_min": 0.1, "guidance_sigma_max": 10.0,
@@ -50,13 +56,15 @@ def comfy(tmp_path, monkeypatch):
     pack = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, pack)
     spec.loader.exec_module(pack)
-    del sys.modules[f"{name}.nodes"]
+    for part in ("nodes", "classes", "samplers", "sources"):
+        del sys.modules[f"{name}.{part}"]
     extension = asyncio.run(pack.comfy_entrypoint())
     nodes = {node.define_schema().node_id: node for node in asyncio.run(extension.get_node_list())}
-    load, sample, decode, encode = nodes.values()
+    load, class_name, sample, decode, encode = nodes.values()
     return SimpleNamespace(
-        pack=pack, nodes=nodes, load=load, sample=sample, decode=decode, encode=encode, models=models,
-        management=modules["comfy.model_management"], bars=modules["comfy.utils"].ProgressBar.bars,
+        pack=pack, nodes=nodes, load=load, class_name=class_name, sample=sample, decode=decode,
+        encode=encode, models=models, management=modules["comfy.model_management"],
+        bars=modules["comfy.utils"].ProgressBar.bars,
     )  # fmt: skip
 
 
@@ -82,11 +90,15 @@ def made_by(pipe, labels, seeds, **arguments):
 
 def test_the_browser_can_be_told_of_all_nodes(comfy):
     assert not hasattr(comfy.pack, "NODE_CLASS_MAPPINGS")  # with it the V3 nodes would be left out
-    assert len(comfy.nodes) == 4
+    assert len(comfy.nodes) == 5
     for node in comfy.nodes.values():
         assert "SD-DiT" in node_info(node)
-        names = [each.id for each in node.define_schema().inputs]
+        schema = node.define_schema()
+        names = [each.id for each in schema.inputs]
         assert len(set(names)) == len(names)
+        assert schema.description.endswith(".")
+        for each in (*schema.inputs, *schema.outputs):
+            assert (each.tooltip or "").endswith("."), each
 
 
 @pytest.fixture(params=["rgb", "grey", "kl", "tiny"])
@@ -179,6 +191,37 @@ def test_a_pipeline_of_an_interpolant_has_its_samplers(comfy, pipe, inputs, kind
     assert torch.equal(image, expected)
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        EDMHeunScheduler(num_inference_steps=3, solver="euler"),  # as of a distilled pipeline
+        EDMDPMSolverMultistepScheduler(sigma_data=0.4),
+        InterpolantScheduler(num_inference_steps=3, solver="euler", diffusion="sigma"),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_by_itself_a_pipeline_samples_as_it_was_saved(comfy, pipe, scheduler):
+    """With its scheduler, and in its steps: 3 evaluations of a distilled one, else 40."""
+    pipe.scheduler, state = scheduler, dict(vars(scheduler))
+    inputs = {"guidance_sigma_min": 0.0, "guidance_sigma_max": 1000.0, "steps": 0}
+    image, _ = sample(comfy, pipe, sampler="auto", **inputs)
+    assert pipe.scheduler is scheduler and vars(scheduler) == state
+    assert comfy.bars[0].total == scheduler.config.get("num_inference_steps", 40)
+    own = {"num_inference_steps": None, "guidance_interval": (0, float("inf"))}
+    assert torch.equal(image, made_by(pipe, [1], [5], **own))
+    if "path" in scheduler.config:
+        other, _ = sample(comfy, pipe, sampler="auto", diffusion="kl", diffusion_norm=2.0, **inputs)
+        changes = {"diffusion": "kl", "diffusion_norm": 2.0}
+        pipe.scheduler = InterpolantScheduler.from_config(scheduler.config, **changes)
+        assert torch.equal(other, made_by(pipe, [1], [5], **own)) and not torch.equal(other, image)
+
+
+def test_heun_is_heun_of_a_pipeline_that_was_distilled_for_euler(comfy, pipe):
+    pipe.scheduler = EDMHeunScheduler(num_inference_steps=3, solver="euler")
+    sample(comfy, pipe, sampler="heun", steps=0)
+    assert comfy.bars[0].total == 5
+
+
 def test_samplers_that_a_pipeline_has_not_are_refused(comfy, pipe):
     with pytest.raises(ValueError, match="diffusion is 'kl'; this pipeline is EDM's"):
         sample(comfy, pipe, diffusion="kl")
@@ -219,11 +262,36 @@ def test_an_image_depends_on_its_own_seed_alone(comfy, pipe):
         (" Golden retriever, retriever ;;cat\n", [1, 0]),
         ("", [None]),
         (" ;\n", [None]),
+        (' "cat" ; "golden retriever"\n"cat";2', [0, 1, 0, 2]),
     ],
 )
 def test_classes_are_names_and_numbers(comfy, pipe, text, labels):
     image, _ = sample(comfy, pipe, text)
     assert torch.equal(image, made_by(pipe, labels, range(5, 5 + len(labels))))
+
+
+def test_classes_are_chosen_by_name(comfy, pipe):
+    """Of all pipelines that are found, each name once; numbers among the names stay names."""
+    (damaged := comfy.models / "damaged").mkdir()
+    (damaged / "model_index.json").write_text('{"_class_name": "SDDiTPipeline", "id2label": {"a": 1}}')
+    pipe = SDDiTPipeline(pipe.transformer, pipe.scheduler, None, {0: "10", 1: "2", 2: "a; b", 3: "cat, tom"})
+    pipe.save_pretrained(comfy.models / "mine")
+    options = comfy.class_name.define_schema().inputs[0].options
+    assert options == ["10", "2", "a; b", "cat, tom", "0", "1", "3", "4", "5", "6", "7", "8", "9"]
+    classes = None
+    for name in options[:4]:
+        (classes,) = run(comfy.class_name, name=name, **{"before": classes} if classes else {})
+    assert classes == '"10"; "2"; "a; b"; cat, tom'
+    image, _ = sample(comfy, pipe, classes)
+    assert torch.equal(image, made_by(pipe, range(4), range(5, 9)))
+
+
+def test_the_pipeline_of_the_package_is_there_without_a_folder(comfy):
+    assert comfy.load.define_schema().inputs[0].options == [EMBEDDED, HUB]
+    image, _ = sample(comfy, load(comfy, EMBEDDED), "7")
+    assert torch.equal(image, made_by(load_pipeline("digits"), [7], [5]).expand(-1, -1, -1, 3))
+    inputs = {"hub_name": "", "dtype": "auto", "device": "auto"}
+    assert comfy.load.fingerprint_inputs(folder=EMBEDDED, **inputs)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +300,7 @@ def test_classes_are_names_and_numbers(comfy, pipe, text, labels):
         ({"classes": "golden retreiver; 1"}, "Unknown class name 'golden retreiver'.*golden retriever"),
         ({"classes": "1, 4"}, "Class label 4 is out of range; allowed are integers from 0 to 3"),
         ({"classes": "1, cat"}, "Unknown class name '1, cat'"),
+        ({"classes": '"1"'}, "Unknown class name '1'"),
         ({"guidance_sigma_min": 11.0}, r"guidance_interval is \(11.0, 10.0\)"),
     ],
 )
@@ -248,7 +317,7 @@ def test_folders_of_sd_dit_pipelines_are_found(comfy, pipe):
     (comfy.models / "a").symlink_to(trained)
     (comfy.models / "other").mkdir()
     (comfy.models / "other/model_index.json").write_text('{"_class_name": "DiTPipeline"}')
-    assert comfy.load.define_schema().inputs[0].options == ["a", "b/c", "(from the Hub)"]
+    assert comfy.load.define_schema().inputs[0].options == ["a", "b/c", EMBEDDED, HUB]
     assert torch.equal(sample(comfy, load(comfy, "a"))[0], sample(comfy, pipe)[0])
 
 
@@ -263,11 +332,11 @@ def test_folders_of_sd_dit_pipelines_are_found(comfy, pipe):
             "owner/name",
             r"Both the folder 'b/c' and hub_name 'owner/name' are given; choose .*from the",
         ),
-        ("(from the Hub)", "", "hub_name is ''; it must be a name on the Hub, as 'owner/name', and no path"),
-        ("(from the Hub)", "../secret", r"hub_name is '\.\./secret'; it must be a name on the Hub"),
-        ("(from the Hub)", "models/../secret", "it must be a name on the Hub"),
-        ("(from the Hub)", "models/diffusers", "hub_name is 'models/diffusers'; .* and no path"),
-        ("(from the Hub)", "{secret}", "it must be a name on the Hub"),
+        (HUB, "", "hub_name is ''; it must be a name on the Hub, as 'owner/name', and no path"),
+        (HUB, "../secret", r"hub_name is '\.\./secret'; it must be a name on the Hub"),
+        (HUB, "models/../secret", "it must be a name on the Hub"),
+        (HUB, "models/diffusers", "hub_name is 'models/diffusers'; .* and no path"),
+        (HUB, "{secret}", "it must be a name on the Hub"),
     ],
 )
 def test_nothing_is_loaded_from_elsewhere(comfy, pipe, monkeypatch, folder, hub_name, message):
@@ -278,16 +347,63 @@ def test_nothing_is_loaded_from_elsewhere(comfy, pipe, monkeypatch, folder, hub_
         load(comfy, folder, hub_name=hub_name.format(secret=comfy.models.parent / "secret"))
 
 
-def test_a_name_on_the_hub_is_asked_for_without_trust(comfy, pipe, monkeypatch):
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub on this machine that holds `owner/digits`, asked by this process with an empty cache."""
+    with loopback_hub.serve(tmp_path) as (hub, environment):
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", environment["HF_ENDPOINT"])
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield hub
+
+
+def test_a_name_on_the_hub_is_asked_for_without_trust(comfy, pipe, monkeypatch, hub):
     asked = []
 
     def from_pretrained(name, **arguments):
         asked.append((name, arguments.pop("dtype")["transformer"], arguments))
         return pipe
 
+    (hub.folder / "owner/sd-dit.s_2").mkdir(parents=True)
+    (hub.folder / "owner/sd-dit.s_2/model_index.json").write_text("{}")
     monkeypatch.setattr(SDDiTPipeline, "from_pretrained", from_pretrained)
-    assert load(comfy, "(from the Hub)", hub_name="owner/sd-dit.s_2") is pipe
+    assert load(comfy, HUB, hub_name="owner/sd-dit.s_2") is pipe
     assert asked == [("owner/sd-dit.s_2", torch.float32, {})]
+
+
+def test_wrong_names_on_the_hub_end_in_one_line(comfy, hub):
+    (hub.folder / "owner/texts").mkdir(parents=True)
+    (hub.folder / "owner/texts/config.json").write_text("{}")
+    for name, message in (
+        ("owner/digit", "There is no model 'owner/digit' on the Hub, or it is private"),
+        ("owner/texts", "'owner/texts' on the Hub is no pipeline: it has no model_index.json"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            load(comfy, HUB, hub_name=name)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_hub_out_of_reach_ends_in_one_line(comfy, pipe, tmp_path, monkeypatch, hub, listens):
+    """Soon, where it refuses and where it is silent; a copy on this machine is taken."""
+    copies = tmp_path / "cache/models--owner--digits"
+    pipe.save_pretrained(copies / "snapshots" / ("0" * 40))
+    (copies / "refs").mkdir()
+    (copies / "refs/main").write_text("0" * 40)
+    monkeypatch.setattr(comfy.pack.sources, "HUB_SECONDS", 0.3)
+    with socket.socket() as silent:  # bound; what connects to it waits
+        silent.bind(("127.0.0.1", 0))
+        if listens:
+            silent.listen()
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        start = time.monotonic()
+        with pytest.raises(ValueError, match="The Hub does not answer for 'owner/other', and") as error:
+            load(comfy, HUB, hub_name="owner/other")
+        assert time.monotonic() - start < 5 and "\n" not in str(error.value)
+        assert ("timed out" in str(error.value)) == listens
+        copy = load(comfy, HUB, hub_name="owner/digits")
+    assert torch.equal(sample(comfy, copy)[0], sample(comfy, pipe)[0])
 
 
 @pytest.mark.parametrize("place", ["pipeline", "transformer", "pickle"])
@@ -341,7 +457,7 @@ def test_a_pipeline_that_was_trained_on_is_loaded_again(comfy, pipe):
     weights = comfy.models / "mine/transformer/diffusion_pytorch_model.safetensors"
     os.utime(weights, ns=(0, weights.stat().st_mtime_ns - 1))  # another, older one was put there
     assert fingerprint() != first
-    assert fingerprint("(from the Hub)") is None
+    assert fingerprint(HUB) is None
 
 
 def test_latents_that_do_not_fit_are_refused(comfy, latent_pipe, pipe):
@@ -367,18 +483,15 @@ def widgets(node):
                 yield None, SimpleNamespace(io_type="COMBO", options=["fixed", "randomize", "increment"])
 
 
-# The nodes of ComfyUI itself that the workflow ends with: sockets by name, and how many widgets.
-CORE = {"SaveImage": ({"images": "IMAGE"}, 1), "PreviewImage": ({"images": "IMAGE"}, 0)}
+# The nodes of ComfyUI itself that the workflow has: sockets by name, and how many widgets.
+CORE = {"ImageScale": ({"image": "IMAGE"}, 4), "SaveImage": ({"images": "IMAGE"}, 1)}
 
 
-def test_the_example_workflow_runs(comfy, pipe):
+def test_the_example_workflow_runs(comfy):
     """It is gone through as ComfyUI does: every node, socket, link and value is looked up in the schemas."""
-    digits = SDDiTTransformer2DModel(**TINY | {"num_classes": 10, "in_channels": 1})
-    pipe.register_modules(transformer=randomize(digits))
-    pipe.save_pretrained(comfy.models / "sddit-digits")
     links = {number: (*ends, kind) for number, *ends, kind in WORKFLOW["links"]}
     assert len(links) == WORKFLOW["last_link_id"] and len(WORKFLOW["nodes"]) == WORKFLOW["last_node_id"]
-    outputs, shown = {}, []
+    outputs, saved = {}, []
     for node in sorted(WORKFLOW["nodes"], key=lambda node: node["order"]):
         values, inputs = node["widgets_values"], {}
         if node["type"] in CORE:
@@ -387,34 +500,53 @@ def test_the_example_workflow_runs(comfy, pipe):
         else:
             kind = comfy.nodes[node["type"]]
             expected = list(widgets(kind))
-            assert all(widget.optional for _, widget in expected[len(values) :])
-            for (name, widget), value in zip(expected, values, strict=False):
+            for (name, widget), value in zip(expected, values, strict=True):
                 types = {"STRING": str, "INT": int, "FLOAT": float, "COMBO": str}
                 assert isinstance(value, types[widget.io_type]), name
                 assert widget.io_type != "COMBO" or value in widget.options
                 inputs[name] = value
             inputs.pop(None, None)
+            if "steps" in inputs:
+                assert inputs["steps"] == 0 and inputs["sampler"] == "auto"
+                inputs["steps"] = 5  # quicker
             schema = kind.define_schema()
-            sockets = {
-                each.id: each.io_type for each in schema.inputs if each.id not in inputs and not each.optional
-            }
+            sockets = {each.id: each.io_type for each in schema.inputs if each.id not in inputs}
         assert {each["name"]: each["type"] for each in node.get("inputs", [])} == sockets
         for slot, each in enumerate(node.get("inputs", [])):
             start, start_slot, *end, kind_of_link = links[each["link"]]
             assert end == [node["id"], slot] and kind_of_link == each["type"]
             inputs[each["name"]] = outputs[start, start_slot]
-        if node["type"] in CORE:
-            shown.append(inputs["images"])
+        if node["type"] == "SaveImage":
+            saved.append(inputs["images"])
+            continue
+        if node["type"] == "ImageScale":
+            method, *size, crop = values
+            assert method in ("nearest-exact", "bicubic") and size == [256, 256] and crop == "disabled"
+            outputs[node["id"], 0] = inputs["image"]
             continue
         named = [(each.display_name, each.io_type) for each in schema.outputs]
         assert [(each["name"], each["type"]) for each in node["outputs"]] == named
         for slot, (each, value) in enumerate(zip(node["outputs"], run(kind, **inputs), strict=True)):
             assert each["links"] == [n for n, link in links.items() if link[:2] == (node["id"], slot)]
             outputs[node["id"], slot] = value
-    saved, previewed = shown
-    assert saved.shape == (10, 8, 8, 3) and torch.equal(saved, previewed)
-    expected = made_by(pipe, range(10), range(10), num_inference_steps=40, guidance_interval=(0, 1000))
-    assert torch.equal(saved, expected.expand(-1, -1, -1, 3))
+    pipe = load_pipeline("digits")
+    expected = made_by(pipe, range(10), range(10), num_inference_steps=5, guidance_interval=(0, 1000))
+    assert len(saved) == 1 and torch.equal(saved[0], expected.expand(-1, -1, -1, 3))
+
+
+def test_nodes_of_the_example_workflow_do_not_cover_one_another():
+    """With room for their titles, which are above them, and for what other browsers add."""
+    boxes = [(*node["pos"], *node["size"]) for node in WORKFLOW["nodes"]]
+    for (x, y, width, height), (other_x, other_y, other_width, other_height) in combinations(boxes, 2):
+        aside = x + width + 40 <= other_x or other_x + other_width + 40 <= x
+        assert aside or y + height + 70 <= other_y or other_y + other_height + 70 <= y
+
+
+def test_the_template_has_a_picture():
+    picture = PACK / "example_workflows/sddit_digits.jpg"
+    assert picture.stat().st_size < 50_000
+    with Image.open(picture) as image:
+        assert min(image.size) >= 256 and np.asarray(image.convert("L")).std() > 20
 
 
 def test_the_registry_gets_the_packages_version_and_no_torch():
@@ -432,7 +564,7 @@ def test_links_that_lead_back_up_are_not_followed(comfy, pipe):
         (comfy.models / f"loop{i}").symlink_to(comfy.models)
     (comfy.models / "real/loop").symlink_to(comfy.models / "real")
     (comfy.models / "broken").symlink_to(comfy.models / "nowhere")
-    assert comfy.load.define_schema().inputs[0].options == ["alias/one", "real/one", "(from the Hub)"]
+    assert comfy.load.define_schema().inputs[0].options == ["alias/one", "real/one", EMBEDDED, HUB]
 
 
 def test_churn_is_the_pipelines(comfy, pipe):
