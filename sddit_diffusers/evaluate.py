@@ -58,7 +58,7 @@ class EvaluateConfig:
     resolution: int = option(
         0, "side to which the reference's pictures are cropped and resized", low=0, high=16_384
     )
-    image_column: str = option("image", "column of the images of a dataset")
+    image_column: str = option("", "column of the images of a dataset; '' finds the only one")
     label_column: str = option("", "column of their labels, for the classifier and the probe")
     split: str = option("train", "split of a dataset")
     batch_size: int = option(64, "images that go through the extractor at once", low=1)
