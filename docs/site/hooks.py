@@ -9,8 +9,6 @@ import posixpath
 import re
 from pathlib import Path
 
-from mkdocs.structure.files import File
-
 ROOT = Path(__file__).parents[2]
 # Where a page of the site lies in the repository, if not below docs/.
 PAGES = {
@@ -47,6 +45,8 @@ def linked(page: str, markdown: str):
 
 def on_files(files, config):
     """Adds the pages that lie elsewhere, and the files that pages name."""
+    from mkdocs.structure.files import File  # which tests of the rest do without
+
     for page, source in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
     for file in [*files.documentation_pages()]:

@@ -286,7 +286,8 @@ def find_columns(
     """
     for column in filter(None, (image_column, label_column)):
         if column not in columns:
-            raise ValueError(f"{name} has no column {column!r}; its columns are {', '.join(columns)}.")
+            hint = " An empty label_column leaves labels out." if column == label_column else ""
+            raise ValueError(f"{name} has no column {column!r}; its columns are {', '.join(columns)}.{hint}")
     if image_column or "image" in columns:
         return image_column or "image"
     found = [column for column, feature in (features or {}).items() if isinstance(feature, datasets.Image)]
