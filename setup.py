@@ -20,6 +20,7 @@ setup(
     package_dir={"sddit_diffusers.digits": "pipelines/digits"},  # the pipeline to try, without code
     package_data={
         "sddit_diffusers.digits": ["*.json", "*/*.json", "*/*.safetensors"],
+        "sddit_diffusers": ["py.typed"],
         "sddit_diffusers.training": ["model_card.md"],
     },
     py_modules=["sddit", "train_sddit", "distill_sddit"],
@@ -42,6 +43,7 @@ setup(
     ],
     extras_require={
         "app": [GRADIO],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0,<2"],
         "ode": [TORCHDIFFEQ],
         "deepspeed": ["deepspeed>=0.19.8"],  # the oldest whose gradients were seen right
         # playwright drives a Chromium that is there; it brings none.
@@ -55,6 +57,7 @@ setup(
             "onnxscript",
             "onnxruntime",
             "ruff",
+            "mypy>=1.15",
             GRADIO,
             TORCHDIFFEQ,
             "playwright>=1.65",

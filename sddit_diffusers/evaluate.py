@@ -60,7 +60,9 @@ class EvaluateConfig:
     )
     dinov2: str = option("facebook/dinov2-large", "DINOv2: a folder or a name on the Hub")
     half: bool = option(False, "precision and recall by distances in float16, as ADM's on a GPU")
-    image_column: str = option("image", "column of the images of a dataset", group="pictures")
+    image_column: str = option(
+        "", "column of the images of a dataset; the only one if not given", group="pictures"
+    )
     label_column: str = option("", "column of their labels; 'label' if not given, for the classifier none")
     split: str = option("train", "split of a dataset")
     resolution: int = option(

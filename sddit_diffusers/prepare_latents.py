@@ -49,7 +49,7 @@ class PrepareConfig:
     dataset_config_name: str = option("", "configuration of a dataset that has several")
     split: str = option("train", "split of the dataset")
     streaming: bool = option(False, "read the dataset as it comes, without storing it first")
-    image_column: str = option("image", "column of the images")
+    image_column: str = option("", "column of the images; '' finds the only one")
     label_column: str = option("label", "column of the labels, numbers or names; '' leaves them out")
     skip_unreadable: bool = option(False, "list images that cannot be read in the manifest and go on")
     vae: str = option(
@@ -74,7 +74,7 @@ class PrepareConfig:
 
     def __post_init__(self):
         check_options(self)
-        for name in ("dataset_name", "image_column", "output_dir", "vae"):
+        for name in ("dataset_name", "output_dir", "vae"):
             if not self.verify and not getattr(self, name):
                 raise ValueError(f"--{name} is missing.")
 
@@ -114,6 +114,7 @@ class Preparation:
         self.units = range(rank, self.source.units, processes)  # this process's
         self.vae = load_vae(config.vae)
         self.settings = config.decisive() | {
+            "image_column": self.source.image_column,
             "vae_sha256": sha256_of_weights(self.vae),
             "source_rows": self.source.count,
             "source_units": self.source.units,

@@ -38,8 +38,8 @@ class ImageDataset(Dataset):
 
     Args:
         name: "digits" (scikit-learn's 1,797 handwritten digits, 8 x 8), a folder, or a dataset on the Hub.
-        image_column, label_column: names of the columns; labels may be class numbers or strings, and an empty
-            `label_column` leaves them out.
+        image_column: name of the column of pictures; "" finds it where there is one.
+        label_column: name of the column of labels, class numbers or strings; "" leaves them out.
         channels: 1 or 3.
         size: side of the pictures that come out, in pixels.
         num_workers: processes that decode pictures; 0: a thread.
@@ -77,11 +77,7 @@ class ImageDataset(Dataset):
         rows = _load(name, split)
         if len(rows) == 0:
             raise ValueError(f"{name} is empty.")
-        for column in filter(None, (image_column, label_column)):
-            if column not in rows.column_names:
-                raise ValueError(
-                    f"{name} has no column {column!r}; its columns are {', '.join(rows.column_names)}."
-                )
+        image_column = find_columns(name, rows.column_names, rows.features, image_column, label_column)
         self.images = pictures_of(rows.select_columns(image_column), image_column, name)
         self.image_column = image_column
         self.labels, self.id2label, self.num_classes = None, None, 0
@@ -273,6 +269,34 @@ def load_rows(name: str, split: str, config_name: str = "", streaming: bool = Fa
         raise ValueError(
             f"The dataset {name!r} cannot be loaded, from here or from the Hub: {error}"
         ) from error
+
+
+def find_columns(
+    name: str, columns: list[str], features: datasets.Features | None, image_column: str, label_column: str
+) -> str:
+    """The column of a dataset's pictures: the given one, or else "image", or else the only one of pictures.
+
+    Args:
+        name: of the dataset, for messages.
+        columns, features: what it has; features may be unknown.
+        image_column, label_column: as given; "" is not given.
+
+    Raises:
+        ValueError: a given column is not there, or none is given where not exactly one holds pictures.
+    """
+    for column in filter(None, (image_column, label_column)):
+        if column not in columns:
+            hint = " An empty label_column leaves labels out." if column == label_column else ""
+            raise ValueError(f"{name} has no column {column!r}; its columns are {', '.join(columns)}.{hint}")
+    if image_column or "image" in columns:
+        return image_column or "image"
+    found = [column for column, feature in (features or {}).items() if isinstance(feature, datasets.Image)]
+    if len(found) != 1:
+        count = f"{len(found)} columns of pictures ({', '.join(found)})" if found else "no column of pictures"
+        raise ValueError(
+            f"{name} has {count}; image_column must be one of its columns: {', '.join(columns)}."
+        )
+    return found[0]
 
 
 def pictures_of(rows, column: str, name: str):

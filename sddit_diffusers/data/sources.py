@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import closing
 
 from .order import read_out
-from .pictures import MOST_CLASSES, load_rows, pictures_of
+from .pictures import MOST_CLASSES, find_columns, load_rows, pictures_of
 
 
 class Source:
@@ -12,11 +12,13 @@ class Source:
 
     Args:
         name, split, config_name: of the dataset.
-        image_column, label_column: labels are numbers or names; an empty `label_column` leaves them out.
+        image_column: name of the column of pictures; "" finds it where there is one.
+        label_column: name of the column of labels, numbers or names; "" leaves them out.
         streaming: read it as it comes, in the units that it comes in.
         unit_rows: rows of a unit at most, where it does not stream.
 
     Attributes:
+        image_column: where the pictures are.
         count: number of images; None for a stream, which tells at its end.
         units: number of units.
 
@@ -28,8 +30,7 @@ class Source:
         self, name: str, image_column: str, label_column: str, split: str, config_name: str, streaming: bool,
         unit_rows: int,
     ):  # fmt: skip
-        self.name, self.image_column, self.label_column = name, image_column, label_column
-        columns = [image_column, *({label_column} - {image_column, ""})]
+        self.name, self.label_column = name, label_column
         rows = load_rows(name, split, config_name, streaming)
         try:
             first = next(iter(rows.take(1).with_format("arrow")), None)
@@ -37,11 +38,9 @@ class Source:
             raise ValueError(f"The dataset {name!r} cannot be read: {error}") from error
         if first is None or not len(first):
             raise ValueError(f"{name} is empty.")
-        for column in columns:
-            if column not in first.column_names:
-                raise ValueError(
-                    f"{name} has no column {column!r}; its columns are {', '.join(first.column_names)}."
-                )
+        image_column = find_columns(name, first.column_names, rows.features, image_column, label_column)
+        columns = [image_column, *({label_column} - {image_column, ""})]
+        self.image_column = image_column
         self.class_names = getattr((rows.features or {}).get(label_column), "names", None)
         self.has_named_labels = bool(label_column) and isinstance(first[label_column][0].as_py(), str)
         rows = pictures_of(rows.select_columns(columns), image_column, name)

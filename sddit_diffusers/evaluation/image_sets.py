@@ -42,7 +42,7 @@ class ImageSet(Protocol):
     def sha256(self) -> str: ...
 
 
-def open_images(name: str, resolution: int = 0, image_column: str = "image", label_column: str = "",
+def open_images(name: str, resolution: int = 0, image_column: str = "", label_column: str = "",
                 split: str = "train") -> ImageSet:  # fmt: skip
     """The images of a folder of pictures, of an `.npz` file, of what `generate` left, or of a dataset.
 
@@ -214,7 +214,7 @@ class DatasetImages:
     def __init__(self, name: str, resolution: int, image_column: str, label_column: str, split: str):
         self.dataset = ImageDataset(name, image_column, label_column, 3, resolution or 1, split=split)
         if not resolution:
-            first = self.dataset.images[0][image_column]
+            first = self.dataset.images[0][self.dataset.image_column]
             try:
                 self.dataset.size = min(decode_image(first, "RGB", None).shape[1:])
             except ValueError as error:

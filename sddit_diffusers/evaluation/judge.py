@@ -75,7 +75,7 @@ def build_extractor(
 
 def open_reference(
     name: str, size: tuple[int, int], extractor: str, resolution: int = 0,
-    image_column: str = "image", label_column: str = "", split: str = "train",
+    image_column: str = "", label_column: str = "", split: str = "train",
 ) -> tuple[ImageSet | None, dict[str, Gaussian]]:  # fmt: skip
     """The images and the statistics of a reference, either of which it may lack.
 

@@ -15,6 +15,7 @@ import math
 import os
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -286,7 +287,7 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixi
         subfolder: str | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
-        **download,
+        **download: Any,
     ) -> "PatchTransformer2DModel":
         """Loads one .safetensors file, whose metadata hold the model's config as JSON under "config".
 

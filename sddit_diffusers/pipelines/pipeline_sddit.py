@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
@@ -122,11 +123,26 @@ class SDDiTPipeline(DiffusionPipeline):
             choices = ", ".join(f"{number} ({self.id2label[number]})" for number in numbers)
             raise ValueError(f"Class name {name!r:.80} stands for several classes; give a number: {choices}.")
         if not numbers:
-            known = [synonym for synonym in self.label2ids if "," not in synonym]
-            nearest = difflib.get_close_matches(name.strip().lower(), known, n=5, cutoff=0.5)
-            hint = f" Nearest names: {', '.join(nearest)}." if nearest else ""
-            raise ValueError(f"Unknown class name {name!r:.80}; {len(known)} names are known.{hint}")
+            raise ValueError(f"Unknown class name {name!r:.80}; {self._known_names(name)}")
         return numbers[0]
+
+    def _known_names(self, name: str) -> str:
+        """What a message says of the names that there are: all of up to 20, else the nearest."""
+        text, known = name.strip().lower(), [synonym for synonym in self.label2ids if "," not in synonym]
+        nearest = difflib.get_close_matches(text, known, n=5, cutoff=0.5)
+        hint = f"{len(known)} names are known"
+        if 0 < len(known) <= 20:
+            hint += f": {', '.join(known)}."
+        else:
+            hint += f". Nearest names: {', '.join(nearest)}." if nearest else "."
+        parts = [part.strip() for part in re.split(r"[,;\n]", text)]
+        parts = parts if len(parts) > 1 else text.split()
+        if len(parts) > 1 and any(part in self.label2ids or part.isdecimal() for part in parts):
+            hint += (
+                " Several classes are several labels: a list in Python, words of their own on a command "
+                "line, parts between semicolons in ComfyUI."
+            )
+        return hint
 
     @torch.no_grad()
     def __call__(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ def generators(seeds: Iterable[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def sample(pipe: SDDiTPipeline, seeds: Sequence[int], labels: Sequence[int], **arguments) -> np.ndarray:
+def sample(pipe: SDDiTPipeline, seeds: Sequence[int], labels: Sequence[int], **arguments: Any) -> np.ndarray:
     """Images of seeds and classes, as bytes `[n, h, w, channels]`; `arguments` go to the pipeline.
 
     Raises:
@@ -67,7 +68,7 @@ def sample(pipe: SDDiTPipeline, seeds: Sequence[int], labels: Sequence[int], **a
 
 
 def sample_grid(
-    pipe: SDDiTPipeline, classes: int = 10, columns: int = 10, labels: list | None = None, **arguments
+    pipe: SDDiTPipeline, classes: int = 10, columns: int = 10, labels: list | None = None, **arguments: Any
 ) -> Image.Image:
     """A picture of samples: a row a class, named at its left; image i has the seed i.
 
@@ -123,7 +124,9 @@ def draw_grid(
     return grid
 
 
-def path_grid(pipe: SDDiTPipeline, columns: int = 10, labels: list | None = None, **arguments) -> Image.Image:
+def path_grid(
+    pipe: SDDiTPipeline, columns: int = 10, labels: list | None = None, **arguments: Any
+) -> Image.Image:
     """A picture of how images come about: a row a label, the denoised D from the most noise to the least.
 
     Args:

@@ -95,7 +95,7 @@ class AuxiliaryLoss(nn.Module):
         self.weight = weight
 
     @classmethod
-    def from_options(cls, transformer: nn.Module, options: Any, *others) -> "AuxiliaryLoss":
+    def from_options(cls, transformer: nn.Module, options: Any, *others: Any) -> "AuxiliaryLoss":
         """The loss that a run's options ask for: each keyword argument ARG is their `NAME_ARG`.
 
         Args:

@@ -32,7 +32,7 @@ class DataOptions:
     dataset_name: str = option(
         "", "'digits', or a folder, a URL or a dataset on the Hub, of pictures with labels or of latents"
     )
-    image_column: str = option("image", "column of the images, if they are no latents")
+    image_column: str = option("", "column of the images, if they are no latents; '' finds the only one")
     label_column: str = option("label", "column of their labels; '' trains without classes")
     vae: str = option("", "decodes latents; that which made them if not given, 'none' trains without samples")
     dataloader_num_workers: int = option(0, "processes that read pictures ahead", low=0, high=1024)

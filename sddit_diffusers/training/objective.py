@@ -6,7 +6,7 @@ Shapes: b batch, c channels, h x w pixels of the sample, n patches, k visible pa
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -292,7 +292,7 @@ class SDDiTObjective(Objective):
         mask_ratio_schedule: str = "constant",
         label_dropout: float = 0.1,
         discriminative_weight: float = 1.0,
-        **discrimination,
+        **discrimination: Any,
     ):
         check_number("discriminative_weight", discriminative_weight, low=0)
         auxiliaries = {}
@@ -316,14 +316,14 @@ class MaskDiTObjective(Objective):
 
     Args:
         mae_weight: factor of L_MAE, at least 0; MaskDiT's 0.1.
-        transformer, scheduler, auxiliaries, mask_ratio, mask_ratio_schedule, label_dropout: as of
-            [`Objective`].
+        args: `transformer`, `scheduler` and `auxiliaries`, as of [`Objective`].
+        kwargs: `mask_ratio`, `mask_ratio_schedule` and `label_dropout`, as there.
 
     Raises:
         ValueError: an `mae_weight` out of its range, and as of [`Objective`].
     """
 
-    def __init__(self, *args, mae_weight: float = 0.1, **kwargs):
+    def __init__(self, *args: Any, mae_weight: float = 0.1, **kwargs: Any):
         super().__init__(*args, **kwargs)
         check_number("mae_weight", mae_weight, low=0)
         self.mae_weight = mae_weight

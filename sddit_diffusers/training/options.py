@@ -82,7 +82,6 @@ RECIPES = {
     ),
     "cifar10": dict(
         dataset_name="uoft-cs/cifar10",
-        image_column="img",
         train_batch_size=128,
         max_train_steps=200_000,
         logging_steps=10,

@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 from sddit_diffusers.data import order
 from sddit_diffusers.data.order import BatchSampler, permuted, prefetch
 from sddit_diffusers.data.pictures import ImageDataset, UnreadableImageError, center_crop, decode_image
+from sddit_diffusers.data.sources import Source
 from sddit_diffusers.seeds import generator_for
 
 
@@ -51,6 +52,47 @@ def test_a_folder_of_parquet(tmp_path, pictures):
     images, labels = dataset.__getitems__([4, 1])
     torch.testing.assert_close(images, torch.tensor(pictures[[4, 1]]).permute(0, 3, 1, 2) / 127.5 - 1)
     assert labels.tolist() == [1, 1] and dataset.id2label == {0: "cat", 1: "dog", 2: "eel"}
+
+
+def test_the_only_column_of_pictures_is_found(tmp_path, pictures):
+    columns = {"img": [Image.fromarray(picture) for picture in pictures], "kind": [0, 1, 2, 2, 1, 0]}
+    folder = write_parquet(tmp_path / "a", columns, FEATURES)
+    found, named = (ImageDataset(folder, column, "kind", 3, 8) for column in ("", "img"))
+    assert found.image_column == "img" and torch.equal(found.pixels(range(6)), named.pixels(range(6)))
+    for streaming in (False, True):
+        assert Source(folder, "", "kind", "train", "", streaming, 6).image_column == "img"
+
+
+def test_of_several_columns_of_pictures_image_is_taken(tmp_path, pictures):
+    images, other = pictures, 255 - pictures
+    columns = {
+        name: [Image.fromarray(a) for a in arrays] for name, arrays in (("image", images), ("mask", other))
+    }
+    features = datasets.Features(mask=datasets.Image(), image=datasets.Image())
+    dataset = ImageDataset(write_parquet(tmp_path / "a", columns, features), "", "", 3, 8)
+    assert np.array_equal(dataset.pixels([0])[0].permute(1, 2, 0), images[0])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["left", "right"],
+            r"has 2 columns of pictures \(left, right\); image_column must be .*: left, right, n",
+        ),
+        ([], "has no column of pictures; image_column must be one of its columns: n"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [None, False, True])
+def test_none_or_several_columns_of_pictures_are_listed(tmp_path, pictures, names, message, streaming):
+    columns = {name: [Image.fromarray(picture) for picture in pictures] for name in names}
+    features = datasets.Features({name: datasets.Image() for name in names} | {"n": datasets.Value("int64")})
+    folder = write_parquet(tmp_path / "a", columns | {"n": range(6)}, features)
+    with pytest.raises(ValueError, match=message):
+        if streaming is None:
+            ImageDataset(folder, "", "n", 3, 8)
+        else:
+            Source(folder, "", "n", "train", "", streaming, 6)
 
 
 def test_a_folder_of_pictures_by_class(tmp_path, pictures):

@@ -318,7 +318,7 @@ def test_model_without_classes():
         (
             ["golden retreiver"],
             {},
-            "Unknown class name 'golden retreiver'; 5 names.*Nearest names: golden retriever",
+            "Unknown class name 'golden retreiver'; 5 names are known: .*golden retriever",
         ),
         ([], {}, "class_labels is empty"),
         ([1], {"num_images_per_label": 0}, "num_images_per_label is 0"),
@@ -344,6 +344,31 @@ def test_model_without_classes():
 def test_bad_input_is_named(pipe, labels, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipe(labels, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("eight", r"^Unknown class name 'eight'; 3 names are known: seven, tench, fish\.$"),
+        ("seven, tench", r"seven, tench, fish\. Several classes are several labels: a list in Python"),
+        ("seven;9", "Several classes"),
+        ("7 2", "Several classes"),
+        ("great white, shark", r"seven, tench, fish\.$"),
+    ],
+)
+def test_few_names_are_listed_and_separators_explained(transformer, label, message):
+    pipe = SDDiTPipeline(transformer, EDMHeunScheduler(), id2label={0: "Seven", 1: "tench, fish"})
+    with pytest.raises(ValueError, match=message):
+        pipe([label])
+
+
+def test_of_more_than_20_names_the_nearest_are_told(transformer):
+    for count in (20, 21):
+        pipe = SDDiTPipeline(transformer, EDMHeunScheduler(), id2label={i: f"n{i:02}x" for i in range(count)})
+        with pytest.raises(ValueError, match=f"{count} names are known") as found:
+            pipe(["n07"])
+        assert ("n00x" in str(found.value)) == (count == 20)
+        assert ("Nearest names: n07x" in str(found.value)) == (count == 21)
 
 
 def test_names_need_names(transformer):

@@ -85,7 +85,6 @@ def prepare(model, source, folder, **options):
         ("split", "a\0b", "no null bytes"),
         ("dataset_config_name", "nothing", "nothing"),
         ("image_column", "nothing", "has no column 'nothing'; its columns are image, label"),
-        ("image_column", "", "image_column"),
         ("image_column", "label", "holds no pictures"),
         ("label_column", "nothing", "has no column 'nothing'"),
         ("resolutoin", 8, "nearest are --resolution"),
