@@ -4,8 +4,8 @@
     sddit plot path digits            # how images come about: D at falling noise, a row a class
     sddit plot scores RUN OTHER_RUN   # a metric of runs' metrics.jsonl over steps, in one figure
 
-The picture is `--output`, or named after what it is of. A path that ends in .gif or .webp is a film: a row a class,
-and at each noise level a frame.
+The picture is `--output`, or named after what it is of. A path that ends in .gif or .webp is a film: a row
+a class, and at each noise level a frame.
 """
 
 import math
