@@ -274,10 +274,11 @@ def test_classes_are_chosen_by_name(comfy, pipe):
     """Of all pipelines that are found, each name once; numbers among the names stay names."""
     (damaged := comfy.models / "damaged").mkdir()
     (damaged / "model_index.json").write_text('{"_class_name": "SDDiTPipeline", "id2label": {"a": 1}}')
-    pipe = SDDiTPipeline(pipe.transformer, pipe.scheduler, None, {0: "10", 1: "2", 2: "a; b", 3: "cat, tom"})
+    names = {0: "10", 1: "2", 2: "a; b", 3: "cat, tom", 10: "last"}
+    pipe = SDDiTPipeline(pipe.transformer, pipe.scheduler, None, names)
     pipe.save_pretrained(comfy.models / "mine")
     options = comfy.class_name.define_schema().inputs[0].options
-    assert options == ["10", "2", "a; b", "cat, tom", "0", "1", "3", "4", "5", "6", "7", "8", "9"]
+    assert options == ["10", "2", "a; b", "cat, tom", "last", "0", "1", "3", "4", "5", "6", "7", "8", "9"]
     classes = None
     for name in options[:4]:
         (classes,) = run(comfy.class_name, name=name, **{"before": classes} if classes else {})
