@@ -49,7 +49,7 @@ def test_python_snippets_run(tmp_path, monkeypatch):
         lines = [line for line in block.splitlines() if "# needs the Hub" not in line]
         exec("\n".join(lines), variables)
     assert (tmp_path / "seven.png").is_file() and (tmp_path / "digit-seven.png").is_file()
-    assert variables["images"].shape == (3, 8, 8, 3)
+    assert variables["images"].shape == (3, 8, 8, 1)  # the README's last
 
 
 def commands():
@@ -68,7 +68,7 @@ def script(called):
 @pytest.mark.parametrize("command", [c for c in commands() if "train_sddit.py --" in c and "--help" not in c])
 def test_training_commands_parse(command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert isinstance(parse(command.split("train_sddit.py ")[1].split()), TrainingConfig)
+    assert isinstance(parse(shlex.split(command.split("train_sddit.py ")[1])), TrainingConfig)
 
 
 def test_commands_of_distillation_parse(tmp_path, monkeypatch):
@@ -122,7 +122,7 @@ def test_commands_that_need_no_download_run(tmp_path, monkeypatch):
         "convert digits.safetensors digits-again": "",
     }
     for begin, more in quick.items():
-        (command,) = {line for line in commands() if f"-m sddit_diffusers.{begin}" in line}
+        command, *_ = [line for line in commands() if f"-m sddit_diffusers.{begin}" in line]
         words = shlex.split(f"{command} {more}")
         module = words[words.index("-m") + 1]
         importlib.import_module(module).main(words[words.index("-m") + 2 :])
@@ -150,4 +150,4 @@ def test_files_that_it_names_exist():
         assert names
         for name in names:
             assert (folder / name).exists() or [*folder.rglob(name)], name
-    assert len(README.splitlines()) <= 200
+    assert len(README.splitlines()) <= 150
