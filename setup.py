@@ -19,7 +19,7 @@ setup(
     packages=[*find_packages(include=["sddit_diffusers*"]), "sddit_diffusers.digits"],
     package_dir={"sddit_diffusers.digits": "pipelines/digits"},  # the pipeline to try, without code
     package_data={
-        "sddit_diffusers.digits": ["*.json", "*/*.json", "*/*.safetensors"],
+        "sddit_diffusers.digits": ["README.md", "*.json", "*/*.json", "*/*.safetensors"],
         "sddit_diffusers": ["py.typed"],
         "sddit_diffusers.training": ["model_card.md"],
     },
