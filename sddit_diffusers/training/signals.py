@@ -1,11 +1,13 @@
 """What a signal does to a run: its step ends, all is saved, and it leaves as the signal would."""
 
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -15,12 +17,19 @@ from torch import distributed
 class Signals:
     """Those that stop a run.
 
+    Args:
+        go_on: the command with which the run goes on.
+
     Attributes:
         number: of the signal that came; None until then.
     """
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        go_on: str = "the same command with --resume_from_checkpoint latest",
+    ):
+        self.accelerator, self.go_on = accelerator, go_on
         self.number, self.time = None, 0.0
         self.group = None
         if accelerator.num_processes > 1 and accelerator.device.type != "cpu":
@@ -44,6 +53,8 @@ class Signals:
                 raise KeyboardInterrupt
             if not self.number:
                 self.number, self.time = number, time.monotonic()
+                if number == signal.SIGINT:
+                    self.tell_of_the_second()
 
         names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has no more than two
         numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
@@ -55,6 +66,13 @@ class Signals:
         finally:
             for number, handler in earlier.items():
                 signal.signal(number, handler)
+
+    def tell_of_the_second(self) -> None:
+        """Says at once what happens; what prints may be what the signal has interrupted, so past it."""
+        line = "Ctrl-C: the run is saved after this step. To leave at once: Ctrl-C again, or kill -INT"
+        if self.accelerator.is_main_process:
+            with suppress(OSError):
+                os.write(2, f"\n{line} {os.getpid()}\n".encode())
 
     def came(self) -> bool:
         """Whether any process is to stop; all processes call it, and none waits for its device."""
@@ -68,8 +86,19 @@ class Signals:
     def leave(self, step: int) -> None:
         """Says how to go on, and leaves as a signal does."""
         self.accelerator.print(
-            f"Stopped by {self.name} after step {step}, with all of it saved. "
-            "Go on: the same command with --resume_from_checkpoint latest"
+            f"Stopped by {self.name} after step {step}, with all of it saved. Go on: {self.go_on}"
         )
         self.accelerator.end_training()
         sys.exit(128 + signal.Signals[self.name])
+
+    def leave_at_once(self, checkpoint: Path | None) -> None:
+        """Says what is kept of a run that a second Ctrl-C ends.
+
+        Args:
+            checkpoint: the last one.
+        """
+        if checkpoint is None:
+            told = "nothing of it is saved. With --checkpointing_steps N it is saved every N steps"
+        else:
+            told = f"the last checkpoint is {checkpoint}. Go on: {self.go_on}"
+        self.accelerator.print(f"Left at once; {told}")

@@ -1,12 +1,25 @@
-"""Pictures of a run in accelerate's trackers, beside its metrics."""
+"""What accelerate's trackers get of a run, beside its metrics: settings and pictures."""
+
+import dataclasses
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from PIL import Image
 
+from .configuration import RunConfig, without_places
+
 # Those that take one picture under a name; the others take a list, and TensorBoard an array.
 _OF_ONE = ("aim", "clearml")
+
+
+def settings_of(config: RunConfig) -> dict[str, object]:
+    """A run's settings as trackers take them, lists as text, and as others may read them."""
+    settings = without_places(dataclasses.asdict(config))
+    return {
+        name: " ".join(map(str, value)) if isinstance(value, list) else value
+        for name, value in settings.items()
+    }
 
 
 def takers(accelerator: Accelerator) -> list[GeneralTracker]:

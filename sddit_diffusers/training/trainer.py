@@ -1,6 +1,5 @@
 """A run: what is built once, its loop, and what is kept of it."""
 
-import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -23,7 +22,8 @@ from ..launching import bar, check_machine, main_first, on_main_process
 from ..seeds import generator_for
 from .building import build_objective
 from .checkpointing import find_checkpoints
-from .configuration import RunConfig, without_places
+from .command import command_to_go_on
+from .configuration import RunConfig
 from .engines import check_engine, prepare
 from .health import Health
 from .metrics import MetricsLog
@@ -34,6 +34,7 @@ from .results import Results, open_vae, told
 from .signals import Signals
 from .state import RunState
 from .step import train_step
+from .trackers import settings_of
 
 T = TypeVar("T")
 Builder = Callable[[RunConfig, dict, str], Objective]
@@ -75,7 +76,7 @@ class Trainer:
         if config.resume_from_checkpoint:
             self.state.resume()
         self.results = Results(config, self.accelerator, self.objective, self.ema, self.dataset, vae)
-        self.signals = Signals(self.accelerator)
+        self.signals = Signals(self.accelerator, command_to_go_on(config))
         self.records = Records(self.output_dir)
 
     def build(self, network: dict) -> None:
@@ -110,11 +111,7 @@ class Trainer:
         log = on_main_process(
             lambda: self.records.begin(self.config, self.sampler.start_step), self.accelerator
         )
-        settings = without_places(dataclasses.asdict(self.config))
-        flat = {
-            name: " ".join(map(str, value)) for name, value in settings.items() if isinstance(value, list)
-        }
-        self.accelerator.init_trackers("sddit", config=settings | flat)
+        self.accelerator.init_trackers("sddit", config=settings_of(self.config))
         self.describe()
         try:
             with self.signals.caught():
@@ -126,6 +123,9 @@ class Trainer:
             last = find_checkpoints(self.output_dir)[-1:]
             kept = f"The last checkpoint is {last[0]}." if last else "There is no checkpoint."
             raise FloatingPointError(f"{error} {kept}") from error
+        except KeyboardInterrupt:
+            self.signals.leave_at_once(next(reversed(find_checkpoints(self.output_dir)), None))
+            raise
         if self.signals.number:
             self.accelerator.print(f"{self.signals.name} came at the end: the run is complete.")
 

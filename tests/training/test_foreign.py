@@ -404,7 +404,8 @@ def check_child(parent, child, network):
     assert "num_inference_steps" not in (child / "scheduler/scheduler_config.json").read_text()
     card = (child / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0]
-    assert "num_inference_steps=5" in code and "Apache" not in card and str(child) in code
+    assert "num_inference_steps=5" in code and "Apache" not in card
+    assert f'from_pretrained("{child.name}")' in code and str(child.parent) not in card
     script = f"import sys\nsys.modules['sddit_diffusers'] = None\n{code}"
     done = subprocess.run([sys.executable, "-c", script], cwd=child.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
