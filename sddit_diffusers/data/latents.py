@@ -179,7 +179,7 @@ class LatentDataset:
 
     @property
     def _advice(self) -> str:
-        return f"Check all with: python -m sddit_diffusers.prepare_latents --verify {self.name}"
+        return f"Check all with: sddit prepare-latents --verify {self.name}"
 
     def _blocks(self, seed: int, epoch: int, start: int, stop: int) -> Iterator:
         """The blocks that hold the positions from `start` to `stop` of an epoch's sequence.
