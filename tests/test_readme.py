@@ -59,7 +59,7 @@ def commands():
 
 @pytest.mark.parametrize("command", [c for c in commands() if "train_sddit.py --" in c and "--help" not in c])
 def test_training_commands_parse(command):
-    assert isinstance(parse(command.split("train_sddit.py ")[1].split()), TrainingConfig)
+    assert isinstance(parse(shlex.split(command.split("train_sddit.py ")[1])), TrainingConfig)
 
 
 def test_commands_of_distillation_parse(tmp_path, monkeypatch):
