@@ -274,8 +274,8 @@ class SDDiTObjective(Objective):
     - H(T, S, C): `discrimination.cross_entropy`.
 
     Args:
-        transformer, scheduler, mask_ratio, mask_ratio_schedule, label_dropout: as of [`Objective`]; the
-            paper's ratio is 0.2.
+        transformer, scheduler, mask_ratio_schedule, label_dropout: as of [`Objective`].
+        mask_ratio: the same; the paper's is 0.2.
         discriminative_weight: factor of L_D; 0 trains without L_D, head and teacher (Table 3).
         discrimination: other arguments of `Discrimination`, such as `num_prototypes`.
 
