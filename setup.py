@@ -43,7 +43,7 @@ setup(
     ],
     extras_require={
         "app": [GRADIO],
-        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0,<2"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.8,<10", "mkdocstrings[python]>=1.0,<2"],
         "ode": [TORCHDIFFEQ],
         "deepspeed": ["deepspeed>=0.19.8"],  # the oldest whose gradients were seen right
         # playwright drives a Chromium that is there; it brings none.
@@ -57,7 +57,7 @@ setup(
             "onnxscript",
             "onnxruntime",
             "ruff",
-            "mypy>=1.15",
+            "mypy>=2",
             GRADIO,
             TORCHDIFFEQ,
             "playwright>=1.65",

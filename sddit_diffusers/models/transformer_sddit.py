@@ -302,7 +302,8 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixi
         Raises:
             ValueError: it is no such file, has no config, or is of another class or size.
         """
-        source, settings = pretrained_model_link_or_path_or_dict, {}
+        source: Any = pretrained_model_link_or_path_or_dict
+        settings: dict[str, Any] = {}
         if isinstance(source, dict):
             weights, source = source, "A dict of tensors"
         else:
@@ -522,9 +523,9 @@ def check_number(
     if is_number and -math.inf < value < math.inf and low <= value <= high and value > above:
         return
     limits = {"above": above, "at least": low, "at most": high}
-    limits = " and ".join(f"{words} {limit}" for words, limit in limits.items() if math.isfinite(limit))
+    told = " and ".join(f"{words} {limit}" for words, limit in limits.items() if math.isfinite(limit))
     what = "a whole number" if kind is Integral else "a finite number"
-    raise ValueError(f"{name} is {value!r:.80}; it must be {what}{', ' * bool(limits)}{limits}.")
+    raise ValueError(f"{name} is {value!r:.80}; it must be {what}{', ' * bool(told)}{told}.")
 
 
 def read_single_file(

@@ -62,7 +62,7 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> SDDiTPipelin
         ValueError: there is none.
     """
     if name == "digits" and not Path(name).exists():
-        name = DIGITS
+        name = str(DIGITS)
     try:
         dtypes = {"transformer": dtype, "default": torch.float32}
         return SDDiTPipeline.from_pretrained(name, dtype=dtypes)

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ class SDDiTPipeline(DiffusionPipeline):
         self.id2label = id2label
         self.label2ids: dict[str, list[int]] = {}  # whole names and synonyms; a few stand for several classes
         for number, name in id2label.items():
-            for synonym in {name.strip().lower(), *(part.strip().lower() for part in name.split(","))}:
+            for synonym in dict.fromkeys(part.strip().lower() for part in (name, *name.split(","))):
                 self.label2ids.setdefault(synonym, []).append(number)
         self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -165,7 +166,7 @@ class SDDiTPipeline(DiffusionPipeline):
         s_tmin: float = 0.0,
         s_tmax: float = math.inf,
         s_noise: float = 1.0,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ImagePipelineOutput | Any:  # a tuple: as one of the two, each caller would be asked which it is
         """Generates one image, or `num_images_per_label`, for every label.
 
         Args:
@@ -204,21 +205,21 @@ class SDDiTPipeline(DiffusionPipeline):
         check_number("num_inference_steps", num_inference_steps, 1, _MOST, Integral)
         check_number("guidance_scale", guidance_scale)
         check_range("guidance_interval", guidance_interval)
-        labels = [i for i in self.get_label_ids(class_labels) for _ in range(num_images_per_label)]
-        if not labels:
+        ids = [i for i in self.get_label_ids(class_labels) for _ in range(num_images_per_label)]
+        if not ids:
             raise ValueError("There is nothing to make: class_labels is empty.")
         default_size = self.transformer.config.sample_size * self.vae_scale_factor
         height, width = (default_size if side is None else side for side in (height, width))
         self._check_size(height, width)
-        check_generator(generator, len(labels))
+        check_generator(generator, len(ids))
         self._check_outputs(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
         churn = self._churn(s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
         self._guidance_scale = guidance_scale
         self._interrupt = False
-        self._context = None  # of the last evaluation
+        self._context: str | None = None  # of the last evaluation
         device = self._execution_device
 
-        labels = torch.tensor(labels, device=device)
+        labels = torch.tensor(ids, device=device)
         null = torch.full_like(labels, self.transformer.config.num_classes)
         check_scheduler(self.scheduler)
         self._set_timesteps(num_inference_steps, sigmas, device)

@@ -60,9 +60,9 @@ def sample(pipe: SDDiTPipeline, seeds: Sequence[int], labels: Sequence[int], **a
     """
     null = pipe.transformer.config.num_classes
     extra = -len(seeds) % MULTIPLE if pipe.device.type == "cpu" else 0
-    seeds, labels = list(seeds), [None if label == null else label for label in labels]
+    seeds, classes = list(seeds), [None if label == null else label for label in labels]
     generator = generators(seeds + seeds[-1:] * extra)
-    images = pipe(labels + labels[-1:] * extra, generator=generator, output_type="pt", **arguments).images
+    images = pipe(classes + classes[-1:] * extra, generator=generator, output_type="pt", **arguments).images
     pixels = (images[: len(seeds)] * 255 + 0.5).clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -164,7 +164,7 @@ def path_frames(
 
 def _denoised_path(pipe: SDDiTPipeline, labels: list, count: int, **arguments) -> dict[float, torch.Tensor]:
     """The denoised D of `count` images, of seeds from 0 on, by falling noise level."""
-    denoised = {}
+    denoised: dict[float, torch.Tensor] = {}
 
     def keep(pipe: SDDiTPipeline, i: int, t: torch.Tensor, tensors: dict) -> dict:
         if tensors["pred_original_sample"] is None:

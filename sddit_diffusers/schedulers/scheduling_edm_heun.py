@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -39,6 +40,8 @@ class EDMProcess:
 
     A time t is the noise level sigma itself, which is the noise-to-signal ratio.
     """
+
+    config: Any
 
     def training_times(self, normal: Tensor) -> Tensor:
         """Noise levels of standard normal draws, of the same shape (supplementary, Eq. 2)."""
@@ -187,8 +190,9 @@ class EDMHeunScheduler(EDMProcess, SchedulerMixin, ConfigMixin):
                 f"begin_index is {begin_index!r:.80}; a Heun step begins at the even indices below "
                 f"{len(self.timesteps)}."
             )
-        self._begin_index = self._step_index = begin_index
-        self._interval = None
+        self._begin_index: int | None = begin_index
+        self._step_index = begin_index
+        self._interval: tuple[Tensor, Tensor, Tensor] | None = None
 
     def set_timesteps(
         self,
@@ -229,7 +233,7 @@ class EDMHeunScheduler(EDMProcess, SchedulerMixin, ConfigMixin):
         self._step_index = 0
         self._interval = None
 
-    def _schedule(self, n: int) -> Tensor:
+    def _schedule(self, n: Any) -> Tensor:
         """The N noise levels from sigma_max to sigma_min (supplementary, Eq. 3), float64."""
         ramp = torch.linspace(0, 1, n, dtype=torch.float64, device="cpu")
         if self.config.sigma_schedule == "exponential":
@@ -291,8 +295,7 @@ class EDMHeunScheduler(EDMProcess, SchedulerMixin, ConfigMixin):
         denoised = self.precondition_outputs(sample, model_output, sigma)
         slope = (sample - denoised) / sigma  # d_i (line 7) or d_i' (line 10)
 
-        first_half = self._interval is None
-        if first_half:
+        if self._interval is None:
             prev_sample = sample + (sigma_next - sigma) * slope  # line 8
             # The last step is Euler's alone.
             completed = self.order == 1 or self.step_index + 1 == len(self.timesteps)
@@ -328,9 +331,9 @@ class EDMHeunScheduler(EDMProcess, SchedulerMixin, ConfigMixin):
         return self.config.num_train_timesteps
 
 
-def check_steps(name: str, value: int) -> None:
+def check_steps(name: str, value: Any) -> None:
     """Raises a ValueError for what is no number of steps."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= _MOST_STEPS:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= int(value) <= _MOST_STEPS:
         raise ValueError(f"{name} is {value!r:.80}; it must be a whole number in 1..{_MOST_STEPS}.")
 
 
@@ -351,7 +354,7 @@ def check_config(config: Mapping) -> None:
         ("p_mean", -20, 20), ("p_std", 0, 20),
     ):  # fmt: skip
         value = config[name]
-        if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+        if isinstance(value, bool) or not isinstance(value, Real) or not low <= config[name] <= high:
             raise ValueError(f"{name} is {value!r:.80}; it must be a number in {low}..{high}.")
     if not config["sigma_min"] < config["sigma_max"]:
         raise ValueError(

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -116,6 +117,8 @@ class InterpolantSchedulerOutput(BaseOutput):
 
 class InterpolantProcess:
     """An interpolant, of a scheduler with a config: how samples are noised, what the network gives."""
+
+    config: Any
 
     @property
     def path(self) -> Path:
@@ -366,8 +369,9 @@ class InterpolantScheduler(InterpolantSDE, SchedulerMixin, ConfigMixin):
                 f"begin_index is {begin_index!r:.80}; steps begin at every index below {len(self.timesteps)} "
                 f"that is a multiple of {self.order}."
             )
-        self._begin_index = self._step_index = begin_index
-        self._first_half = None
+        self._begin_index: int | None = begin_index
+        self._step_index = begin_index
+        self._first_half: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def set_timesteps(
         self,
@@ -396,6 +400,7 @@ class InterpolantScheduler(InterpolantSDE, SchedulerMixin, ConfigMixin):
             begins = _times("timesteps", timesteps, self.config.num_train_timesteps, self.interval[1])
         else:
             _check("num_inference_steps", num_inference_steps, 1, _MOST_STEPS, Integral)
+            assert num_inference_steps is not None  # which was an error
             begins = self._grid(num_inference_steps)
         if len(begins) == 1 and self._has_last_step:
             raise ValueError("num_inference_steps is 1; an SDE with a last step needs at least 2.")
@@ -502,7 +507,7 @@ def _times(name: str, given, unit: float, high: float) -> Tensor:
     return times
 
 
-def _check(name: str, value: float, low: float, high: float, kind: type = Real) -> None:
+def _check(name: str, value: Any, low: float, high: float, kind: Any = Real) -> None:
     if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
         what = "a whole number" if kind is Integral else "a number"
         raise ValueError(f"{name} is {value!r:.80}; it must be {what} in {low}..{high}.")

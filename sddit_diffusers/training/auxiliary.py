@@ -19,9 +19,14 @@ from ..models.transformer_sddit import check_number
 class Process(Protocol):
     """What training asks of a scheduler: how samples are noised, and what the network is to give.
 
-    `ratio_of`, `interval` and `time_of` of a tensor are for losses that move to another noise level.
+    `ratio_of`, `interval` and `time_of` of a tensor are for losses that move to another noise level; `config`
+    and `from_config` are those of diffusers' schedulers.
     """
 
+    @property
+    def config(self) -> Any: ...
+    @classmethod
+    def from_config(cls, config: Any) -> Any: ...
     @property
     def interval(self) -> tuple[float, float]: ...
     def training_times(self, normal: Tensor) -> Tensor: ...

@@ -274,8 +274,8 @@ class SDDiTObjective(Objective):
     - H(T, S, C): `discrimination.cross_entropy`.
 
     Args:
-        transformer, scheduler, mask_ratio, mask_ratio_schedule, label_dropout: as of [`Objective`]; the
-            paper's ratio is 0.2.
+        transformer, scheduler, mask_ratio_schedule, label_dropout: as of [`Objective`].
+        mask_ratio: the same; the paper's is 0.2.
         discriminative_weight: factor of L_D; 0 trains without L_D, head and teacher (Table 3).
         discrimination: other arguments of `Discrimination`, such as `num_prototypes`.
 
@@ -361,6 +361,7 @@ class MDTObjective(Objective):
         if visible_ids is None:  # the side-interpolater has nothing to fill, and its part all the same
             n = batch.x0[0, 0].numel() // self.transformer.config.patch_size**2
             visible_ids = torch.arange(n, device=batch.x0.device).expand(len(batch.x0), -1)
+        assert draws.second_noise is not None  # as `has_second_view` asks
         whole, made = self.generative_loss(batch, draws.t, draws.noise, None)
         masked, _ = self.generative_loss(batch, draws.t, draws.second_noise, visible_ids)
         losses = {"loss": whole + masked, "loss_generative": whole, "loss_masked": masked}
