@@ -128,7 +128,7 @@ class Page:
             self._call_of(values)
         except WrongValue as error:
             wrong = error.fields
-        marks = [gr.update(elem_classes=["wrong"] if name in wrong else []) for name in FIELDS]
+        marks = [gr.update(elem_classes=["page-wrong"] if name in wrong else []) for name in FIELDS]
         return [*marks, gr.update(open=True) if set(wrong) - {"classes"} else gr.skip()]
 
     def begin(self, request: gr.Request, *values) -> None:
@@ -266,14 +266,18 @@ class Page:
 
 
 def columns_of(made: Made) -> int:
-    """Of the gallery: rows of whole classes."""
-    each, wanted = made.arguments["num_images_per_label"], 4 if len(made.images) <= 8 else 8
-    return min(8, each * max(1, wanted // each))
+    """Of the gallery: rows of whole classes, and none that is nearly empty where that can be."""
+    each, total = made.arguments["num_images_per_label"], len(made.images)
+    most = 4 if total <= 8 else 8
+    if each >= most:
+        return min(8, each)
+    whole = [columns for columns in range(most, 2, -1) if columns % each == 0]
+    return next((columns for columns in whole if total % columns == 0), min(most // each * each, total))
 
 
 def code_label(view: View) -> str:
     """Over the code: which step of the path it makes."""
-    return f"The code that makes {view.step}"
+    return f"Code of {view.step}"
 
 
 def path_label(made: Made, image: int) -> str:

@@ -11,31 +11,38 @@ from .clients import Clients
 _SESSIONS = 32  # whose last images are kept
 _FONTS = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 _CSS = """
-.head { padding: 0 !important }
-.head h1 { margin: 0 0 4px }
-.head a { margin-left: 8px; white-space: nowrap }
-.examples { display: grid !important; grid-template-columns: 1fr 1fr; gap: 8px !important }
-.actions { flex-wrap: nowrap !important }
-.actions button { white-space: nowrap; padding-left: 8px; padding-right: 8px }
-.actions button:first-child { flex: 2 }
-.quality label { padding: 6px 10px }
+.page-head, .page-head > * { padding: 0 !important }
+.page-head h1 { margin: 0 0 4px }
+.page-head a { margin-left: 8px; white-space: nowrap }
+.page-examples { display: grid !important; grid-template-columns: 1fr 1fr; gap: 8px !important }
+.page-examples::before { content: "Examples"; grid-column: 1 / -1; font-size: var(--text-sm);
+  color: var(--body-text-color-subdued); margin-bottom: -4px }
+.page-actions { flex-wrap: nowrap !important; gap: 8px !important }
+.page-actions button { white-space: nowrap; padding-left: 8px; padding-right: 8px; font-size: var(--text-md) }
+.page-actions button:first-child { flex-grow: 2 }
+.page-quality label { padding: 6px 10px }
 .images .grid-wrap { min-height: 0; max-height: none; overflow: visible }
-.images:has(.preview) { min-height: 340px }
+.images:has(.preview) .grid-wrap { min-height: 420px }
 .images .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(40px, 1fr));
   grid-template-rows: none; grid-auto-rows: auto }
 .images .thumbnail-item { height: auto; aspect-ratio: auto; display: flex; flex-direction: column }
 .images .thumbnail-item > img { height: auto; aspect-ratio: 1 }
 .images .caption-label { position: static; max-width: none; width: 100%; border: 0; border-radius: 0;
-  padding: 2px 4px; text-align: center; white-space: normal }
-.strip .grid-wrap { overflow-x: auto }
-.strip .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(60px, 1fr)); gap: 6px }
-.hard .images img { image-rendering: pixelated }
-.bar { align-items: center; flex-wrap: nowrap !important }
-.bar > * { flex: 0 0 auto !important; width: auto !important; min-width: 0 !important }
-.bar > :first-child { flex: 1 !important }
-.wrong { outline: 2px solid #dc2626; outline-offset: -2px; border-radius: var(--block-radius) }
+  padding: 2px 4px; text-align: center; white-space: normal; opacity: 1 !important }
+.page-strip .grid-wrap { overflow-x: auto }
+.page-strip .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(60px, 1fr)); gap: 6px }
+.page-hard .images img { image-rendering: pixelated }
+.page-bar { align-items: center; flex-wrap: nowrap !important }
+.page-bar > * { flex: 0 0 auto !important; width: auto !important; min-width: 0 !important }
+.page-bar button { min-height: 38px }
+.page-bar > :first-child { flex: 1 !important }
+@media (max-width: 600px) {
+  .page-bar { flex-wrap: wrap !important; justify-content: space-between }
+  .page-bar > :first-child { flex: 1 0 100% !important }
+}
+.page-wrong { outline: 2px solid #dc2626; outline-offset: -2px; border-radius: var(--block-radius) }
 """
-_HARD = "(on) => { document.querySelector('.gradio-container').classList.toggle('hard', on) }"
+_HARD = "(on) => { document.querySelector('.gradio-container').classList.toggle('page-hard', on) }"
 _QUICK = dict(preprocess=False, queue=False, show_progress="hidden", api_visibility="private")
 _PIPELINE = dict(preprocess=False, concurrency_limit=1, concurrency_id="pipeline")
 
@@ -61,8 +68,8 @@ def _settings(page: Page, start: dict) -> tuple[dict, gr.Accordion]:
             "steps": gr.Slider(1, max(ENDS, steps), start["steps"], step=1, label="Steps"),
         }  # fmt: skip
         with gr.Row():
-            found["low"] = gr.Number(0, label="Lowest sigma", info="Guidance acts from here", min_width=100)
-            found["high"] = gr.Number(start["high"], label="Highest sigma", info="to here.", min_width=100)
+            found["low"] = gr.Number(0, label="Lowest sigma", info="of guidance", min_width=100)
+            found["high"] = gr.Number(start["high"], label="Highest sigma", info="of guidance", min_width=100)
     return found, fold
 
 
@@ -75,7 +82,7 @@ def _results(page: Page, made: Made | None) -> dict:
         object_fit="contain", interactive=False, buttons=["fullscreen", "download"], visible=there,
         columns=columns_of(made) if made else None,
     )  # fmt: skip
-    with gr.Row(elem_classes="bar"):
+    with gr.Row(elem_classes="page-bar"):
         about = gr.Markdown(view.about if view else "Choose classes and generate.")
         hard = gr.Checkbox(False, label="Hard pixels", visible=page.is_small, container=False)
         archive = gr.DownloadButton("Download", value=view and view.archive, visible=there, size="sm")
@@ -84,7 +91,7 @@ def _results(page: Page, made: Made | None) -> dict:
         label=made and path_label(made, 0),
     )  # fmt: skip
     strip = gr.Gallery(
-        **page.strip(made, 0) if made else {"visible": False}, elem_classes=["images", "strip"], format="png",
+        **page.strip(made, 0) if made else {"visible": False}, elem_classes=["images", "page-strip"], format="png",
         show_label=False, object_fit="contain", interactive=False, allow_preview=False, buttons=[],
     )  # fmt: skip
     code = gr.Code(
@@ -105,14 +112,14 @@ def build(page: Page) -> gr.Blocks:
     """
     start, choices, opening = page.start(), page.choices(), page.open()
     with gr.Blocks(title=f"{page.about.title}: SD-DiT", delete_cache=(3600, 3600)) as blocks:
-        gr.HTML(page.about.html(), elem_classes="head")
+        gr.HTML(page.about.html(), elem_classes="page-head", padding=False)
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 classes = gr.Dropdown(
                     choices, value=start["classes"], multiselect=True, visible=bool(choices), label="Classes",
-                    info="Type to search. Without any, images are unconditional.",
+                    info="Type to search; leave it empty for any.",
                 )  # fmt: skip
-                with gr.Row(visible=bool(choices), elem_classes="examples"):
+                with gr.Row(visible=bool(choices), elem_classes="page-examples"):
                     examples = [
                         (gr.Button(title, size="sm", min_width=100), values)
                         for title, values in page.examples().items()
@@ -120,10 +127,10 @@ def build(page: Page) -> gr.Blocks:
                 quality = gr.Radio(
                     [preset.title for preset in page.presets],
                     value=page.preset_of(start["sampler"], start["steps"]), visible=len(page.presets) > 1,
-                    label="Quality", info=steps_of(page.presets), elem_classes="quality",
+                    label="Quality", info=steps_of(page.presets), elem_classes="page-quality",
                 )  # fmt: skip
                 folded, fold = _settings(page, start)
-                with gr.Row(elem_classes="actions"):
+                with gr.Row(elem_classes="page-actions"):
                     generate = gr.Button("Generate", variant="primary", min_width=60)
                     another = gr.Button("New seed", min_width=60)
                     stop = gr.Button("Stop", min_width=60)

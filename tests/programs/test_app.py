@@ -8,14 +8,19 @@ import numpy as np
 import pytest
 import torch
 from bad_input import refusal
-from diffusers import EDMDPMSolverMultistepScheduler
-from page_values import VALUES, changed, pixels
+from diffusers import EDMDPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from page_values import CALL, VALUES, changed, changed_call, pixels
 
-from sddit_diffusers import EDMHeunScheduler, InterpolantScheduler
+from sddit_diffusers import DIGITS, EDMHeunScheduler, InterpolantScheduler
+from sddit_diffusers.pipelines.calls import WrongValue, call_of, code_of, highest_level, make
+from sddit_diffusers.pipelines.loading import load_pipeline
+from sddit_diffusers.pipelines.samplers import FASTER, presets, samplers, title_of
 
 gr = pytest.importorskip("gradio")
 from sddit_diffusers import app  # noqa: E402
-from sddit_diffusers.app import AppConfig, Page, call_of, code_of, highest_level, make  # noqa: E402
+from sddit_diffusers.app import AppConfig  # noqa: E402
+from sddit_diffusers.page.actions import FIELDS, Page, columns_of, get_upload_folder  # noqa: E402
+from sddit_diffusers.page.layout import build  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,14 +30,14 @@ def goes_on(done, total):
 
 
 def test_values_become_a_call(pipe):
-    assert call_of(pipe, AppConfig(), *VALUES) == (
+    assert call_of(pipe, AppConfig(), *CALL) == (
         {"class_labels": [1, 3], "num_images_per_label": 2, "num_inference_steps": 4, "guidance_scale": 1.5},
         range(7, 11),
     )
-    arguments, seeds = call_of(pipe, AppConfig(), *changed(classes=[], low=0.3, high=5))
+    arguments, seeds = call_of(pipe, AppConfig(), *changed_call(classes=[], low=0.3, high=5))
     assert arguments["class_labels"] == [None] and arguments["guidance_interval"] == (0.3, 5)
     assert seeds == range(7, 9)
-    assert call_of(pipe, AppConfig(), *changed(classes=["goldfish"]))[0]["class_labels"] == [2]
+    assert call_of(pipe, AppConfig(), *changed_call(classes=["goldfish"]))[0]["class_labels"] == [2]
 
 
 REFUSED = [
@@ -57,14 +62,14 @@ REFUSED = [
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED)
 def test_other_values_are_refused(pipe, changes, message):
-    with pytest.raises(ValueError, match=re.escape(message)) as refusal:
-        call_of(pipe, AppConfig(), *changed(**changes))
-    assert len(str(refusal.value)) < 200
+    with pytest.raises(WrongValue, match=re.escape(message)) as refusal:
+        call_of(pipe, AppConfig(), *changed_call(**changes))
+    assert len(str(refusal.value)) < 200 and {*refusal.value.fields} == {*changes}
 
 
 def test_limits_are_options(pipe):
     config = AppConfig(max_images=20, max_steps=200)
-    arguments, seeds = call_of(pipe, config, *changed(classes=[0, 1], images=10, steps=200))
+    arguments, seeds = call_of(pipe, config, *changed_call(classes=[0, 1], images=10, steps=200))
     assert len(seeds) == 20 and arguments["num_inference_steps"] == 200
 
 
@@ -79,7 +84,7 @@ def test_limits_are_options(pipe):
 def test_the_code_makes_the_images_to_the_bit(pipe, tmp_path, dtype, changes):
     pipe.save_pretrained(tmp_path / "it's")
     pipe.transformer.to(dtype)
-    arguments, seeds = call_of(pipe, AppConfig(), *changed(**changes))
+    arguments, seeds = call_of(pipe, AppConfig(), *changed_call(**changes))
     made = make(pipe, arguments, seeds, goes_on)
     variables = {}
     code = code_of(str(tmp_path / "it's"), pipe, arguments, seeds)
@@ -90,7 +95,7 @@ def test_the_code_makes_the_images_to_the_bit(pipe, tmp_path, dtype, changes):
 
 
 def test_each_image_has_a_seed_of_its_own(pipe):
-    arguments, seeds = call_of(pipe, AppConfig(), *VALUES)
+    arguments, seeds = call_of(pipe, AppConfig(), *CALL)
     made = make(pipe, arguments, seeds, goes_on)
     assert made.captions == [
         "golden retriever, retriever, seed 7", "golden retriever, retriever, seed 8", "truck, seed 9",
@@ -103,7 +108,7 @@ def test_each_image_has_a_seed_of_its_own(pipe):
 
 def test_the_path_is_d_at_each_level(pipe):
     """D(x; sigma_k) is what a sampler ends with whose last level is sigma_k: Euler's step from there to 0."""
-    arguments, seeds = call_of(pipe, AppConfig(), *changed(guidance=1))
+    arguments, seeds = call_of(pipe, AppConfig(), *changed_call(guidance=1))
     made = make(pipe, arguments, seeds, goes_on)
     levels = EDMHeunScheduler()._schedule(4).tolist()
     assert list(made.denoised) == pytest.approx(levels) and made.positions == 4
@@ -122,7 +127,7 @@ def test_the_path_is_d_at_each_level(pipe):
 def test_a_flow_begins_with_noise_alone(pipe):
     pipe.scheduler = InterpolantScheduler(diffusion="sigma")
     assert highest_level(pipe) == 1000
-    arguments, seeds = call_of(pipe, AppConfig(), *changed(high=1000))
+    arguments, seeds = call_of(pipe, AppConfig(), *changed_call(high=1000))
     assert "guidance_interval" not in arguments
     made = make(pipe, arguments, seeds, goes_on)
     levels = list(made.denoised)
@@ -131,10 +136,12 @@ def test_a_flow_begins_with_noise_alone(pipe):
 
 
 def test_without_d_there_is_no_path(pipe):
-    pipe.scheduler = EDMDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    arguments, seeds = call_of(pipe, AppConfig(), *VALUES)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(InterpolantScheduler().config)
+    arguments, seeds = call_of(pipe, AppConfig(), *changed_call(guidance=1))
     made = make(pipe, arguments, seeds, goes_on)
-    assert made.positions == 1 and len(made.at(pipe, 1)[0]) == 4
+    assert made.positions == 1 and len(made.at(pipe, 1)[0]) == 4 and made.path(pipe, 0, 8) == []
+    made = make(pipe, arguments, seeds, lambda done, total: done == 2)
+    assert made.stopped and made.code("model", pipe, 1) == ""
 
 
 def session(name):
@@ -154,24 +161,27 @@ def test_stop_ends_the_call_of_its_session_alone(pipe):
                 for _ in range(2):
                     page.stop(session(stopping))
 
-        return page.generate(*VALUES, session("a"), progress)
+        return page.generate(session("a"), progress, *VALUES)
 
-    gallery, about, slider, code, made = generate("a")
+    gallery, about, code, archive, slider, strip, made = generate("a")
     assert len(evaluations) == 3 and about == "Stopped after 3 of 7 evaluations"
-    assert code == "" and made.positions == slider.maximum == 2
+    assert (
+        made.positions == slider.maximum == len(strip.value.root) == 2 and code.label == "Code of step 2 of 2"
+    )
     shown = [image for image, _ in made.at(pipe, 2)[0]]
     denoised = pipe.decode(made.denoised[min(made.denoised)])
     np.testing.assert_array_equal(pixels(shown), pixels(denoised))
-    about, slider, code = generate("b")[1:4]
-    assert len(evaluations) == 7 and about.startswith("Made in") and "range(7, 11)" in code
+    about, code = generate("b")[1:3]
+    assert len(evaluations) == 7 and about.startswith("Made in") and "range(7, 11)" in code.value
+    assert code.label == "Code of the finished images"
 
 
 def test_one_step_and_one_image_are_a_page(pipe):
     """gradio has no sliders of one place."""
     config = AppConfig(max_images=1, max_steps=1)
-    app.build(Page(pipe, "model", config))
+    build(Page(pipe, "model", config))
     values = changed(classes=[1], images=1, steps=1)
-    slider = Page(pipe, "model", config).generate(*values, session("a"), lambda *_, **__: None)[2]
+    slider = Page(pipe, "model", config).generate(session("a"), lambda *_, **__: None, *values)[4]
     assert (slider.maximum, slider.value, slider.interactive) == (2, 1, False)
 
 
@@ -189,7 +199,7 @@ def test_a_message_is_no_html(pipe):
     page = Page(pipe, "model", AppConfig())
     for call in (
         lambda: page.begin(session("a"), *changed(seed="<img src=x>")),
-        lambda: page.generate(*changed(seed="<img src=x>"), session("a")),
+        lambda: page.generate(session("a"), None, *changed(seed="<img src=x>")),
     ):
         with pytest.raises(gr.Error) as error:
             call()
@@ -202,7 +212,6 @@ def test_a_message_is_no_html(pipe):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no pipeline; give a folder or a name on the Hub, here or in SDDIT_MODEL."),
         (["/none"], "The pipeline '/none' cannot be loaded"),
         (["/none", "--dtype", "float8"], "dtype is 'float8'; it must be 'float32', 'bfloat16' or 'float16'."),
         (["/none", "--max_steps", "0"], "max_steps is 0; it must be at least 1."),
@@ -238,5 +247,5 @@ def test_samples_that_are_not_finite_are_a_message(pipe):
 
     pipe.transformer.register_forward_hook(fail)
     with pytest.raises(gr.Error) as error:
-        Page(pipe, "model", AppConfig()).generate(*VALUES, session("a"), lambda *_, **__: None)
+        Page(pipe, "model", AppConfig()).generate(session("a"), lambda *_, **__: None, *VALUES)
     assert error.value.message == "image 3 (seed 17) is not finite" and not error.value.print_exception
