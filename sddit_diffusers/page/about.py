@@ -51,7 +51,7 @@ def about(pipe: SDDiTPipeline, model: str) -> About:
     """Tells what the pipeline is that `load_pipeline` found by a name. Never fails for want of a file."""
     folder = DIGITS if is_embedded(model) else Path(model)
     settings, card = _settings(folder, model), _card(folder, model)
-    on_hub = not folder.is_dir()
+    on_hub = is_hub_name(model) and not folder.is_dir()
     classes = pipe.transformer.config.num_classes
     weights = sum(weight.numel() for weight in pipe.transformer.parameters())
     side, channels = image_size(pipe), (pipe.vae or pipe.transformer).config.in_channels
@@ -73,6 +73,11 @@ def about(pipe: SDDiTPipeline, model: str) -> About:
     )
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether it can be a repository's, `user/name`."""
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name, re.ASCII))
+
+
 def _count(number: int) -> str:
     """A number in words: 431 thousand, 1.1 million."""
     if number < 1e6:
@@ -92,7 +97,7 @@ def _data(settings: dict, card: dict) -> str:
     name = str(settings.get("dataset_name") or "")
     if name == "digits":
         return "scikit-learn's handwritten digits"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if is_hub_name(name) and not Path(name).exists():
         return name
     named = card.get("datasets")
     if isinstance(named, list) and named:
@@ -102,8 +107,10 @@ def _data(settings: dict, card: dict) -> str:
 
 def _file(folder: Path, model: str, name: str) -> str:
     """A file of a pipeline as text, empty where there is none."""
+    if not folder.is_dir() and not is_hub_name(model):
+        return ""
     try:
-        path = folder / name if folder.is_dir() else Path(hf_hub_download(model, name))
+        path = folder / name if folder.is_dir() else Path(hf_hub_download(model, name, etag_timeout=3))
         return path.read_text(encoding="utf-8")
     except Exception:  # whatever the Hub and its client raise: nothing here is needed
         return ""

@@ -91,8 +91,9 @@ def _results(page: Page, made: Made | None) -> dict:
         label=made and path_label(made, 0),
     )  # fmt: skip
     strip = gr.Gallery(
-        **page.strip(made, 0) if made else {"visible": False}, elem_classes=["images", "page-strip"], format="png",
-        show_label=False, object_fit="contain", interactive=False, allow_preview=False, buttons=[],
+        **page.strip(made, 0) if made else {"visible": False}, elem_classes=["images", "page-strip"],
+        format="png", show_label=False, object_fit="contain", interactive=False, allow_preview=False,
+        buttons=[],
     )  # fmt: skip
     code = gr.Code(
         view and view.code, label=code_label(view) if view else None, language="python", interactive=False,

@@ -47,7 +47,8 @@ def samplers(pipe: SDDiTPipeline) -> dict[str, SDDiTPipeline]:
     """
     own = pipe.scheduler
     found = {type(own).__name__: pipe}
-    for name in [] if knows_its_sampler(own) else swappable(own):
+    others = [] if knows_its_sampler(own) else swappable(own)
+    for name in [name for name in others if name not in found]:
         try:
             scheduler = scheduler_of(own, name, {})
         except ValueError:  # on this path, or for this prediction
