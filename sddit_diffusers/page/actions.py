@@ -3,6 +3,7 @@
 import contextlib
 import html
 import io
+import math
 import random
 import re
 import secrets
@@ -31,8 +32,9 @@ ENDS = 2  # of a slider from 1, which gradio wants to have two
 GUIDANCE = 1.5  # at the start
 _SMALL = 64  # pixels; what is smaller is enlarged on the page
 _MESSAGE = 500  # characters on the page, at most
-_OPENING = 3.0  # seconds in which the images are made that the page opens with
+_OPENING = 10.0  # seconds at most for the images that the page opens with
 _PLACES = 8  # of a path that are shown as pictures
+_REFRESH = 0.2  # seconds between what is told of a call's progress: a browser has to draw it
 _PROGRESS = gr.Progress()  # the default of an argument: gradio's way to ask for it
 
 
@@ -182,8 +184,13 @@ class Page:
         with _refusals():
             pipe, arguments, seeds = self._call_of(values)
 
+        told = -math.inf
+
         def on_evaluation(done: int, total: int) -> bool:
-            progress((done, total), desc="Denoising", unit="evaluations")
+            nonlocal told
+            if time.monotonic() - told >= _REFRESH:
+                told = time.monotonic()
+                progress((done, total), desc="Denoising", unit="evaluations")
             left = self.clients is not None and self.clients.has_left(request.session_hash)
             return left or request.session_hash in self.stopping
 

@@ -389,7 +389,18 @@ def test_without_an_argument_it_opens_the_digits(monkeypatch, arguments, variabl
     assert opened == [(model, AppConfig())]
 
 
-def test_stop_ends_the_call_of_its_session_alone(pipe):
+def test_progress_is_told_a_few_times_a_second(pipe, monkeypatch):
+    told = []
+    for refresh, times in ((0.0, 7), (60.0, 1)):
+        monkeypatch.setattr("sddit_diffusers.page.actions._REFRESH", refresh)
+        told.clear()
+        page = Page(pipe, "model", AppConfig())
+        page.generate(session("a"), lambda step, **_: told.append(step), *VALUES)
+        assert len(told) == times and told[0] == (1, 7)
+
+
+def test_stop_ends_the_call_of_its_session_alone(pipe, monkeypatch):
+    monkeypatch.setattr("sddit_diffusers.page.actions._REFRESH", 0.0)
     page, evaluations = Page(pipe, "model", AppConfig()), []
     pipe.transformer.register_forward_hook(lambda *_: evaluations.append(1))
 
