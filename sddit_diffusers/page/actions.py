@@ -87,10 +87,8 @@ class Page:
 
     def start(self) -> dict:
         """The values that the page opens with, by [`FIELDS`]."""
-        most, preset = (
-            self.config.max_images,
-            self.presets[-2:][0],
-        )  # not the best, if it can be
+        most = self.config.max_images
+        preset = self.presets[-2:][0]  # not the best, if it can be
         classes = self._spread(2)
         images = max(1, min(4 if classes else 8, most // max(1, len(classes))))
         guidance = GUIDANCE if self.about.guided else 1
@@ -106,8 +104,9 @@ class Page:
         return [(i + 1) * known // (count + 1) for i in range(count)]
 
     def examples(self) -> dict[str, dict]:
-        """Values of [`FIELDS`] for one click, by what is on the button; none without classes."""
+        """Values of [`FIELDS`] for one click, by what is on the button, but for the sampler; none without classes."""
         start, known = self.start(), self.pipe.transformer.config.num_classes
+        del start["steps"], start["sampler"]
         if not known:
             return {}
         each = self._spread(10)

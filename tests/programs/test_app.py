@@ -287,13 +287,15 @@ def test_what_the_page_offers_can_be_made(pipe, digits):
             page = Page(pipe, "model", config)
             offered = [page.start(), *page.examples().values()]
             for values in offered:
+                values = page.start() | values
                 assert tuple(values) == FIELDS
                 page._call_of([*values.values()])
             assert len(offered) == (1 if num_classes == 0 else 5)
     assert digits.start() == dict(
         zip(FIELDS, ([3, 6], 4, 15, 1.5, 0, 80.0, 0, "EDMDPMSolverMultistepScheduler"), strict=True)
     )
-    assert digits.examples()["Every class"]["classes"] == [*range(10)]
+    every = digits.examples()["Every class"]
+    assert every["classes"] == [*range(10)] and not {"sampler", "steps"} & {*every}
 
 
 def test_it_opens_with_images(digits, monkeypatch):
