@@ -40,6 +40,7 @@ setup(
         "numpy",
         "pillow",
         "tqdm",
+        "psutil",  # how a run was started; accelerate needs it too
     ],
     extras_require={
         "app": [GRADIO],

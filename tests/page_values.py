@@ -2,13 +2,20 @@
 
 import numpy as np
 
-# What the page sends untouched, but for fewer steps: classes, images, steps, guidance, low, high, seed.
-VALUES = [[1, 3], 2, 4, 1.5, 0, 80.0, 7]
+# Of the page, but for fewer steps: classes, images, steps, guidance, low, high, seed, and the sampler.
+CALL = [[1, 3], 2, 4, 1.5, 0, 80.0, 7]
+VALUES = [*CALL, "EDMHeunScheduler"]
+NAMES = ("classes", "images", "steps", "guidance", "low", "high", "seed", "sampler")
 
 
 def changed(**changes):
-    names = ("classes", "images", "steps", "guidance", "low", "high", "seed")
-    return [changes.get(name, value) for name, value in zip(names, VALUES, strict=True)]
+    """What the page sends, of which some is changed."""
+    return [changes.get(name, value) for name, value in zip(NAMES, VALUES, strict=True)]
+
+
+def changed_call(**changes):
+    """The same without the sampler."""
+    return changed(**changes)[:-1]
 
 
 def pixels(images):

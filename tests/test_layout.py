@@ -24,6 +24,7 @@ FLOORS = [
     {"data"},
     {"evaluation"},
     {"training"},
+    {"page"},
     {"app", "convert", "evaluate", "generate", "plot", "prepare_latents", "reproduce"},
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}

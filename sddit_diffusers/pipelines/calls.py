@@ -3,16 +3,29 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .pipeline_sddit import SDDiTPipeline
+from .pipeline_sddit import SDDiTPipeline, noise_level
 from .sampling import class_name, generators, keep_denoised
 
 MAX_SEED, MAX_GUIDANCE_SCALE = 2**32 - 1, 20
 MAX_LEVEL = 1000.0  # of noise, of a scheduler that begins with noise alone
+
+
+class WrongValue(ValueError):
+    """A value that the page does not offer.
+
+    Attributes:
+        fields: the names of the parameters of [`call_of`] that it is about.
+    """
+
+    def __init__(self, message: object, *fields: str):
+        super().__init__(str(message))
+        self.fields = fields
 
 
 def call_of(
@@ -26,27 +39,30 @@ def call_of(
     and `max_steps`.
 
     Raises:
-        ValueError: a value that the page does not offer; the message has the value and what is allowed.
+        WrongValue: a value that the page does not offer; the message has the value and what is allowed.
     """
     null, most = pipe.transformer.config.num_classes, highest_level(pipe)
-    ids = pipe.get_label_ids(None if classes == [] else classes)
-    images = int(_within("Images per class", images, 1, limits.max_images, whole=True))
+    try:
+        ids = pipe.get_label_ids(None if classes == [] else classes)
+    except ValueError as error:
+        raise WrongValue(error, "classes") from None
+    images = int(_within("images", "Images per class", images, 1, limits.max_images, whole=True))
     if len(ids) * images > limits.max_images:
-        raise ValueError(
+        raise WrongValue(
             f"{len(ids)} classes x {images} images are {len(ids) * images} images; "
-            f"at most {limits.max_images} are made at once."
-        )
+            f"at most {limits.max_images} are made at once.", "classes", "images",
+        )  # fmt: skip
     arguments = {
         "class_labels": [None if i == null else i for i in ids],
         "num_images_per_label": images,
-        "num_inference_steps": int(_within("Steps", steps, 1, limits.max_steps, whole=True)),
-        "guidance_scale": _within("Guidance scale", guidance, 0, MAX_GUIDANCE_SCALE),
+        "num_inference_steps": int(_within("steps", "Steps", steps, 1, limits.max_steps, whole=True)),
+        "guidance_scale": _within("guidance", "Guidance scale", guidance, 0, MAX_GUIDANCE_SCALE),
     }
-    low = _within("Lowest sigma", low, 0, most)
-    high = _within("Highest sigma", high, low, most)
+    low = _within("low", "Lowest sigma", low, 0, most)
+    high = _within("high", "Highest sigma", high, low, most)
     if (low, high) != (0, most):
         arguments["guidance_interval"] = (low, high)
-    seed = int(_within("Seed", seed, 0, MAX_SEED, whole=True))
+    seed = int(_within("seed", "Seed", seed, 0, MAX_SEED, whole=True))
     return arguments, range(seed, seed + len(ids) * images)
 
 
@@ -55,26 +71,69 @@ def highest_level(pipe: SDDiTPipeline) -> float:
     return pipe.scheduler.config.get("sigma_max", MAX_LEVEL)
 
 
-def _within(name: str, value, low: float, high: float, whole: bool = False) -> float:
+def _within(field: str, name: str, value, low: float, high: float, whole: bool = False) -> float:
     if type(value) not in (int, float) or not low <= value <= high or (whole and value != int(value)):
         kind = "a whole number" if whole else "a number"
-        raise ValueError(f"{name}: {value!r:.50} is not {kind} from {low:g} to {high:.10g}.")
+        raise WrongValue(f"{name}: {value!r:.50} is not {kind} from {low:g} to {high:.10g}.", field)
     return value
 
 
-def code_of(model: str, pipe: SDDiTPipeline, arguments: dict, seeds: range) -> str:
-    """Python that makes the images of [`call_of`] again, as `images`."""
-    dtype, device = pipe.transformer.dtype, pipe.device.type
-    options = f", dtype={{'transformer': {dtype}, 'default': torch.float32}}"
-    options = "" if dtype == torch.float32 else options
-    moved = "" if device == "cpu" else f".to({device!r})"
-    values = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+_STOP = """\
+def stop(pipe, i, t, tensors):
+    pipe._interrupt = i == {evaluation}
+    return {{"latents": {denoised}}} if pipe._interrupt else {{}}
+
+"""
+
+
+def code_of(
+    model: str, pipe: SDDiTPipeline, arguments: dict, seeds: range, evaluation: int | None = None
+) -> str:
+    """Python that makes the images of [`call_of`] again, as `images`.
+
+    Args:
+        model: the name by which `load_pipeline` found the pipeline.
+        pipe: has the scheduler of the call, which is the pipeline's own or one of diffusers' in its place.
+        evaluation: after which the denoised images are taken; None for the finished ones.
+    """
+    scheduler, values = type(pipe.scheduler), [f"{name}={value!r}" for name, value in arguments.items()]
+    name, ours = ("DIGITS", "DIGITS, SDDiTPipeline") if is_embedded(model) else (repr(model), "SDDiTPipeline")
+    options = f", dtype={{'transformer': {pipe.transformer.dtype}, 'default': torch.float32}}"
+    options = "" if pipe.transformer.dtype == torch.float32 else options
+    moved = "" if pipe.device.type == "cpu" else f".to({pipe.device.type!r})"
+    imports, setting, stop = ["import torch", f"from sddit_diffusers import {ours}"], "", ""
+    if is_swapped(pipe):
+        imports.insert(1, f"from diffusers import {scheduler.__name__}")
+        setting = f"pipe.scheduler = {scheduler.__name__}.from_config(pipe.scheduler.config)\n"
+    values.append("generator=generators")
+    if evaluation is not None:
+        tells = not is_swapped(pipe) or _solver_outputs(pipe) is None
+        denoised = 'tensors["pred_original_sample"]' if tells else "pipe.scheduler.model_outputs[-1]"
+        stop = _STOP.format(evaluation=evaluation, denoised=denoised)
+        values.append("callback_on_step_end=stop")
+        values += ['callback_on_step_end_tensor_inputs=["pred_original_sample"]'] * tells
     return (
-        "import torch\nfrom sddit_diffusers import SDDiTPipeline\n\n"
-        f"pipe = SDDiTPipeline.from_pretrained({model!r}{options}){moved}\n"
+        "\n".join(imports) + "\n\n"
+        f"pipe = SDDiTPipeline.from_pretrained({name}{options}){moved}\n{setting}"
         f"generators = [torch.Generator().manual_seed(seed) for seed in range({seeds.start}, {seeds.stop})]\n"
-        f"images = pipe({values}, generator=generators).images"
+        f"{stop and chr(10) + stop}images = pipe({', '.join(values)}).images"
     )
+
+
+def is_embedded(model: str) -> bool:
+    """Whether a name is of the pipeline that comes with the package."""
+    return model == "digits" and not Path(model).exists()
+
+
+def is_swapped(pipe: SDDiTPipeline) -> bool:
+    """Whether one of diffusers' schedulers has taken the place of the pipeline's own."""
+    return type(pipe.scheduler).__module__.startswith("diffusers.")
+
+
+def _solver_outputs(pipe: SDDiTPipeline) -> list[Tensor] | None:
+    """The latest denoised samples of DPM-Solver++, whose steps do not tell them."""
+    algorithm = str(pipe.scheduler.config.get("algorithm_type", ""))
+    return getattr(pipe.scheduler, "model_outputs", None) if algorithm.endswith("dpmsolver++") else None
 
 
 @dataclass
@@ -88,6 +147,9 @@ class Made:
         stopped: whether the call was.
         denoised: D, `[images, c, h, w]` on the CPU, by falling noise level; empty where the scheduler does
             not tell it.
+        evaluations: of the network, the number of each level's, from 0.
+        sampler: the name of the scheduler's class.
+        arguments, seeds: of [`call_of`].
     """
 
     images: list[Image.Image]
@@ -95,25 +157,73 @@ class Made:
     about: str
     stopped: bool
     denoised: dict[float, Tensor]
+    evaluations: list[int]
+    sampler: str
+    arguments: dict
+    seeds: range
 
     @property
     def positions(self) -> int:
         """Places on the path, from 1; at the last are the images themselves."""
         return max(1, len(self.denoised))
 
+    def place(self, position) -> int:
+        """A place on the path, of whatever type.
+
+        Raises:
+            WrongValue: there is no such place.
+        """
+        return int(_within("position", "Step", position, 1, self.positions, whole=True))
+
     def at(self, pipe: SDDiTPipeline, position) -> tuple[list[tuple[Image.Image, str]], str]:
         """The images at a place on the path with their captions, and a sentence on them.
 
         Raises:
-            ValueError: there is no such place.
+            WrongValue: there is no such place.
         """
-        position = int(_within("Step", position, 1, self.positions, whole=True))
+        position = self.place(position)
         images, about = self.images, self.about
         if position < self.positions:
             sigma = list(self.denoised)[position - 1]
             images = pipe.decode(self.denoised[sigma].to(pipe.device))
             about = f"The denoised D(x; σ) at σ = {sigma:.3g}, step {position} of {self.positions}"
         return list(zip(images, self.captions, strict=True)), about
+
+    def places(self, most: int) -> list[int]:
+        """At most so many places, evenly chosen with the first and the last."""
+        count = min(most, self.positions)
+        return [1 + round(i * (self.positions - 1) / max(1, count - 1)) for i in range(count)]
+
+    def path(self, pipe: SDDiTPipeline, image: int, most: int) -> list[tuple[Image.Image, str]]:
+        """How an image came about: it at [`places`], with captions; empty where the path is not known.
+
+        Raises:
+            WrongValue: there is no such image.
+        """
+        image = int(_within("image", "Image", image, 0, len(self.images) - 1, whole=True))
+        if self.positions == 1:
+            return []
+        places, levels = self.places(most), list(self.denoised)
+        latents = torch.stack([self.denoised[levels[place - 1]][image] for place in places[:-1]])
+        pictures = [*pipe.decode(latents.to(pipe.device)), self.images[image]]
+        captions = [f"σ {levels[place - 1]:.2g}" for place in places]
+        return list(zip(pictures, captions, strict=True))
+
+    def code(self, model: str, pipe: SDDiTPipeline, position) -> str:
+        """Python that makes the images at a place on the path; empty where none can.
+
+        Args:
+            pipe: has the scheduler of the call.
+
+        Raises:
+            WrongValue: there is no such place.
+        """
+        position = self.place(position)
+        if position == self.positions and not self.stopped:
+            return code_of(model, pipe, self.arguments, self.seeds)
+        if not self.denoised:
+            return ""
+        return code_of(model, pipe, self.arguments, self.seeds, self.evaluations[position - 1])
 
 
 def make(
@@ -124,11 +234,14 @@ def make(
     Args:
         on_evaluation: gets the evaluations of the network that are done and how many there are; True stops.
     """
-    denoised = {}
+    denoised, evaluations = {}, {}
 
     def keep(pipe: SDDiTPipeline, i: int, t: Tensor, tensors: dict) -> dict:
+        if tensors["pred_original_sample"] is None and (outputs := _solver_outputs(pipe)):
+            tensors = {"pred_original_sample": outputs[-1]}
         if tensors["pred_original_sample"] is not None:
             keep_denoised(denoised, pipe, i, tensors)
+            evaluations[noise_level(pipe.scheduler, i)] = i
         keep.done = i + 1
         pipe._interrupt = on_evaluation(keep.done, pipe.num_timesteps)
         return {}
@@ -146,4 +259,7 @@ def make(
     names = ["" if label is None else f"{class_name(pipe, label)}, " for label in labels]
     captions = [f"{name}seed {seed}" for name, seed in zip(names, seeds, strict=True)]
     falling = sorted(denoised, reverse=True)
-    return Made(images, captions, about, stopped, {level: denoised[level].cpu() for level in falling})
+    return Made(
+        images, captions, about, stopped, {level: denoised[level].cpu() for level in falling},
+        [evaluations[level] for level in falling], type(pipe.scheduler).__name__, arguments, seeds,
+    )  # fmt: skip

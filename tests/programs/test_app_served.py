@@ -11,6 +11,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -49,25 +51,33 @@ def served(tmp_path_factory):
     command = re.search(r"^mkdir sddit-space .*$", (ROOT / "pipelines/README.md").read_text(), re.MULTILINE)
     command = command.group().replace("sddit-space", str(folder / "space"))
     subprocess.run(command, shell=True, cwd=ROOT, check=True)
+    with serving(folder / "log", ["app.py", "--max_steps", "3000"], folder / "space", {
+        "SDDIT_MODEL": str(folder / "model"), "GRADIO_TEMP_DIR": str(folder / "temp")
+    }) as url:  # fmt: skip
+        yield url
+
+
+@contextmanager
+def serving(log, arguments, cwd, variables):
+    """A page that is served by a process: its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with (folder / "log").open("w") as log:
+    with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "app.py", "--server_port", str(port), "--max_steps", "3000"],
-            cwd=folder / "space", stdout=log, stderr=log,
-            env=os.environ | {"SDDIT_MODEL": str(folder / "model"), "GRADIO_TEMP_DIR": str(folder / "temp")},
+            [sys.executable, *arguments, "--server_port", str(port)],
+            cwd=cwd, stdout=file, stderr=file, env=os.environ | variables,
         )  # fmt: skip
         try:
             deadline = time.monotonic() + 300
-            while "is at http" not in (folder / "log").read_text():
-                assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+            while "is at http" not in log.read_text():
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
                 time.sleep(0.1)
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
             process.wait()
-    assert "Traceback" not in (folder / "log").read_text()
+    assert "Traceback" not in log.read_text()
 
 
 def post(url, body, content_type="application/json"):
@@ -136,8 +146,8 @@ def test_a_client_that_reads_nothing_does_not_fill_the_queue(served):
     assert "event: complete" in urllib.request.urlopen(address, timeout=60).read().decode()
 
 
-@pytest.fixture
-def browser_page():
+@pytest.fixture(scope="module")
+def browser():
     playwright = pytest.importorskip("playwright.sync_api")
     names = ("chromium", "chromium-browser", "google-chrome")
     path = next(filter(None, map(shutil.which, names)), None)
@@ -147,59 +157,147 @@ def browser_page():
     options = [f"--{name}" for name in ("no-sandbox", "disable-gpu", "disable-quic", *quiet)]
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, args=options)
-        page = browser.new_page()
-        page.set_default_timeout(15_000)
-        yield page
+        yield browser
         browser.close()
 
 
+def opened(browser, url, **options):
+    """The page in a browser, with the images that it opens with."""
+    page = browser.new_page(**options)
+    page.set_default_timeout(30_000)
+    page.asked = []
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.goto(url)
+    page.locator(".images .grid-container img").first.wait_for()
+    return page
+
+
 def shown_images(page):
-    sources = page.locator(".images .grid-container img").evaluate_all("all => all.map(image => image.src)")
+    images = page.locator(".images:not(.page-strip) .grid-container img")
+    sources = images.evaluate_all("all => all.map(image => image.src)")
     return pixels([Image.open(io.BytesIO(page.request.get(source).body())) for source in sources])
 
 
-def test_in_a_browser(served, browser_page):
-    page, url = browser_page, served
-    asked = []
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(url)
-    classes = page.get_by_label("Classes")
-    for typed in ("retri", "fish"):
-        classes.fill(typed)
-        classes.press("Enter")
-    classes.press("Escape")
-
-    def enter(label, value):
-        page.get_by_role("spinbutton", name=label).fill(str(value))
-
-    enter("Images per class", 2)
-    enter("Steps", 3)
-    enter("Seed", 5)
-    generate, stop = (page.get_by_role("button", name=name, exact=True) for name in ("Generate", "Stop"))
-    generate.click()
-    page.get_by_text("Made in").wait_for()
-    images, code = shown_images(page), page.locator(".cm-content").inner_text()
+def made_by_code(page):
+    """What the code on the page makes."""
     variables = {}
-    exec(code, variables)
-    assert "class_labels=[1, 2]" in code and "range(5, 9)" in code
-    np.testing.assert_array_equal(images, pixels(variables["images"]))
+    exec(page.locator(".cm-content").inner_text(), variables)
+    return pixels(variables["images"])
 
-    page.get_by_role("slider", name="How the images come about").press("Home")
-    page.get_by_text("step 1 of 3").wait_for()
+
+def enter(page, label, value):
+    name = re.compile(f"^(number input for )?{label}$")
+    page.get_by_role("spinbutton", name=name).fill(str(value))
+
+
+def button(page, name):
+    return page.get_by_role("button", name=name, exact=True)
+
+
+def test_in_a_browser(served, browser):
+    page = opened(browser, served)
+    np.testing.assert_array_equal(shown_images(page), made_by_code(page))
+    classes = page.get_by_label("Classes")
+    classes.fill("tru")
+    classes.press("Enter")
+    classes.press("Escape")
+    button(page, "Settings ▼").click()
+    enter(page, "Images per class", 2)
+    enter(page, "Steps", 3)
+    enter(page, "Seed", 5)
+    button(page, "Generate").click()
+    page.get_by_text("range(5, 11)").wait_for()
+    images, code = shown_images(page), page.locator(".cm-content").inner_text()
+    assert "class_labels=[1, 2, 3]" in code and "EDMDPMSolverMultistepScheduler" in code
+    np.testing.assert_array_equal(images, made_by_code(page))
+
+    page.get_by_role("slider", name="came about").press("Home")
+    page.get_by_text("Code of step 1 of 3").wait_for()
     first = shown_images(page)
     assert first.shape == images.shape and np.abs(first - images).mean() > 5
+    np.testing.assert_array_equal(first, made_by_code(page))
+    page.locator(".page-strip button").nth(1).click()
+    page.get_by_text("Code of step 2 of 3").wait_for()
+    second = shown_images(page)
 
-    enter("Seed", -3)
-    generate.click()
+    enter(page, "Seed", -3)
+    button(page, "Generate").click()
     page.get_by_text("Seed: -3 is not a whole number from 0 to 4294967295.").wait_for()
-    np.testing.assert_array_equal(shown_images(page), first)
+    assert "Seed" in page.locator(".page-wrong").inner_text() and page.locator(".page-wrong").count() == 1
+    np.testing.assert_array_equal(shown_images(page), second)
 
-    enter("Seed", 3)
-    enter("Steps", 3000)
-    generate.click()
+    enter(page, "Seed", 3)
+    enter(page, "Steps", 3000)
+    button(page, "Generate").click()
     page.get_by_text("Denoising").first.wait_for()
-    stop.click()
+    button(page, "Stop").click()
     page.get_by_text("Stopped after").wait_for()
+    assert page.locator(".page-wrong").count() == 0
 
-    hosts = {urlsplit(address).netloc for address in asked if not address.startswith(("data:", "blob:"))}
-    assert len(asked) > 10 and hosts == {urlsplit(url).netloc}
+    hosts = {urlsplit(address).netloc for address in page.asked if not address.startswith(("data:", "blob:"))}
+    assert len(page.asked) > 10 and hosts == {urlsplit(served).netloc}
+
+
+def test_one_click_is_an_example(served, browser):
+    page = opened(browser, served)
+    button(page, "Every class").click()
+    page.get_by_text("class_labels=[0, 1, 2, 3]").wait_for()
+    assert len(shown_images(page)) == 4
+    seed = page.locator(".cm-content").inner_text().split("range(")[1]
+    button(page, "New seed").click()
+    page.wait_for_function("s => !document.querySelector('.cm-content').innerText.includes(s)", arg=seed)
+    page.get_by_label("Fast").check()
+    button(page, "Generate").click()
+    page.get_by_text("num_inference_steps=8").wait_for()
+    with page.expect_download() as download:
+        page.locator(".page-bar button").click()
+    with zipfile.ZipFile(download.value.path()) as archive:
+        names = archive.namelist()
+    assert len(names) == 5 and names[0].startswith("00-cat-seed-") and names[-1] == "images.py"
+
+
+def rendering(page):
+    image = page.locator(".images .grid-container img").first
+    return image.evaluate("image => getComputedStyle(image).imageRendering")
+
+
+def save(page, path):
+    """A screenshot of the whole page, of at most 256 colours."""
+    image = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
+    image.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    return np.asarray(image)
+
+
+def test_screenshots(tmp_path, browser):
+    """Of the digits, as wide as a desk and as a phone, light and dark; a variable says where to keep them.
+
+    SDDIT_SCREENSHOTS=docs pytest -n 0 tests/programs/test_app_served.py -k screenshots
+    """
+    folder = Path(os.environ.get("SDDIT_SCREENSHOTS") or tmp_path)
+    command = ["-m", "sddit_diffusers.app"]
+    with serving(
+        tmp_path / "log", command, ROOT, {"SDDIT_MODEL": "", "GRADIO_TEMP_DIR": str(tmp_path)}
+    ) as url:
+        for suffix, width, height in (("", 1280, 900), ("-phone", 390, 844)):
+            for scheme in ("light", "dark"):
+                size = {"width": width, "height": height}
+                page = opened(browser, url, viewport=size, color_scheme=scheme)
+                page.get_by_text("trained on scikit-learn's handwritten digits").wait_for()
+                page.locator(".cm-content").wait_for()
+                page.wait_for_timeout(500)  # until all is where it stays
+                assert page.evaluate("document.documentElement.scrollWidth") <= width
+                gallery = page.locator(".images").first.bounding_box()
+                generate = button(page, "Generate").bounding_box()
+                under = gallery["y"] - generate["y"] - generate["height"]
+                assert suffix == "" or (0 < under < 40 and gallery["y"] < 700)
+                last = page.locator(".images").first.locator(".caption-label").last.bounding_box()
+                assert (
+                    0 < gallery["y"] + gallery["height"] - last["y"] - last["height"] < 30
+                )  # no empty frame
+                shade = {"light": "", "dark": "-dark"}[scheme]
+                seen = save(page, folder / f"app{suffix}{shade}.png")
+                assert (seen[:20, :20].mean() > 200) == (scheme == "light")
+                assert rendering(page) == "auto"
+                page.get_by_label("Hard pixels").check()
+                assert rendering(page) == "pixelated"
+                page.close()
