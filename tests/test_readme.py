@@ -132,7 +132,7 @@ def test_commands_that_need_no_download_run(tmp_path, monkeypatch):
 
 def test_the_two_commands_are_there_and_ci_runs_the_second():
     first, second = (
-        "pip install -e . && accelerate launch train_sddit.py",
+        "pip install -e . && sddit train",
         'pip install -e ".[test]" && pytest',
     )
     assert {first, second} <= set(commands())
