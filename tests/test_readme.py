@@ -62,8 +62,7 @@ def script(called):
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if "train_sddit.py --" in c and "--help" not in c])
-def test_training_commands_parse(command, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_training_commands_parse(command):
     assert isinstance(parse(command.split("train_sddit.py ")[1].split()), TrainingConfig)
 
 
