@@ -211,9 +211,12 @@ class Parser(argparse.ArgumentParser):
         words, declared = deque(arguments), []
         while words and words[0] != "--":
             word = words.popleft()
+            if not word.startswith("--"):
+                declared.append(word)
+                continue
             name, equals, value = word.partition("=")
-            name = f"--{name[2:].replace('-', '_')}" if name.startswith("--") else name
-            opposite = f"--{name.removeprefix('--no_')}"
+            name = f"--{name[2:].replace('-', '_')}"
+            opposite = name.replace("--no_", "--", 1)  # none, where it is the name itself
             if isinstance(known.get(name), Switch):
                 if not equals and words and words[0].lower() in _TRUTH:
                     equals, value = "=", words.popleft()

@@ -66,8 +66,7 @@ def script(called):
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if "train_sddit.py --" in c and "--help" not in c])
-def test_training_commands_parse(command, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_training_commands_parse(command):
     assert isinstance(parse(shlex.split(command.split("train_sddit.py ")[1])), TrainingConfig)
 
 

@@ -16,6 +16,7 @@ import sddit
 from sddit_diffusers import DIGITS
 from sddit_diffusers.cli import Parser, option, options
 from sddit_diffusers.training.distill_options import DistillConfig
+from sddit_diffusers.training.distill_options import parse as parse_distillation
 from sddit_diffusers.training.options import TrainingConfig, parse
 
 ROOT = Path(__file__).parents[1]
@@ -148,6 +149,7 @@ def test_defaults_that_depend_on_something_say_so(capsys, tmp_path):
         ("--no-safe-mode --fast", (True, False)),
         ("--safe-mode 0", (False, False)),
         ("--safe_mode=TRUE", (False, True)),
+        ("--name fast --kind safe_mode", (False, True)),  # values that are named as options
     ],
 )
 def test_booleans_are_understood_in_all_spellings(words, expected):
@@ -256,6 +258,14 @@ def test_training_by_accelerate_launch_of_the_command(tmp_path):
     assert (tmp_path / "run/model_index.json").is_file()
     refused = launch(1, "-m", "sddit", "train", "--prediction", "score")
     assert "sddit train: error: prediction is 'score'" in refused.stderr
+
+
+def test_the_model_that_comes_along_is_distilled_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse_distillation(["--model", "digits", "--num_inference_steps", "5"])
+    assert (config.dataset_name, config.output_dir, config.title) == (
+        "digits", "digits-ssd-5", "ssd of digits for 5 steps"
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -21,6 +21,11 @@ _PACKAGE = Path(__file__).parents[1]
 DIGITS = next(filter(Path.is_dir, (_PACKAGE / "digits", _PACKAGE.parent / "pipelines/digits")), Path())
 
 
+def place_of(name: str) -> str:
+    """Where the pipeline of a name is: itself, or for "digits" [`DIGITS`], where no folder has that name."""
+    return str(DIGITS) if name == "digits" and not Path(name).exists() else name
+
+
 def load_vae(name: str, **arguments) -> AutoencoderKL | AutoencoderTiny:
     """A VAE by name or path, of its own or within a pipeline.
 
@@ -61,8 +66,7 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> SDDiTPipelin
     Raises:
         ValueError: there is none.
     """
-    if name == "digits" and not Path(name).exists():
-        name = str(DIGITS)
+    name = place_of(name)
     try:
         dtypes = {"transformer": dtype, "default": torch.float32}
         return SDDiTPipeline.from_pretrained(name, dtype=dtypes)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..cli import one_line
 from ..files import read_json
-from ..pipelines.loading import load_pipeline, load_vae, sha256_of_weights
+from ..pipelines.loading import load_pipeline, load_vae, place_of, sha256_of_weights
 from ..pipelines.pipeline_sddit import SDDiTPipeline
 from ..schedulers.scheduling_edm_heun import EDMHeunScheduler
 from ..schedulers.scheduling_interpolant import InterpolantScheduler
@@ -83,7 +83,8 @@ def load_parent(name: str) -> Parent:
     Raises:
         ValueError: there is none, or it is of a class or has a scheduler that is not known.
     """
-    kind = pipeline_class(name)
+    place = place_of(name)
+    kind = pipeline_class(place)
     if kind in FOREIGN:
         network, scheduler = load_foreign(name, kind)
         return Parent(name, network, scheduler, load_vae(name), network.title, settings=read_settings(name))
@@ -99,7 +100,9 @@ def load_parent(name: str) -> Parent:
         )
     rows = [row for row in METHODS.values() if row.transformer is type(pipe.transformer)]
     title = rows[0].title if rows else type(pipe.transformer).__name__
-    return Parent(name, pipe.transformer, pipe.scheduler, pipe.vae, title, pipe.id2label, read_settings(name))
+    return Parent(
+        name, pipe.transformer, pipe.scheduler, pipe.vae, title, pipe.id2label, read_settings(place)
+    )
 
 
 def read_settings(name: str) -> dict:
