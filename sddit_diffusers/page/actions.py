@@ -104,7 +104,7 @@ class Page:
         return [(i + 1) * known // (count + 1) for i in range(count)]
 
     def examples(self) -> dict[str, dict]:
-        """Values of [`FIELDS`] but the sampler for one click, by what is on the button; none without classes."""
+        """Values for one click, all but the sampler's, by what is on the button; none without classes."""
         start, known = self.start(), self.pipe.transformer.config.num_classes
         del start["steps"], start["sampler"]
         if not known:

@@ -137,8 +137,7 @@ def build(page: Page) -> gr.Blocks:
                     stop = gr.Button("Stop", min_width=60)
             with gr.Column(scale=5, min_width=300):
                 shown = _results(page, opening)
-        controls = {"classes": classes} | folded
-        controls = {name: controls[name] for name in FIELDS}
+        controls = {name: ({"classes": classes} | folded)[name] for name in FIELDS}
 
         def run(listen) -> None:
             """Makes an event's listener begin a call."""
