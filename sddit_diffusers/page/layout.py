@@ -33,7 +33,8 @@ _CSS = """
 .page-strip .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(60px, 1fr)); gap: 6px }
 .page-hard .images img { image-rendering: pixelated }
 .page-bar { align-items: center; flex-wrap: nowrap !important }
-.page-bar > * { flex: 0 0 auto !important; width: auto !important; min-width: 0 !important }
+.page-bar > * { margin: 0 !important; flex: 0 0 auto !important; width: auto !important;
+  min-width: 0 !important }
 .page-bar button { min-height: 38px }
 .page-bar > :first-child { flex: 1 !important }
 @media (max-width: 600px) {

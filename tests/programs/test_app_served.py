@@ -284,7 +284,7 @@ def test_screenshots(tmp_path, browser):
                 page = opened(browser, url, viewport=size, color_scheme=scheme)
                 page.get_by_text("trained on scikit-learn's handwritten digits").wait_for()
                 page.locator(".cm-content").wait_for()
-                page.wait_for_timeout(500)  # until all is where it stays
+                page.wait_for_timeout(2000)  # until all is where it stays
                 assert page.evaluate("document.documentElement.scrollWidth") <= width
                 gallery = page.locator(".images").first.bounding_box()
                 generate = button(page, "Generate").bounding_box()
