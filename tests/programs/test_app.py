@@ -48,7 +48,7 @@ def test_values_become_a_call(pipe):
 
 REFUSED = [
     ({"classes": [4]}, "Class label 4 is out of range; allowed are integers from 0 to 3."),
-    ({"classes": ["gold fish"]}, "Nearest names: goldfish"),
+    ({"classes": ["gold fish"]}, "5 names are known: cat, golden retriever, retriever, goldfish"),
     ({"classes": [[1]]}, "Class label [1] is out of range"),
     ({"classes": {"path": "/etc/passwd"}}, "Unknown class name 'path'"),
     ({"classes": [0, 1, 2], "images": 6}, "3 classes x 6 images are 18 images; at most 16 are made at once."),

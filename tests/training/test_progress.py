@@ -76,8 +76,9 @@ def test_a_terminal_has_a_bar_whose_count_is_never_old(monkeypatch, capsys):
         assert "1/10" in capsys.readouterr().err
 
 
-def test_a_log_file_has_a_handful_of_lines(tmp_path, capsys):
+def test_a_log_file_has_a_handful_of_lines(tmp_path, capsys, monkeypatch):
     """Of the losses, the scores and the end; no bar, no samples.png."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # without the features of other tests
     train(tmp_path, "--max_train_steps", 12, "--evaluation_steps", 6, "--evaluation_samples", 8,
           "--evaluation_extractor", "pixels", "--num_validation_images", 10)  # fmt: skip
     found = capsys.readouterr().err

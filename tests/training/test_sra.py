@@ -293,9 +293,9 @@ def test_several_losses_at_once(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(tmp_path, "--help")
     told = capsys.readouterr().out
-    for group, option in (("sra", "sra_interval"), ("dispersive", "dispersive_temperature"),
+    for group, option in (("SRA", "sra_interval"), ("dispersive", "dispersive_temperature"),
                           ("contrastive", "contrastive_weight")):  # fmt: skip
-        assert option in told.split(f"\n{group}:\n")[1].split("\n\n")[0]
+        assert option in told.split(f"\nauxiliary losses: {group}:\n")[1].split("\n\n")[0]
 
 
 def test_the_card_of_a_run_without_such_losses_does_not_name_them(tmp_path):
