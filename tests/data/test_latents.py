@@ -105,7 +105,7 @@ def test_a_process_reads_its_share_alone(folder, monkeypatch):
         assert len(opened) <= whole / processes + 2
 
 
-@pytest.mark.long
+@pytest.mark.thorough
 def test_class_counts_are_those_of_random_batches(tmp_path):
     """Pearson's statistic of each batch of 256 against the source's ten equal classes, which come sorted."""
     write_latents(tmp_path / "sorted", 5120, shard_size=512)
@@ -359,6 +359,7 @@ def test_no_flipped_bit_changes_a_sample(damaged):
     assert found > 5
 
 
+@pytest.mark.thorough
 @pytest.mark.process
 def test_training_ends_in_the_middle_of_shards_without_a_crash(folder):
     """pyarrow reads ahead in threads that crash an interpreter which ends before them."""

@@ -146,7 +146,7 @@ def changed(kind):
     return pixels
 
 
-@pytest.mark.long
+@pytest.mark.thorough
 def test_scores_see_what_they_should(tmp_path, capsys):
     """Noise, a lost class, a repeated image: each moves the scores that are to see it, and by how much."""
     reference = write(tmp_path / "reference.npz", pixels_of(range(1, 1797, 2)))
@@ -193,6 +193,7 @@ def test_the_order_matters_for_the_inception_score_alone(tmp_path, capsys, monke
     assert warned == pytest.approx(records[1]["is"], rel=0.02) and "sorted" not in outputs[1]
 
 
+@pytest.mark.thorough
 @pytest.mark.process
 def test_two_processes_score_as_one(tmp_path, capsys):
     path = write(tmp_path / "a.npz", pixels_of(range(0, 1797, 3)))

@@ -55,7 +55,7 @@ def test_exported_for_all_batches_and_sizes(method):
         torch.testing.assert_close(exported(*inputs, return_dict=False), expected)
 
 
-@pytest.mark.long
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", NETWORKS)
 def test_onnx_of_all_batches_and_sizes(method, tmp_path):
     for module in ("onnx", "onnxscript", "onnxruntime"):

@@ -81,6 +81,7 @@ pipe.save_pretrained(folder)
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.process
 def test_pushed_and_pulled_with_the_package_and_without(pipe, tmp_path):
     expected = images(pipe)
@@ -168,6 +169,7 @@ def test_forms_of_weights(pipe, tmp_path):
     assert torch.equal(images(DiffusionPipeline.from_pretrained(tmp_path / "both")), expected)
 
 
+@pytest.mark.thorough
 @pytest.mark.process
 def test_revisions(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "saved")
@@ -281,6 +283,7 @@ except ValueError as error: print(error)
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.process
 def test_copies_work_with_a_diffusers_that_lost_private_names(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)

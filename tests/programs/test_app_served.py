@@ -268,6 +268,7 @@ def save(page, path):
     return np.asarray(image)
 
 
+@pytest.mark.thorough
 def test_screenshots(tmp_path, browser):
     """Of the digits, as wide as a desk and as a phone, light and dark; a variable says where to keep them.
 

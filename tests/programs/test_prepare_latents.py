@@ -230,7 +230,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.long
+@pytest.mark.thorough
 def test_stopped_at_any_moment_it_ends_with_the_same_bytes(vae, source, tmp_path, monkeypatch):
     prepare(vae, source, tmp_path / "whole", "--keep_pictures")
     expected, replace = content(tmp_path / "whole"), files.os.replace

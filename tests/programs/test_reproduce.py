@@ -41,7 +41,7 @@ def table_of(results, title):
     return {row[0]: row[1:] for row in table["rows"]}
 
 
-@pytest.mark.long
+@pytest.mark.thorough
 @pytest.mark.figures
 def test_a_study_in_parts_is_the_study(write, tmp_path, monkeypatch):
     monkeypatch.setattr(measuring, "SPEED_ROUNDS", 2)
@@ -108,6 +108,7 @@ def test_killed_and_started_again_it_gives_the_same(write, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+@pytest.mark.thorough
 @pytest.mark.process
 def test_many_processes_run_a_study_together(write, tmp_path):
     """Each trains a part of each batch; speeds, probes and samplings come from the main one alone."""

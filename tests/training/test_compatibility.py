@@ -67,6 +67,7 @@ def test_pipelines_of_before_give_their_images(method):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.process
 def test_the_code_beside_a_pipeline_of_before_still_runs(tmp_path):
     """In a process that cannot import the package."""

@@ -94,6 +94,7 @@ def test_a_chain_goes_from_child_to_child(tmp_path, parent):
     assert config["num_inference_steps"] == [3] and config["model"] == "./steps-6"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("objective", ["issd"])
 def test_a_dry_run_tells_the_memory_and_distils_nothing(tmp_path, parent, capsys, objective):
     distil(tmp_path / "child", parent, "--objective", objective, "--dry_run")
@@ -177,6 +178,7 @@ distill_sddit.main(arguments)
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.process
 @pytest.mark.parametrize("objective", ["issd", "progressive"])
 def test_a_chain_killed_in_each_of_its_stages_ends_as_an_undisturbed_one(tmp_path, parent, objective):

@@ -413,6 +413,7 @@ def check_child(parent, child, network):
     return theirs, ours, code
 
 
+@pytest.mark.thorough
 @pytest.mark.process
 def test_a_dit_is_distilled(dit_folder, dit_latents, tmp_path, capsys):
     child = distil(dit_folder, dit_latents, tmp_path / "child", "--checkpointing_steps", 2)
@@ -428,6 +429,7 @@ def test_a_dit_is_distilled(dit_folder, dit_latents, tmp_path, capsys):
     assert not [name for name in checkpoint.rglob("*") if "vae" in name.name]
 
 
+@pytest.mark.thorough
 @pytest.mark.process
 def test_stable_diffusion_is_distilled(sd_folder, sd_latents, tmp_path, capsys):
     assert LatentDataset(str(sd_latents)).id2label == dict(enumerate(sorted(CAPTIONS)))

@@ -73,7 +73,7 @@ def keep_nothing(function, *args):
     return checkpoint(function, *args, use_reentrant=False)
 
 
-@pytest.mark.long
+@pytest.mark.thorough
 def test_activations_grow_by_the_image_and_shrink_by_checkpointing():
     wide = dict(num_attention_heads=4, attention_head_dim=32, num_layers=4)
     kinds = (objective(**wide), objective(keep_products, **wide), objective(keep_nothing, **wide))
@@ -97,7 +97,7 @@ def test_what_is_alive_is_counted_once_and_until_it_is_gone():
         assert alive.now == 0
 
 
-@pytest.mark.long
+@pytest.mark.thorough
 def test_dry_run_trains_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     network = json.dumps({"num_layers": 3, "num_decoder_layers": 1})

@@ -127,6 +127,7 @@ distill_sddit.main(sys.argv[1:])
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("objective", ["issd", "progressive"])
 def test_distils_in_shards_what_one_process_does(tmp_path, objective):
     train(tmp_path / "parent", "--max_train_steps", 4)
@@ -229,6 +230,7 @@ def test_no_weight_moves_under_deepspeed_either(tmp_path, stage):
         assert f"process {process}: Step 3: not finite: loss (nan), loss_gen" in result.stderr, result.stderr
 
 
+@pytest.mark.thorough
 def test_accelerate_launch_uses_all_cores(tmp_path):
     """The README's first command, made small; accelerate itself would leave one thread."""
     script = tmp_path / "script.py"

@@ -51,7 +51,7 @@ def test_pictures_of_any_size_are_scored_against_as_they_are_trained_on(tmp_path
     assert metrics[-1]["fid_pixels"] > 0
 
 
-@pytest.mark.long
+@pytest.mark.thorough
 def test_a_classifier_scores_too(tmp_path):
     options = ["--evaluation_steps", 2, "--evaluation_samples", 20, "--evaluation_extractor", "classifier"]
     metrics = train(tmp_path, "--max_train_steps", 2, *options)

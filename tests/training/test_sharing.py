@@ -178,6 +178,7 @@ def test_ordinary_names_stand_as_they_are(tmp_path):
     assert 'pipe(class_labels=["cat"], guidance_scale=1.5)' in snippet
 
 
+@pytest.mark.thorough
 @pytest.mark.process
 def test_the_example_is_the_same_class_whatever_the_order_of_sets():
     code = (
