@@ -286,7 +286,7 @@ class Reproduction:
             file.write(json.dumps(as_json(self.study, self.results), indent=1) + "\n")
         for table in self.study.tables:
             draw(table, self.study, self.results, self.folder)
-        print(f"{len(self.study.tables)} tables and figures: {self.folder}/results.md")
+        print(f"Done: tables and figures ({len(self.study.tables)}) are in {self.folder}/results.md")
 
 
 def configure(run: str, settings: dict, parent: RunConfig | None) -> RunConfig:

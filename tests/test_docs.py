@@ -9,11 +9,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
+import sddit
 import sddit_diffusers
-import train_sddit
-from sddit_diffusers import SDDiTPipeline
+from sddit_diffusers import DIGITS, SDDiTPipeline
 from sddit_diffusers.evaluation import extractors
 
 ROOT = Path(__file__).parents[1]
@@ -123,14 +124,10 @@ def test_own_pictures_from_nothing_to_scores(tmp_path, monkeypatch, capsys):
             continue
         for command in block.replace("\\\n", " ").strip().splitlines():
             words = shlex.split(command)
-            if "train_sddit.py" in words:
-                more = [word for option in small.items() for word in option]
-                train_sddit.main([*words[words.index("train_sddit.py") + 1 :], *more])
-            else:
-                few = ["--num_inference_steps", "2", "--num_samples", "30"]
-                more = few if "generate" in command else []
-                words = words[words.index("-m") + 1 :] + more
-                importlib.import_module(words[0]).main(words[1:])
+            few = ["--num_inference_steps", "2", "--num_samples", "30"]
+            more = {"train": [word for option in small.items() for word in option], "generate": few}
+            assert words[0] == "sddit"
+            sddit.main([*words[1:], *more.get(words[1], [])])
             done.append(command)
             AcceleratorState._reset_state(True)
     assert len(done) == 4 and {"triangle.png", "shapes-samples", "sddit-shapes-longer"} <= {*os.listdir()}
@@ -138,3 +135,20 @@ def test_own_pictures_from_nothing_to_scores(tmp_path, monkeypatch, capsys):
     settings = json.loads(Path("sddit-shapes-longer/training_config.json").read_text())
     assert settings["pretrained_model_name_or_path"] == "sddit-shapes"
     assert "FID" in capsys.readouterr().out
+
+
+def test_adapters_are_trained_saved_and_merged(tmp_path, monkeypatch):
+    """The snippets of the page's section on LoRA; training is two steps."""
+    monkeypatch.chdir(tmp_path)
+    section = (ROOT / "docs/own-data.md").read_text().split("LoRA\n")[1].split("\n## ")[0]
+    first, second = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert "range(200)" in first
+    exec(first.replace("range(200)", "range(2)"), variables := {})
+    trained, sample = variables["network"], torch.ones(1, 1, 8, 8)
+    expected = trained(sample, torch.zeros(1), torch.tensor([7])).sample
+    exec(second, variables)
+    merged = SDDiTPipeline.from_pretrained("dark-digits-model").transformer
+    actual = merged(sample, torch.zeros(1), torch.tensor([7])).sample
+    torch.testing.assert_close(actual, expected)
+    original = SDDiTPipeline.from_pretrained(DIGITS).transformer
+    assert not torch.allclose(original(sample, torch.zeros(1), torch.tensor([7])).sample, expected, atol=1e-3)

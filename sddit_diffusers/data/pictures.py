@@ -284,13 +284,16 @@ def find_columns(
     Raises:
         ValueError: a given column is not there, or none is given where not exactly one holds pictures.
     """
+    found = [column for column, feature in (features or {}).items() if isinstance(feature, datasets.Image)]
     for column in filter(None, (image_column, label_column)):
         if column not in columns:
-            hint = " An empty label_column leaves labels out." if column == label_column else ""
+            hint = ""
+            if column == label_column:
+                hint = " A folder a class gives labels; --label_column '' leaves them out."
+                hint = hint if found or not features else " None of them has pictures."
             raise ValueError(f"{name} has no column {column!r}; its columns are {', '.join(columns)}.{hint}")
     if image_column or "image" in columns:
         return image_column or "image"
-    found = [column for column, feature in (features or {}).items() if isinstance(feature, datasets.Image)]
     if len(found) != 1:
         count = f"{len(found)} columns of pictures ({', '.join(found)})" if found else "no column of pictures"
         raise ValueError(

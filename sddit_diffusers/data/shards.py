@@ -208,8 +208,12 @@ def find_latents(name: str) -> str | None:
     except Exception as error:  # whatever the Hub, the network and fsspec raise
         if on_hub and isinstance(error, ValueError):  # no name that the Hub could have
             return None
-        advice = " HF_HUB_OFFLINE=1 reads what is here of the Hub." if on_hub else ""
-        raise ValueError(f"Nobody knows whether {name} holds latents: {error}.{advice}") from error
+        if on_hub:
+            raise ValueError(
+                f"There is no folder {name} here, and the Hub cannot be asked for such a dataset: {error}. "
+                "HF_HUB_OFFLINE=1 reads what is here of the Hub."
+            ) from error
+        raise ValueError(f"Nobody knows whether {name} holds latents: {error}.") from error
     return root
 
 

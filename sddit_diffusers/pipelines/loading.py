@@ -72,6 +72,9 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> SDDiTPipelin
         return SDDiTPipeline.from_pretrained(name, dtype=dtypes)
     except Exception as error:  # whatever the Hub, the network and the readers raise
         problem = str(error).strip().split("\n")[0]
+        if not Path(name).exists():  # diffusers' own words are of caches and of a stack trace
+            hub = f", and the Hub gave none ({one_line(error.__cause__ or error)})"
+            problem = f"there is no such folder{'' if name.startswith(('/', '.', '~')) else hub}."
         raise ValueError(f"The pipeline {name!r} cannot be loaded: {problem}") from None
 
 

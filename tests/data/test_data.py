@@ -250,7 +250,10 @@ def test_too_small_a_dataset_is_named():
     [
         (("./nowhere", "img", "kind", 3, 8), "There is no dataset folder ./nowhere"),
         ((None, "image", "kind", 3, 8), "has no column 'image'; its columns are img, kind"),
-        ((None, "img", "label", 3, 8), "has no column 'label'; its columns are img, kind"),
+        (
+            (None, "img", "label", 3, 8),
+            "has no column 'label'; its columns are img, kind. A folder a class gives labels",
+        ),
         ((None, "kind", "kind", 3, 8), "Column 'kind' of .* holds no pictures"),
         ((None, "img", "img", 3, 8), "Column 'img' of .* labels are integers or strings"),
         (

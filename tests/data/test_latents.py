@@ -169,7 +169,7 @@ def test_what_cannot_be_looked_at_is_told(monkeypatch, tmp_path):
             find_latents(f"{address}/x")
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
         monkeypatch.setattr(HfFileSystem, "_cache", {})
-        with pytest.raises(ValueError, match="whether somebody/latents holds latents: .*HF_HUB_OFFLINE=1"):
+        with pytest.raises(ValueError, match="no folder somebody/latents here, .*HF_HUB_OFFLINE=1"):
             find_latents("somebody/latents")
     with pytest.raises(ValueError, match="whether nosuch://x holds latents: .*nosuch"):
         find_latents("nosuch://x")

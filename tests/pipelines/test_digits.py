@@ -50,5 +50,14 @@ def test_a_folder_of_its_name_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(DIGITS, "digits")
     Path("digits/model_index.json").unlink()
-    with pytest.raises(ValueError, match="pipeline 'digits' cannot be loaded"):
+    with pytest.raises(ValueError, match="pipeline 'digits' cannot be loaded: (?!there is no such folder)"):
         load_pipeline("digits")
+
+
+def test_a_name_that_is_nowhere_is_told_in_plain_words():
+    with pytest.raises(ValueError, match="'./digitz' cannot be loaded: there is no such folder.$"):
+        load_pipeline("./digitz")
+    with pytest.raises(
+        ValueError, match=r"'digitz' cannot be loaded: there is no such folder, and the Hub .*\)\.$"
+    ):
+        load_pipeline("digitz")
