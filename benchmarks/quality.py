@@ -236,9 +236,15 @@ def draw(rows: list[dict], chosen: dict, path: Path) -> None:
         own = [row for row in rows if row["setting"].split(":")[0] == kind]
         own_x, own_y = [row["images_a_second"] for row in own], [row["score"] for row in own]
         axis.scatter(own_x, own_y, s=24, color=f"C{i % 10}", label=kind)
-        for x, y, row in zip(own_x, own_y, own, strict=True):
-            text = row["setting"].partition(":")[2]
-            axis.annotate(text, (x, y), (3, 4), textcoords="offset points", fontsize=6)
+    told = []
+    for row in sorted(rows, key=lambda row: row["images_a_second"]):
+        x, y = row["images_a_second"], row["score"]
+        near = sum(x / left < 1.3 and abs(np.log(y / height)) < 0.1 for left, height in told)
+        told.append((x, y))
+        offset = (3, (4, 13, -10, -19)[near % 4])  # so that neighbours' names do not cover one another
+        axis.annotate(
+            row["setting"].partition(":")[2], (x, y), offset, textcoords="offset points", fontsize=6
+        )
     axis.scatter(
         chosen["images_a_second"],
         chosen["score"],
