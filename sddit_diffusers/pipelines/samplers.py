@@ -26,8 +26,8 @@ class Preset(NamedTuple):
 
 
 # What is nearly as good and faster, by the class of the pipeline's own scheduler, the fastest first. On the
-# digits the Fréchet distances are 0.379 and 0.324, and 0.324 with Heun's 40 steps (docs/sampling.md). Flows have no
-# row, since none has been measured.
+# digits the Fréchet distances are 0.379 and 0.324, and 0.324 with Heun's 40 steps (docs/sampling.md). Flows
+# have no row, since none has been measured.
 FASTER = {"EDMHeunScheduler": (Preset("Fast", _DPM, 8), Preset("Balanced", _DPM, 15))}
 _TITLES = {
     "EDMDPMSolverMultistepScheduler": "DPM-Solver++", "DPMSolverMultistepScheduler": "DPM-Solver++",
