@@ -164,7 +164,7 @@ def browser():
 def opened(browser, url, **options):
     """The page in a browser, with the images that it opens with."""
     page = browser.new_page(**options)
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(150_000)
     page.asked = []
     page.on("request", lambda request: page.asked.append(request.url))
     page.goto(url)
