@@ -17,8 +17,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SHORT_DTYPES = dict(zip(("fp32", "bf16", "fp16"), DTYPES.values(), strict=True))  # accelerate's, ComfyUI's
 
 _PACKAGE = Path(__file__).parents[1]
-# The folder of a trained pipeline of handwritten digits: in a wheel, and in a checkout.
-DIGITS = next(filter(Path.is_dir, (_PACKAGE / "digits", _PACKAGE.parent / "pipelines/digits")), Path())
+# DIGITS: the folder of a trained pipeline of handwritten digits.
+_IN_WHEEL, _IN_CHECKOUT = _PACKAGE / "digits", _PACKAGE.parent / "pipelines/digits"
+DIGITS = _IN_WHEEL if _IN_WHEEL.is_dir() else _IN_CHECKOUT
 
 
 def place_of(name: str) -> str:
