@@ -144,12 +144,12 @@ def dit_maker(
 
 def scores_of(make: Callable, judge: Judge, batch_size: int, repeats: int) -> list[float]:
     """The Fréchet distances of so many sets of samples, which have no seed in common."""
-    found, n = [], judge.num_samples
+    found, n, (view,) = [], judge.num_samples, judge.views
     for first in range(0, n * repeats, n):
         batches = (make(range(i, i + batch_size)) for i in range(first, first + n, batch_size))
         parts = (torch.from_numpy(batch).permute(0, 3, 1, 2).expand(-1, 3, -1, -1) for batch in batches)
-        features = extract(parts, judge.extractor, judge.accelerator)
-        found.append(score(features, judge.reference, ["fid"])["fid"])
+        features = extract(parts, view.extractor, judge.accelerator)
+        found.append(score(features, view.reference, ["fid"])["fid"])
     return found
 
 
@@ -285,7 +285,7 @@ def main() -> None:
     pipe = load_pipeline(options.pipeline)
     size, classes = (image_size(pipe),) * 2, pipe.transformer.config.num_classes
     judge = Judge(
-        options.reference, "pixels", size, options.num_samples, options.image_column, "", Accelerator()
+        options.reference, ["pixels"], size, options.num_samples, options.image_column, "", Accelerator()
     )
     makers = {setting: maker(options.pipeline, setting) for setting in options.settings}
     for name, _, folder in (each.partition("=") for each in options.also):

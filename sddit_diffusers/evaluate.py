@@ -25,9 +25,10 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from .cli import Parser, check_options, one_line_errors, option, options
 from .data.generated import RECORD
+from .evaluation.cache import default_cache
 from .evaluation.catalogue import EXTRACTORS, SCORES
 from .evaluation.extractors import DinoExtractor, Extractor, InceptionExtractor
-from .evaluation.features import Features, default_cache, features_of_set
+from .evaluation.features import Features, features_of_set
 from .evaluation.image_sets import open_images
 from .evaluation.judge import Reference, build_extractor, open_reference, score
 from .evaluation.likelihood import likelihoods

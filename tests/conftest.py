@@ -17,7 +17,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline, SDDiTTransformer2DModel, prepare_latents
-from sddit_diffusers.evaluation.extractors import train_classifier
+from sddit_diffusers.evaluation.classifiers import train_classifier
 from sddit_diffusers.models.transformer_sddit import SDDiTBlock
 from sddit_diffusers.training import encoders
 

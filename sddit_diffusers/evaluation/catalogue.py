@@ -43,6 +43,7 @@ SCORES = {
 EXTRACTORS = {
     "inception": ("features", "logits", "spatial"),
     "classifier": ("features", "logits"),
+    "resnet": ("features", "logits"),  # held out: it guides no training, as the classifier may
     "pixels": ("features",),
 }
 

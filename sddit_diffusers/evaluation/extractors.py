@@ -2,33 +2,27 @@
 
 - `sddit-inception`: ADM's Inception, with the spatial features of sFID, which torch-fidelity's does not give;
 - `sddit-dinov2`: DINOv2 as EDM2 uses it for FD-DINOv2;
-- `sddit-classifier` and `sddit-pixels`: small ones without downloads. Their scores compare with themselves
-  alone: two runs scored on the same data may be compared, figures of a paper may not.
+- `sddit-classifier`, `sddit-resnet` and `sddit-pixels`: small ones without downloads. Their scores compare
+  with themselves alone: two runs scored on the same data may be compared, figures of a paper may not.
 
 Each takes uint8 `[b, 3, h, w]` and gives some of: `features` `[b, d]`, for FID, KID, precision and recall,
 `logits` `[b, classes]`, for the Inception Score, and `spatial` `[b, d']`, for sFID.
 """
 
 import hashlib
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.registry import register_feature_extractor
 from transformers import Dinov2Model
 
-from ..cli import one_line
-from ..data.order import prefetch
-from ..files import save_tensors, sha256_of
-from ..launching import bar
-from ..seeds import generator_for
-from .image_sets import DatasetImages
+from ..files import sha256_of
+from .cache import hash_of
+from .classifiers import load_classifier
 
 # torch-fidelity's conversion of TensorFlow's weights, as it and others name it; the hash is in the name.
 _INCEPTION = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
@@ -195,21 +189,22 @@ class PixelExtractor(Extractor):
 
 
 class ClassifierExtractor(Extractor):
-    """The 128 features and the logits of a small convolutional classifier; see [`train_classifier`].
+    """The 128 features and the logits of a [`SmallClassifier`]; see [`train_classifier`].
 
     Raises:
         ValueError: the file does not hold its weights.
     """
 
     provided = ("features", "logits")
+    kind = "classifier"  # of `CLASSIFIERS`
 
     def __init__(self, name: str, features_list, feature_extractor_weights_path: str | None = None, **kwargs):
         super().__init__(name, features_list)
         if not feature_extractor_weights_path:
             raise ValueError("The classifier has weights of its own data: train_classifier makes them.")
-        self.net = load_classifier(feature_extractor_weights_path)
+        self.net = load_classifier(feature_extractor_weights_path, self.kind)
         self.requires_grad_(False).eval()
-        self.identity = f"classifier-{_hash_of('', self.net.state_dict())}"
+        self.identity = f"{self.kind}-{hash_of('', self.net.state_dict())}"
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         features = self.net.features(images)
@@ -217,138 +212,17 @@ class ClassifierExtractor(Extractor):
         return tuple(found[name] for name in self.features_list)
 
 
-def keep_tensors(path: Path, tensors: dict[str, Tensor], **about: str) -> None:
-    """Writes a file of a cache, with the hash that [`kept_tensors`] asks of it.
+class ResidualExtractor(ClassifierExtractor):
+    """The same of a [`ResidualClassifier`], which guides nothing, so that it can judge what the other did."""
 
-    Raises:
-        OSError: it cannot be written.
-    """
-    save_tensors(path, tensors, sha256=_hash_of(path.name, tensors), **about)
-
-
-def kept_tensors(path: Path) -> dict[str, Tensor] | None:
-    """What a file of a cache holds; None, with a warning, where it is not what was written under its name."""
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            written = (file.metadata() or {}).get("sha256")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    except (SafetensorError, OSError) as error:
-        problem = one_line(error)
-    else:
-        if written == _hash_of(path.name, tensors):
-            return tensors
-        problem = "its hash is another" if written else "it has no hash"
-    print(f"{path} is damaged or of another version ({problem}); it is made again.", file=sys.stderr)
-    return None
-
-
-def _hash_of(name: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(name.encode())
-    for key in sorted(tensors):
-        tensor = tensors[key]
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().numpy())
-    return digest.hexdigest()
-
-
-class SmallClassifier(nn.Module):
-    """Four convolutions, the mean over the picture, and a linear layer; pictures come to at most 64 x 64."""
-
-    def __init__(self, num_classes: int):
-        super().__init__()
-        layers, channels = [], 3
-        for width, stride in ((32, 1), (64, 2), (128, 2), (128, 1)):
-            convolution = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
-            layers += [convolution, nn.GroupNorm(8, width), nn.GELU()]
-            channels = width
-        self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(channels, num_classes)
-
-    def features(self, images: Tensor) -> Tensor:
-        """`[b, 128]` of uint8 `[b, 3, h, w]`."""
-        return self.map(images).mean((2, 3))
-
-    def map(self, images: Tensor) -> Tensor:
-        """The same before the mean, `[b, 128, h', w']`: a quarter of the picture's sides, at most 16."""
-        pixels = images.float() / 127.5 - 1
-        if max(images.shape[2:]) > 64:
-            pixels = F.adaptive_avg_pool2d(pixels, 64)
-        return self.body(pixels)
-
-
-def load_classifier(path: str | Path) -> SmallClassifier:
-    """The classifier of a file.
-
-    Raises:
-        ValueError: the file does not hold its weights.
-    """
-    try:
-        weights = load_file(path)
-        net = SmallClassifier(len(weights["head.bias"]))
-        net.load_state_dict(weights)
-    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path} does not hold a classifier's weights: {one_line(error)}.") from None
-    return net
-
-
-def train_classifier(
-    images: DatasetImages, cache_dir: Path, device: torch.device = "cpu", steps: int = 300
-) -> Path:
-    """Weights of a [`SmallClassifier`], trained on labelled pictures in seconds, or found in the cache.
-
-    A tenth of the pictures is held out; its accuracy, which is printed and stored in the file, says how much
-    the features know.
-
-    Raises:
-        ValueError: the pictures have no labels.
-    """
-    if images.labels is None:
-        raise ValueError(f"The classifier needs labelled pictures, and {images.name} has no labels.")
-    path = cache_dir / f"classifier-{images.sha256[:16]}-{steps}.safetensors"
-    if kept_tensors(path) is None:
-        weights, accuracy = _fit_classifier(images, device, steps)
-        keep_tensors(path, weights, accuracy=f"{accuracy:.4f}", data=images.name)
-        print(f"Classifier of {images.name}: {accuracy:.1%} of held-out pictures right", file=sys.stderr)
-    return path
-
-
-def _fit_classifier(images: DatasetImages, device, steps: int) -> tuple[dict[str, Tensor], float]:
-    """The weights, and the accuracy on the pictures held out."""
-    order = torch.randperm(len(images), generator=generator_for(0))
-    held_out, used = order[: len(images) // 10], order[len(images) // 10 :]
-    labels = torch.from_numpy(images.labels)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = SmallClassifier(images.dataset.num_classes).to(device)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
-
-    def draws():
-        for step in range(steps):
-            rows = used[torch.randint(len(used), (128,), generator=generator_for(0, step))]
-            yield images.dataset.pixels(rows.tolist()), labels[rows]
-
-    for pixels, targets in bar(prefetch(draws()), total=steps, desc="training the classifier", leave=False):
-        loss = F.cross_entropy(net.head(net.features(pixels.to(device))), targets.to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    right = 0
-    with torch.no_grad():
-        for rows in held_out.split(256):
-            logits = net.head(net.features(images.dataset.pixels(rows.tolist()).to(device))).cpu()
-            right += (logits.argmax(1) == labels[rows]).sum().item()
-    weights = {name: tensor.cpu().contiguous() for name, tensor in net.state_dict().items()}
-    return weights, right / max(1, len(held_out))
+    kind = "resnet"
 
 
 for _name, _class in (
     ("sddit-inception", InceptionExtractor),
     ("sddit-dinov2", DinoExtractor),
     ("sddit-classifier", ClassifierExtractor),
+    ("sddit-resnet", ResidualExtractor),
     ("sddit-pixels", PixelExtractor),
 ):
     register_feature_extractor(_name, _class)

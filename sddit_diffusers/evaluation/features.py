@@ -1,7 +1,6 @@
 """Features of whole sets of images: extracted once, by all processes, and cached by content."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -13,23 +12,24 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..launching import on_main_process, progress_bar
-from .extractors import Extractor, keep_tensors, kept_tensors
+from .cache import keep_tensors, kept_tensors
+from .extractors import Extractor
 from .image_sets import ImageSet, batches
-from .scores import Gaussian, Moments
-
-
-def default_cache() -> Path:
-    """Where features are kept where nobody says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sddit_diffusers"
+from .scores import Gaussian, Manifold, Moments
 
 
 @dataclass
 class Features:
-    """What an extractor makes of a set: `features` `[images, d]`, and logits and sFID's Gaussian or None."""
+    """What an extractor makes of a set: `features` `[images, d]`, and logits and sFID's Gaussian or None.
+
+    Attributes:
+        path: the cache's file of them, if they are in one.
+    """
 
     features: Tensor
     logits: Tensor | None = None
     spatial: Gaussian | None = None
+    path: Path | None = None
 
     def __len__(self) -> int:
         return len(self.features)
@@ -64,7 +64,22 @@ class Features:
             return None
         if "spatial.mean" in found:
             spatial = Gaussian(found["spatial.mean"], found["spatial.covariance"])
-        return cls(found["features"], found.get("logits"), spatial)
+        return cls(found["features"], found.get("logits"), spatial, path)
+
+    def manifold(self, device: torch.device | str, half: bool) -> Manifold:
+        """For precision and recall, on a device; its radii are kept beside the features.
+
+        Args:
+            half: distances are rounded to float16.
+        """
+        manifold = Manifold(self.features.to(device), half=half)
+        if self.path is not None and not half:
+            path = self.path.with_name(f"radii-{manifold.k}-{self.path.name}")
+            kept = kept_tensors(path)
+            if kept is None:
+                keep_tensors(path, kept := {"radii": manifold.radii.cpu()})
+            manifold.radii = kept["radii"].to(device)
+        return manifold
 
 
 def features_of_set(
@@ -106,6 +121,8 @@ def features_of_set(
         found = extract(counted(), extractor, accelerator)
     if path is not None:
         on_main_process(lambda: found.save(path), accelerator)
+    if found is not None:
+        found.path = path
     return found
 
 
@@ -113,32 +130,49 @@ def extract(parts: Iterable[Tensor], extractor: Extractor, accelerator: Accelera
     """The features of every process's images, in the order of the processes; None but on the main process.
 
     Args:
-        parts: this process's images, uint8 `[b, 3, h, w]` each; there may be none.
+        parts: this process's images, as of [`Extraction.add`]; there may be none.
     """
-    rows, moments = {name: [] for name in extractor.features_list}, Moments()
-    widths = dict.fromkeys(rows, 0)
-    with torch.inference_mode(), full_precision():
-        for images in parts:
-            outputs = extractor(images.to(accelerator.device))
-            for name, values in extractor.convert_features_tuple_to_dict(outputs).items():
-                widths[name] = values.shape[1]
+    extraction = Extraction(extractor, accelerator)
+    for images in parts:
+        extraction.add(images)
+    return extraction.features()
+
+
+class Extraction:
+    """The features of images that come in parts, on all processes."""
+
+    def __init__(self, extractor: Extractor, accelerator: Accelerator):
+        self.extractor, self.accelerator = extractor, accelerator
+        self.rows: dict[str, list[Tensor]] = {name: [] for name in extractor.features_list}
+        self.widths, self.moments = dict.fromkeys(self.rows, 0), Moments()
+
+    def add(self, images: Tensor) -> None:
+        """Looks at some of this process's images, uint8 `[b, 3, h, w]`."""
+        with torch.inference_mode(), full_precision():
+            outputs = self.extractor(images.to(self.accelerator.device))
+            for name, values in self.extractor.convert_features_tuple_to_dict(outputs).items():
+                self.widths[name] = values.shape[1]
                 if name == "spatial":
-                    moments.add(values)
+                    self.moments.add(values)
                 else:
-                    rows[name].append(values.float().cpu())
-    # A process without images has none of the others' shapes.
-    shared = torch.tensor([list(widths.values())], device=accelerator.device)
-    for name, width in zip(widths, accelerator.gather(shared).amax(0).tolist(), strict=True):
-        rows[name].append(torch.zeros(0, width))
-    spatial = None
-    if "spatial" in rows:
-        moments.add(rows.pop("spatial")[0].to(accelerator.device))
-        moments.sums = accelerator.reduce(moments.sums, "sum")
-        spatial = moments.gaussian()
-    whole = {name: _gather(torch.cat(values), accelerator) for name, values in rows.items()}
-    if not accelerator.is_main_process:
-        return None
-    return Features(whole["features"], whole.get("logits"), spatial)
+                    self.rows[name].append(values.float().cpu())
+
+    def features(self) -> Features | None:
+        """Of every process's images, in the order of the processes; None but on the main process."""
+        accelerator, rows, moments = self.accelerator, self.rows, self.moments
+        # A process without images has none of the others' shapes.
+        shared = torch.tensor([list(self.widths.values())], device=accelerator.device)
+        for name, width in zip(self.widths, accelerator.gather(shared).amax(0).tolist(), strict=True):
+            rows[name].append(torch.zeros(0, width))
+        spatial = None
+        if "spatial" in rows:
+            moments.add(rows.pop("spatial")[0].to(accelerator.device))
+            moments.sums = accelerator.reduce(moments.sums, "sum")
+            spatial = moments.gaussian()
+        whole = {name: _gather(torch.cat(values), accelerator) for name, values in rows.items()}
+        if not accelerator.is_main_process:
+            return None
+        return Features(whole["features"], whole.get("logits"), spatial)
 
 
 def _gather(rows: Tensor, accelerator: Accelerator) -> Tensor:

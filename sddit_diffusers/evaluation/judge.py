@@ -1,27 +1,28 @@
 """What samples are scored against, by which features, and the scores; and how a run scores itself."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from ..launching import on_main_process, together
 from ..pipelines.pipeline_sddit import SDDiTPipeline
 from ..pipelines.sampling import class_of, sample
+from .cache import default_cache
 from .catalogue import EXTRACTORS, SCORES, metric_name
+from .classifiers import CLASSIFIERS, train_classifier
 from .extractors import (
     ClassifierExtractor,
     Extractor,
     InceptionExtractor,
     PixelExtractor,
+    ResidualExtractor,
     find_inception,
-    train_classifier,
 )
-from .features import Features, default_cache, extract, features_of_set
+from .features import Extraction, Features, features_of_set
 from .image_sets import DatasetImages, ImageSet, has_images, open_images
 from .scores import Gaussian, Manifold, frechet_distance, inception_score, kernel_distance, precision_recall
 from .statistics import read_statistics
@@ -44,14 +45,14 @@ class Reference:
 
     @cached_property
     def manifold(self) -> Manifold:
-        """Of the images, for precision and recall; its radii are computed once."""
-        return Manifold(self.features.features.to(self.device), half=self.half)
+        """Of the images, for precision and recall."""
+        return self.features.manifold(self.device, self.half)
 
 
 def build_extractor(
     kind: str, weights: str | None, images: ImageSet | None, cache: Path | None, accelerator: Accelerator
 ) -> Extractor:
-    """One of `EXTRACTORS`, on the accelerator's device; the classifier is trained on `images`.
+    """One of `EXTRACTORS`, on the accelerator's device; a classifier is trained on `images`.
 
     Raises:
         ValueError: there are no weights, or no labelled pictures to train on.
@@ -60,14 +61,15 @@ def build_extractor(
     if kind == "inception":
         on_main_process(lambda: find_inception(weights), accelerator)  # the others find what it downloads
         extractor = InceptionExtractor("sddit-inception", parts, feature_extractor_weights_path=weights)
-    elif kind == "classifier":
+    elif kind in CLASSIFIERS:
         if not isinstance(images, DatasetImages) or images.labels is None:
             raise ValueError(
-                "The classifier is trained on a reference that is a labelled dataset (with --label_column)."
+                f"The {kind} is trained on a reference that is a labelled dataset (with --label_column)."
             )
         arguments = images, cache or default_cache(), accelerator.device
-        path = on_main_process(lambda: train_classifier(*arguments), accelerator)
-        extractor = ClassifierExtractor("sddit-classifier", parts, feature_extractor_weights_path=str(path))
+        path = on_main_process(lambda: train_classifier(*arguments, kind=kind), accelerator)
+        network = ResidualExtractor if kind == "resnet" else ClassifierExtractor
+        extractor = network(f"sddit-{kind}", parts, feature_extractor_weights_path=str(path))
     else:
         extractor = PixelExtractor("sddit-pixels", parts)
     return extractor.to(accelerator.device)
@@ -132,7 +134,8 @@ class Judge:
 
     Args:
         reference: its pictures are cropped and resized to `size`.
-        extractor, image_column, label_column: as of a program's run.
+        extractors: by whose features; the samples are made once for all of them.
+        image_column, label_column: as of a program's run.
         size: of the samples, height and width.
         num_samples: images that are made each time, of the same seeds and classes.
 
@@ -141,26 +144,14 @@ class Judge:
     """
 
     def __init__(
-        self, reference: str, extractor: str, size: tuple[int, int], num_samples: int,
+        self, reference: str, extractors: Sequence[str], size: tuple[int, int], num_samples: int,
         image_column: str, label_column: str, accelerator: Accelerator,
     ):  # fmt: skip
         if num_samples < 2:
             raise ValueError(f"{num_samples} sample has no covariance; a score needs at least 2.")
-        label_column = label_column if extractor == "classifier" else ""  # others need none
-        images, statistics = open_reference(reference, size, extractor, size[0], image_column, label_column)
         self.num_samples, self.accelerator = num_samples, accelerator
-        self.extractor_name = extractor
-        self.extractor = build_extractor(extractor, None, images, default_cache(), accelerator)
-        features, self.wanted = None, ["fid"]
-        if "fid" not in statistics and images is None:
-            raise ValueError(f"{reference} has neither images nor {' and '.join(SCORES['fid'].statistics)}.")
-        if images is not None:
-            features = features_of_set(images, self.extractor, accelerator, 64, default_cache())
-            # Precision and recall compare all images with one another.
-            if 3 < len(images) <= 50_000 and num_samples > 3:
-                self.wanted += ["precision", "recall"]
-        self.reference = Reference(features, statistics, device=accelerator.device)
-        on_main_process(lambda: bool(self.reference.gaussian("fid")), accelerator)  # fails now, if ever
+        columns = image_column, label_column
+        self.views = [View(reference, kind, size, num_samples, *columns, accelerator) for kind in extractors]
 
     def __call__(self, pipe: SDDiTPipeline, batch_size: int, **arguments) -> dict[str, float]:
         """The scores, on the main process, by their names in metrics.jsonl.
@@ -172,27 +163,52 @@ class Judge:
         """
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         mine = range(self.num_samples * rank // processes, self.num_samples * (rank + 1) // processes)
-
-        problems = []
-
-        def parts() -> Iterator[Tensor]:
-            for i in range(0, len(mine), batch_size):
-                seeds = mine[i : i + batch_size]
-                labels = [class_of(pipe, ["random"], 0, seed) for seed in seeds]
-                try:
-                    pixels = torch.from_numpy(sample(pipe, seeds, labels, **arguments))
-                except FloatingPointError as error:  # the other processes wait for this one's share
-                    problems.append(error)
-                    return
-                yield pixels.permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
+        seen, problems = [Extraction(view.extractor, self.accelerator) for view in self.views], []
+        for i in range(0, len(mine), batch_size):
+            seeds = mine[i : i + batch_size]
+            labels = [class_of(pipe, ["random"], 0, seed) for seed in seeds]
+            try:
+                pixels = torch.from_numpy(sample(pipe, seeds, labels, **arguments))
+            except FloatingPointError as error:  # the other processes wait for this one's share
+                problems.append(error)
+                break
+            for extraction in seen:
+                extraction.add(pixels.permute(0, 3, 1, 2).expand(-1, 3, -1, -1))
+        found = [extraction.features() for extraction in seen]
 
         def check() -> None:
             if problems:
                 raise problems[0]
 
-        samples = extract(parts(), self.extractor, self.accelerator)
         together(check, self.accelerator)
-        if not self.accelerator.is_main_process:
-            return {}
+        scores = {}
+        for view, samples in zip(self.views, found, strict=True):
+            scores |= view.score(samples) if samples is not None else {}
+        return scores
+
+
+class View:
+    """A judge's reference as one extractor sees it; the arguments are the judge's."""
+
+    def __init__(
+        self, reference: str, kind: str, size: tuple[int, int], num_samples: int,
+        image_column: str, label_column: str, accelerator: Accelerator,
+    ):  # fmt: skip
+        label_column = label_column if kind in CLASSIFIERS else ""  # others need none
+        images, statistics = open_reference(reference, size, kind, size[0], image_column, label_column)
+        self.kind, features, self.wanted = kind, None, ["fid"]
+        self.extractor = build_extractor(kind, None, images, default_cache(), accelerator)
+        if "fid" not in statistics and images is None:
+            raise ValueError(f"{reference} has neither images nor {' and '.join(SCORES['fid'].statistics)}.")
+        if images is not None:
+            features = features_of_set(images, self.extractor, accelerator, 64, default_cache())
+            # Precision and recall compare all images with one another.
+            if 3 < len(images) <= 50_000 and num_samples > 3:
+                self.wanted += ["precision", "recall"]
+        self.reference = Reference(features, statistics, device=accelerator.device)
+        on_main_process(lambda: bool(self.reference.gaussian("fid")), accelerator)  # fails now, if ever
+
+    def score(self, samples: Features) -> dict[str, float]:
+        """The scores by their names in metrics.jsonl."""
         scores = score(samples, self.reference, self.wanted)
-        return {metric_name(name, self.extractor_name): value for name, value in scores.items()}
+        return {metric_name(name, self.kind): value for name, value in scores.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args, get_origin
 
-from ..cli import option, shortened, unknown_option
+from ..cli import option, options, shortened, unknown_option
 from ..evaluation.catalogue import EXTRACTORS
 from ..files import read_json, written_aside
 
@@ -92,8 +92,8 @@ class EvaluationOptions:
     evaluation_reference: str = option(
         "", "a REFERENCE of `sddit evaluate`; the pictures trained on if not given"
     )
-    evaluation_extractor: str = option(
-        "inception", "whose features are compared; all but 'inception' need no download",
+    evaluation_extractor: list[str] = options(
+        ["inception"], "whose features are compared, one or several; all but 'inception' need no download",
         choices=tuple(EXTRACTORS),
     )  # fmt: skip
     validation_steps: int = option(0, "sample a grid every so many steps; 0: at the end only", low=0)
@@ -257,7 +257,7 @@ def read_options(path: str, kind: type) -> dict:
         ValueError: it cannot be read, or has another option or a value of another type.
     """
     options = read_json(Path(path), dict, "file of options")
-    options = {name: value for name, value in options.items() if name not in FACTS}
+    options = as_lists({name: value for name, value in options.items() if name not in FACTS})
     types = {f.name: get_origin(f.type) or f.type for f in dataclasses.fields(kind)}
     items = {f.name: get_args(f.type) for f in dataclasses.fields(kind)}
     for name, value in options.items():
@@ -273,6 +273,12 @@ def read_options(path: str, kind: type) -> dict:
             what = {str: "texts", int: "whole numbers", float: "numbers"}[items[name][0]]
             raise ValueError(f"config {path}: {name} is {shortened(value)}; it must be a list of {what}.")
     return options
+
+
+def as_lists(saved: dict) -> dict:
+    """Saved settings with a list where version 0.1.0 had one value."""
+    one = saved.get("evaluation_extractor")
+    return saved | ({"evaluation_extractor": [one]} if isinstance(one, str) else {})
 
 
 def _is_of(value, kind: type) -> bool:

@@ -9,6 +9,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_origin
 
 from ..cli import Parser, check_options, option, options
 from .configuration import (
@@ -269,10 +270,10 @@ def defaults_of(parent: Parent, objective: str) -> dict:
         batch = 64  # XL/2 at 512
     found = {"learning_rate": rate, "train_batch_size": batch, "max_train_steps": 4000, "ema_decay": 0.999}
     found |= getattr(parent.network, "defaults", {})
-    usual = {each.name: each.default for each in dataclasses.fields(DistillConfig)}
+    kinds = {each.name: get_origin(each.type) or each.type for each in dataclasses.fields(DistillConfig)}
     inherited = INHERITED + OF_A_CHILD * parent.is_child
     for name in inherited:
-        if type(parent.settings.get(name)) is type(usual[name]) and not is_lost(name, parent.settings):
+        if type(parent.settings.get(name)) is kinds[name] and not is_lost(name, parent.settings):
             found[name] = parent.settings[name]
     if parent.vae is not None:
         found["vae"] = parent.name

@@ -19,8 +19,8 @@ from transformers import AutoImageProcessor, AutoModel
 from ..cli import one_line
 from ..data.order import Batch
 from ..data.shards import Manifest, find_latents
-from ..evaluation.extractors import SmallClassifier, load_classifier, train_classifier
-from ..evaluation.features import default_cache
+from ..evaluation.cache import default_cache
+from ..evaluation.classifiers import SmallClassifier, load_classifier, train_classifier
 from ..evaluation.image_sets import DatasetImages
 from ..models.attention_cpu import use_cpu_attention
 from ..pipelines.loading import load_pipeline, sha256_of_weights

@@ -15,6 +15,7 @@ from ..pipelines.pipeline_sddit import SDDiTPipeline
 from ..schedulers.scheduling_edm_heun import EDMHeunScheduler
 from ..schedulers.scheduling_interpolant import InterpolantScheduler
 from .auxiliary import Process
+from .configuration import as_lists
 from .foreign import FOREIGN, load_foreign, pipeline_class
 from .methods import METHODS
 
@@ -117,4 +118,4 @@ def read_settings(name: str) -> dict:
             path = Path(hf_hub_download(name, path.name))
         except Exception:  # whatever the Hub and its client raise: it is not needed
             return {}
-    return read_json(path, dict, "training's settings") if path.is_file() else {}
+    return as_lists(read_json(path, dict, "training's settings")) if path.is_file() else {}

@@ -13,7 +13,7 @@ from ..data.order import BatchSampler
 from ..data.pictures import ImageDataset
 from ..launching import on_main_process, together
 from .checkpointing import by_names_of_today, choose_checkpoint, load_state, read_about, save_checkpoint
-from .configuration import RunConfig
+from .configuration import RunConfig, as_lists
 from .engines import Engine, whole
 
 _PARTS = "objective", "optimizer", "ema", "scaler"
@@ -123,7 +123,7 @@ class RunState:
         """
         settings = dataclasses.asdict(self.config)
         of_a_start = ("resume_from_checkpoint", "overwrite_output_dir")
-        saved = settings | saved | {name: settings[name] for name in of_a_start}
+        saved = settings | as_lists(saved) | {name: settings[name] for name in of_a_start}
         for name in {"pretrained_model_name_or_path"} & settings.keys():
             if saved[name] != settings[name]:
                 raise ValueError(

@@ -13,13 +13,14 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from transformers import Dinov2Config, Dinov2Model
 
 from sddit_diffusers.evaluation import extractors
+from sddit_diffusers.evaluation.classifiers import train_classifier
 from sddit_diffusers.evaluation.extractors import (
     ClassifierExtractor,
     DinoExtractor,
     InceptionExtractor,
     PixelExtractor,
+    ResidualExtractor,
     find_inception,
-    train_classifier,
 )
 from sddit_diffusers.evaluation.image_sets import open_images
 from sddit_diffusers.evaluation.scores import Gaussian, frechet_distance, kernel_distance
@@ -166,6 +167,20 @@ def test_the_classifier_learns_is_cached_and_is_the_same_again(digits, tmp_path,
     assert all(torch.equal(again[name], first[name]) for name in first)
     with pytest.raises(ValueError, match="needs labelled pictures, and digits has no labels"):
         train_classifier(open_images("digits"), tmp_path)
+
+
+@pytest.mark.long
+def test_the_residual_classifier_learns_and_is_another(digits, tmp_path):
+    path = train_classifier(digits, tmp_path, steps=60, kind="resnet")
+    names = ["features", "logits"]
+    held_out = ResidualExtractor("sddit-resnet", names, feature_extractor_weights_path=str(path))
+    features, logits = held_out(digits.read(range(300)))
+    assert features.shape == (300, 128) and held_out.identity.startswith("resnet-")
+    assert (logits.argmax(1).numpy() == digits.labels[:300]).mean() > 0.8
+    for kind, of in ((ClassifierExtractor, "resnet"), (ResidualExtractor, "classifier")):
+        other = train_classifier(digits, tmp_path, steps=2, kind=of)
+        with pytest.raises(ValueError, match="does not hold a classifier's weights"):
+            kind("sddit-x", names, feature_extractor_weights_path=str(other))
 
 
 @pytest.mark.long

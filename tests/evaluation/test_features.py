@@ -9,9 +9,11 @@ from accelerate import Accelerator
 from damages import DAMAGES
 from processes import launch
 
+from sddit_diffusers.evaluation.cache import keep_tensors
 from sddit_diffusers.evaluation.extractors import PixelExtractor
 from sddit_diffusers.evaluation.features import features_of_set
 from sddit_diffusers.evaluation.image_sets import open_images
+from sddit_diffusers.evaluation.scores import Manifold
 
 
 def of(path, cache):
@@ -48,6 +50,24 @@ def test_features_of_other_images_under_the_name_are_not_taken(images, tmp_path)
     assert torch.equal(of(images, tmp_path / "cache"), found)
 
 
+def test_radii_are_kept_beside_the_features(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "six.npz", arr_0=pixels)
+    extractor = PixelExtractor("sddit-pixels", ["features"])
+
+    def features():
+        images = open_images(str(tmp_path / "six.npz"))
+        return features_of_set(images, extractor, Accelerator(cpu=True), 2, tmp_path / "cache")
+
+    expected = Manifold(features().features).radii
+    for _ in range(2):
+        assert torch.equal(features().manifold("cpu", half=False).radii, expected)
+    (path,) = (tmp_path / "cache").glob("radii-3-*")
+    keep_tensors(path, {"radii": expected + 1})
+    assert torch.equal(features().manifold("cpu", half=False).radii, expected + 1)
+    assert not torch.equal(features().manifold("cpu", half=True).radii, expected + 1)
+
+
 def test_a_set_of_no_images_is_refused(tmp_path):
     np.savez(tmp_path / "a.npz", arr_0=np.zeros((0, 8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match=r"a.npz is uint8 of shape \(0, 8, 8, 3\)"):
@@ -78,7 +98,7 @@ found = extract([mine] if len(mine) else [], Twofold("x", ["features", "spatial"
 
 pipe = SDDiTPipeline(randomize(SDDiTTransformer2DModel(**TINY)), EDMHeunScheduler())
 pipe.set_progress_bar_config(disable=True)
-judge = Judge(sys.argv[1], "pixels", (8, 8), 2, "image", "", accelerator)
+judge = Judge(sys.argv[1], ["pixels"], (8, 8), 2, "image", "", accelerator)
 scores = judge(pipe, 8, num_inference_steps=2)
 if accelerator.is_main_process:
     print("found", json.dumps([len(found), found.spatial.mean.tolist(), scores]))

@@ -37,7 +37,7 @@ from sddit_diffusers import (
     TREADTransformer2DModel,
 )
 from sddit_diffusers.data.order import Batch
-from sddit_diffusers.evaluation.extractors import SmallClassifier
+from sddit_diffusers.evaluation.classifiers import SmallClassifier
 from sddit_diffusers.training.building import build_objective
 from sddit_diffusers.training.checkpointing import load_state
 from sddit_diffusers.training.encoders import (

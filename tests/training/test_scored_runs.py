@@ -1,6 +1,7 @@
 """Runs that score themselves."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,8 +9,12 @@ import torch
 from PIL import Image
 from small_runs import make_trainer, train
 
+import train_sddit
 from sddit_diffusers import evaluate, generate
 from sddit_diffusers.data.pictures import ImageDataset
+from sddit_diffusers.evaluation import judge
+from sddit_diffusers.evaluation.classifiers import train_classifier
+from sddit_diffusers.training.output import is_complete
 
 
 def test_evaluation_scores_the_averaged_weights_and_changes_nothing(tmp_path, capsys):
@@ -43,19 +48,41 @@ def test_pictures_of_any_size_are_scored_against_as_they_are_trained_on(tmp_path
     options = ["--dataset_name", tmp_path / "pictures", "--label_column", "label" if labels else ""]
     options += ["--evaluation_steps", 1, "--evaluation_samples", 6, "--max_train_steps", 1]
     metrics = train(tmp_path / "run", *options)
-    judge = make_trainer(tmp_path / "again", *options).results.judge
+    view = make_trainer(tmp_path / "again", *options).results.judge.views[0]
     trained_on = ImageDataset(str(tmp_path / "pictures"), "image", "", 1, 8)
     expected = trained_on.__getitems__(list(range(24)))[0].flatten(1)
-    found = judge.reference.features.features[:, :64] * 3**0.5
+    found = view.reference.features.features[:, :64] * 3**0.5
     torch.testing.assert_close(found.sort(0).values, expected.sort(0).values)
     assert metrics[-1]["fid_pixels"] > 0
 
 
 @pytest.mark.thorough
-def test_a_classifier_scores_too(tmp_path):
-    options = ["--evaluation_steps", 2, "--evaluation_samples", 20, "--evaluation_extractor", "classifier"]
-    metrics = train(tmp_path, "--max_train_steps", 2, *options)
-    assert metrics[-1].keys() >= {"fid_classifier", "precision_classifier", "recall_classifier"}
+def test_several_extractors_score_the_same_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "train_classifier", partial(train_classifier, steps=5))
+    options = ["--max_train_steps", 2, "--evaluation_steps", 2, "--evaluation_samples", 20]
+    kinds = ["pixels", "classifier", "resnet"]
+    together = train(tmp_path / "all", *options, "--evaluation_extractor", *kinds)[-1]
+    alone = {}
+    for kind in kinds:
+        alone |= train(tmp_path / kind, *options, "--evaluation_extractor", kind)[-1]
+    assert together == alone
+    scores = {together[f"{name}_{kind}"] for name in ("fid", "precision", "recall") for kind in kinds}
+    assert len(scores) > 6  # each sees with eyes of its own
+
+
+def test_a_run_of_version_0_1_0_has_one_extractor_by_its_name(tmp_path):
+    options = ["--evaluation_steps", 2, "--evaluation_samples", 4, "--checkpointing_steps", 1]
+    train(tmp_path / "run", *options, "--max_train_steps", 2)
+    path = tmp_path / "run/training_config.json"
+    saved = json.loads(path.read_text())
+    assert saved["evaluation_extractor"] == ["pixels"]
+    path.write_text(json.dumps(saved | {"evaluation_extractor": "pixels", "output_dir": ""}))
+    config = train_sddit.parse(["--config", str(path)])
+    assert config.evaluation_extractor == ["pixels"]
+    config.output_dir = str(tmp_path / "run")
+    assert is_complete(config)
+    with pytest.raises(SystemExit, match="2"):
+        train_sddit.parse(["--evaluation_extractor", "pixels", "dinov2"])
 
 
 def test_what_cannot_be_scored_stops_it_before_training(tmp_path, monkeypatch):
