@@ -38,6 +38,7 @@ setup(
         "torch-fidelity>=0.4.0",  # Inception and KID
         "jinja2",  # model cards
         "numpy",
+        "scipy",  # rank correlations of a study; scikit-learn needs it too
         "pillow",
         "tqdm",
         "psutil",  # how a run was started; accelerate needs it too

@@ -2,16 +2,18 @@
 
     sddit reproduce studies/digits.json
     accelerate launch -m sddit reproduce studies/imagenet.json --seeds 0 --output_dir imagenet
+    sddit reproduce studies/leaderboard.json --report_only --known docs/leaderboard/results.json
 
 `studies.py` says what a study is. Each run is one of `train_sddit.py`, or of `distill_sddit.py` once what it
 distils is trained, in `OUTPUT_DIR/RUN/seed-SEED/`; stopped, the same command goes on where it was. Runs that
-are done are not run again, so the parts of a study (`--runs`, `--seeds`) may be run at different times and
-places, and `--report_only` tells what there is so far: `results.md`, `results.json`, and a figure for each
-table.
+are done are not run again, nor those of a `results.json` that is `--known`, so the parts of a study
+(`--runs`, `--seeds`) may be run at different times and places. `--report_only` tells what there is so far:
+`results.md`, `results.json`, and a figure for each table.
 """
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,6 +26,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from .cli import Parser, check_options, json_object, one_line_errors, option, options, shortened
 from .evaluation.figures import draw
+from .evaluation.findings import PROBED, Findings, Found
 from .evaluation.studies import Table, read_study, slug
 from .evaluation.tables import Results, as_json, markdown
 from .files import read_json, remove, written_aside
@@ -49,7 +52,6 @@ from .training.trainer import training
 
 # What is kept of measurements; see `files.parse_json` for such structures.
 _SPEEDS, _IMAGES = {str: float}, [float]
-_PROBED = [{"probe": str, "features": str, "sigma": float, "accuracy": float}]
 _SAMPLED = (None, float)
 
 
@@ -67,7 +69,12 @@ class ReproduceConfig:
     seeds: list[int] = options(
         [], "those of the study's that are trained now; all if not given", low=0, high=2**32 - 1
     )
+    known: list[str] = options(
+        [], "results.json of the study, of other times and machines; what they have is not run again",
+        metavar="FILE",
+    )  # fmt: skip
     report_only: bool = option(False, "train and measure nothing: tables and figures of what there is")
+    page: str = option("", "where the tables go; OUTPUT_DIR/results.md if not given", metavar="FILE")
 
     def __post_init__(self):
         check_options(self)
@@ -116,7 +123,10 @@ class Reproduction:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))],
         )
         check_machine(self.accelerator)
-        self.results = Results()
+        self.results, self.findings = Results(), Findings(self.study)
+        for known in config.known:
+            self.findings.read(Path(known))
+        self.known = set(self.findings.trainings)
 
     def folder_of(self, run: str, seed: int) -> Path:
         """Of one training."""
@@ -165,8 +175,12 @@ class Reproduction:
         Raises:
             ValueError: what one of them distils is neither done nor among them.
         """
-        trainings = [(run, seed) for seed in self.seeds for run in self.runs]
-        missing = [training for training in trainings if not self.is_done(*training)]
+        trainings, needed = [(run, seed) for seed in self.seeds for run in self.runs], set()
+        for run, seed in reversed(trainings):  # children first: what they distil is needed itself
+            is_wanted = (run, seed) in needed or (run, seed) not in self.known
+            if is_wanted and not self.is_done(run, seed):
+                needed |= {(run, seed), (self.study.parent_of(run), seed)}
+        missing = [training for training in trainings if training in needed and not self.is_done(*training)]
         for run, seed in missing:
             parent = self.study.parent_of(run)
             if parent and (parent, seed) not in missing and not self.is_done(parent, seed):
@@ -191,11 +205,12 @@ class Reproduction:
 
     def measure(self) -> None:
         """What tables need beside the trainings: speeds, probes, samplings; each is kept in a file."""
+        timed = self.study.timed
+        parents = [run for run in map(self.study.parent_of, timed) if run]
+        if not set(timed) <= self.findings.speeds.keys() and self.is_trained(parents):
+            measure = partial(steps_a_second, self.first, self.folder / ".speed", self.accelerator)
+            self.keep(self.folder / "speeds.json", timed, _SPEEDS, measure)
         for table in self.study.tables:
-            parents = [run for run in map(self.study.parent_of, table.runs) if run]
-            if table.kind == "speed" and self.is_trained(parents):
-                measure = partial(steps_a_second, self.first, self.folder / ".speed", self.accelerator)
-                self.keep(self.folder / "speeds.json", table.runs, _SPEEDS, measure)
             if table.kind == "evaluations" and self.is_trained(table.runs):
                 measure = partial(images_a_second, self.first, self.accelerator)
                 self.keep(self.folder / "sampling-speeds.json", table.ways, _IMAGES, measure)
@@ -204,7 +219,7 @@ class Reproduction:
                     continue
                 folder, given = self.folder_of(run, seed), (self.configs[run, seed], self.accelerator)
                 if table.kind == "probe":
-                    self.keep(folder / "probe.json", table.sigmas, _PROBED, partial(probe_training, *given))
+                    self.keep(folder / "probe.json", table.sigmas, PROBED, partial(probe_training, *given))
                 for name, sampling in table.samplings_of(run).items():
                     path = folder / f"sampling-{slug(name)}.json"
                     measure = partial(score_training, *given, self.study.metric)
@@ -228,46 +243,38 @@ class Reproduction:
 
     def collect(self) -> None:
         """Reads what there is."""
-        study, add = self.study, self.results.add
         for run, seed in self.configs:
-            folder = self.folder_of(run, seed)
-            if not self.is_done(run, seed):
-                continue
-            rows = read_metrics(folder / "metrics.jsonl")
-            for row in rows:
-                if study.metric in row and not is_number(row[study.metric]):
-                    raise ValueError(
-                        f"{folder}: its {study.metric} is {shortened(row[study.metric])}, no number."
-                    )
-            if study.metric not in rows[-1]:
-                raise ValueError(f"{folder} has no {study.metric!r}, which is the study's metric.")
-            add(run, seed, ("last",), rows[-1][study.metric])
-            for row in rows:
-                if study.metric in row:
-                    add(run, seed, ("score", row["step"]), row[study.metric])
-            for name, value in rows[-1].items():
-                if is_number(value):
-                    add(run, seed, ("metric", name), value)
-            self.collect_kept(run, seed)
-        for table in study.tables:
-            if table.kind == "speed":
-                for run, speed in read_kept(self.folder / "speeds.json", table.runs, _SPEEDS, {}).items():
-                    add(run, 0, ("speed",), speed)
+            if self.is_done(run, seed):
+                self.findings.trainings[run, seed] = self.found(run, seed)
+        speeds = read_kept(self.folder / "speeds.json", self.study.timed, _SPEEDS, {})
+        self.findings.speeds = speeds or self.findings.speeds
+        self.findings.tell(self.results)
+        for table in self.study.tables:
             if table.kind == "evaluations":
                 self.collect_samplings(table)
 
-    def collect_kept(self, run: str, seed: int) -> None:
-        """What was measured of a training."""
-        folder, add = self.folder_of(run, seed), self.results.add
+    def found(self, run: str, seed: int) -> Found:
+        """What a training that is done gave, and what was measured of it.
+
+        Raises:
+            ValueError: it has not the study's metric.
+        """
+        folder, metric = self.folder_of(run, seed), self.study.metric
+        rows = read_metrics(folder / "metrics.jsonl")
+        if metric not in rows[-1]:
+            raise ValueError(f"{folder} has no {metric!r}, which is the study's metric.")
+        scored = [row for row in rows if metric in row]
+        for row in scored:
+            if not is_number(row[metric]):
+                raise ValueError(f"{folder}: its {metric} is {shortened(row[metric])}, no number.")
+        found = Found([{name: value for name, value in row.items() if is_number(value)} for row in scored])
         for table in self.study.tables:
             if table.kind == "probe":
-                for row in read_kept(folder / "probe.json", table.sigmas, _PROBED, []):
-                    if row["probe"] == "k-NN":
-                        add(run, seed, ("k-NN", row["features"], row["sigma"]), row["accuracy"])
+                found.probe = read_kept(folder / "probe.json", table.sigmas, PROBED, [])
             for name, sampling in table.samplings_of(run).items():
                 value = read_kept(folder / f"sampling-{slug(name)}.json", sampling, _SAMPLED, None)
-                if value is not None:
-                    add(run, seed, ("sampling", name), value)
+                found.samplings |= {} if value is None else {name: value}
+        return found
 
     def collect_samplings(self, table: Table) -> None:
         """What the samplings of a table cost."""
@@ -280,13 +287,16 @@ class Reproduction:
     def report(self) -> None:
         """Writes tables and figures."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with written_aside(self.folder / "results.md", "w") as file:
-            file.write(markdown(self.study, self.results))
+        page = Path(self.config.page or self.folder / "results.md")
+        figures = Path(os.path.relpath(self.folder, page.parent)).as_posix()
+        with written_aside(page, "w") as file:
+            file.write(markdown(self.study, self.results, figures))
+        content = as_json(self.study, self.results) | {"found": self.findings.as_json()}
         with written_aside(self.folder / "results.json", "w") as file:
-            file.write(json.dumps(as_json(self.study, self.results), indent=1) + "\n")
+            file.write(json.dumps(content, indent=1) + "\n")
         for table in self.study.tables:
             draw(table, self.study, self.results, self.folder)
-        print(f"Done: tables and figures ({len(self.study.tables)}) are in {self.folder}/results.md")
+        print(f"Done: tables and figures ({len(self.study.tables)}) are in {page}")
 
 
 def configure(run: str, settings: dict, parent: RunConfig | None) -> RunConfig:

@@ -37,6 +37,7 @@ class LatentDataset:
     Args:
         root: a folder or an fsspec URL, as [`find_latents`] gives.
         gives_pictures: whether a batch has the pictures that its latents are of, too.
+        max_samples: if there are more, the first so many, which were shuffled when they were made; 0: all.
 
     Attributes:
         num_classes: 0 without labels.
@@ -52,7 +53,7 @@ class LatentDataset:
 
     kind = "latents"
 
-    def __init__(self, root: str, gives_pictures: bool = False):
+    def __init__(self, root: str, gives_pictures: bool = False, max_samples: int = 0):
         self.name, self.manifest = root, Manifest.read(root)
         self.source, self.vae = self.manifest.source["name"], self.manifest.vae
         if gives_pictures:
@@ -62,9 +63,12 @@ class LatentDataset:
         self.num_classes = self.manifest.num_classes
         names = self.manifest.class_names
         self.id2label = dict(enumerate(names)) if names else None
-        self._rows = np.array([shard["rows"] for shard in self.manifest.shards])
+        rows = np.array([shard["rows"] for shard in self.manifest.shards])
+        if max_samples:
+            rows = np.diff(np.minimum(np.append(0, rows.cumsum()), max_samples))
+        self._rows = rows[rows > 0]  # that are read of each shard
         place = root if "://" in root else os.path.abspath(root)
-        files = [glob.escape(f"{place}/{shard['file']}") for shard in self.manifest.shards]
+        files = [glob.escape(f"{place}/{shard['file']}") for shard in self.manifest.shards[: len(self._rows)]]
         self._lanes = min(LANES, max(1, len(files) // 4))  # lanes begin and end within shards
         # What is far away is fetched in large pieces, ahead; that takes memory, and time where it is near.
         options = pyarrow.dataset.ParquetFragmentScanOptions(
@@ -84,7 +88,7 @@ class LatentDataset:
         self._stream = stream.select_columns(columns)
 
     def __len__(self) -> int:
-        return self.manifest.count
+        return int(self._rows.sum())
 
     def identity(self) -> dict:
         """What tells these data from others."""
@@ -207,12 +211,14 @@ class LatentDataset:
 
     def _read_shard(self, shard: int, skipped: int) -> Iterator[tuple]:
         """Moments, labels and pictures of a shard's blocks after the first rows, until its end."""
-        written, name = self.manifest.shards[shard]["rows"], self.manifest.shards[shard]["file"]
-        found = skipped
+        written, name = int(self._rows[shard]), self.manifest.shards[shard]["file"]
+        found, whole = skipped, written == self.manifest.shards[shard]["rows"]
         try:
             stream = self._stream.shard(len(self._rows), shard).skip(skipped).with_format("arrow")
             with closing(read_out(stream.iter(BLOCK))) as tables:
                 for table in tables:
+                    if not whole and not (table := table.slice(0, written - found)).num_rows:
+                        break
                     found += table.num_rows
                     yield *self.manifest.rows_of(table), pictures_of(table) if self.gives_pictures else None
             if found != written:

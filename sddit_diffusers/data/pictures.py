@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..seeds import generator_for
 from .order import Batch, BatchSampler, on_device, prefetch
 
 MOST_CLASSES = 1_000_000  # each has a row in a table of the network
@@ -45,6 +46,7 @@ class ImageDataset(Dataset):
         num_workers: processes that decode pictures; 0: a thread.
         split: of the dataset.
         gives_pictures: whether a batch has its pictures as bytes too.
+        max_samples: if there are more, so many of them drawn at random, always the same; 0: all.
 
     Attributes:
         num_classes: 0 without labels.
@@ -63,7 +65,7 @@ class ImageDataset(Dataset):
 
     def __init__(
         self, name: str, image_column: str, label_column: str, channels: int, size: int, num_workers: int = 0,
-        split: str = "train", gives_pictures: bool = False,
+        split: str = "train", gives_pictures: bool = False, max_samples: int = 0,
     ):  # fmt: skip
         if channels not in _MODES:
             raise ValueError(
@@ -83,6 +85,10 @@ class ImageDataset(Dataset):
         self.labels, self.id2label, self.num_classes = None, None, 0
         if label_column:
             self._read_labels(rows, label_column)
+        if 0 < max_samples < len(rows):
+            chosen = torch.randperm(len(rows), generator=generator_for(0))[:max_samples].sort().values
+            self.images = self.images.select(chosen.tolist())
+            self.labels = None if self.labels is None else self.labels[chosen]
 
     def _read_labels(self, rows: datasets.Dataset, column: str) -> None:
         rows = rows.select_columns(column)

@@ -7,7 +7,7 @@ import matplotlib
 
 from ..files import written_aside
 from .studies import FIGURES, Study, Table
-from .tables import Results
+from .tables import Results, rows_of, share_of_time
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -16,9 +16,10 @@ from matplotlib.ticker import LogLocator, NullLocator  # noqa: E402
 
 def draw(table: Table, study: Study, results: Results, folder: Path) -> None:
     """The table's figure, as PNG and SVG."""
-    panels = 1 + (table.kind == "evaluations")
+    panels = {"evaluations": 2, "time": 2, "judges": len(table.columns) - 1}.get(table.kind, 1)
+    height = 1.5 + 0.3 * len(table.runs) if table.kind == "ranking" else 4.5
     figure, axes = plt.subplots(
-        1, panels, figsize=(2 + 5 * panels, 4.5), layout="constrained", sharey=True, squeeze=False
+        1, panels, figsize=(2 + 5 * panels, height), layout="constrained", sharey=True, squeeze=False
     )
     axes[0, 0].set_ylabel(_text(study.metric))
     DRAWINGS[table.kind](*axes[0], table, study, results)
@@ -56,6 +57,56 @@ def _draw_speed(axis, table: Table, study: Study, results: Results) -> None:
             axis.annotate(_text(run), (speed[0], mean), (6, 6), textcoords="offset points")
     axis.set_xlabel("training steps a second")
     axis.margins(0.2)
+
+
+def _draw_time(axis, seconds, table: Table, study: Study, results: Results) -> None:
+    _draw_steps(axis, table, study, results)
+    for run in table.runs:
+        if speed := results.of(run, ("speed",)):
+            steps = results.steps([run])
+            xs, scores = (
+                [step / speed[0] for step in steps],
+                [results.of(run, ("score", step)) for step in steps],
+            )
+            _draw_line(seconds, xs, scores, _text(run))
+    seconds.set_xlabel("seconds of training")
+    if target := results.of(table.reference, ("last",)):
+        for panel in (axis, seconds):
+            panel.axhline(statistics.fmean(target), linestyle="--", color="grey", linewidth=1)
+
+
+def _draw_ranking(axis, table: Table, study: Study, results: Results) -> None:
+    """Bars of the share of the reference's time; those that do not come to its score have none."""
+    _, rows = rows_of(table, study, results)
+    for i, (run, *_) in enumerate(rows):
+        shares = share_of_time(run, table.reference, results)
+        found = [share for share in shares if share is not None]
+        color = "tab:orange" if run == table.reference else "tab:blue"
+        if found and len(found) == len(shares):
+            low, mean, high = _spread(found)
+            axis.barh(i, mean, xerr=[[mean - low], [high - mean]], capsize=3, color=color)
+        elif shares:
+            axis.text(0.02, i, f"{len(found)} of {len(shares)} come there", va="center", fontsize=8)
+    axis.set_yticks(range(len(rows)), [_text(run) for run, *_ in rows])
+    axis.invert_yaxis()
+    axis.axvline(1, linestyle="--", color="grey", linewidth=1)
+    axis.set_xlabel(f"time to the last score of {_text(table.reference)}, of its time")
+    axis.set_ylabel("")
+
+
+def _draw_judges(*arguments) -> None:
+    *axes, table, study, results = arguments
+    first, *others = table.columns
+    axes[0].set_ylabel(_text(first))
+    for axis, name in zip(axes, others, strict=True):
+        for run in table.runs:
+            ours, theirs = (results.of(run, ("metric", each)) for each in (first, name))
+            if ours and theirs:
+                place = statistics.fmean(theirs), statistics.fmean(ours)
+                axis.plot(*place, "o", color="tab:blue", markersize=4)
+                axis.annotate(_text(run), place, (4, 3), textcoords="offset points", fontsize=7)
+        axis.set_xlabel(_text(name))
+        axis.margins(0.15)
 
 
 def _draw_setting(axis, table: Table, study: Study, results: Results) -> None:
@@ -148,6 +199,9 @@ def _spread(values: list[float]) -> tuple[float, float, float]:
 DRAWINGS = {
     "steps": _draw_steps,
     "speed": _draw_speed,
+    "time": _draw_time,
+    "ranking": _draw_ranking,
+    "judges": _draw_judges,
     "setting": _draw_setting,
     "metrics": _draw_metrics,
     "probe": _draw_probe,

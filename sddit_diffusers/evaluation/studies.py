@@ -7,14 +7,23 @@ A study is a JSON file of runs by name and of tables and figures made of them:
 - `runs`: the settings of each run that differ. A run with `of`, the name of another, is a distillation of
   that run with the same seed, and its settings are those of `distill_sddit.py`; `distillation` has some for
   all of these. Data and evaluation are the other run's;
+- `notes`, if there are any: paragraphs below the tables, such as what can be concluded;
 - `tables`: each with a `title`, a `kind` and, by name of the run, the `paper`'s figures or null. The kinds:
-  `steps` (the score over steps), `speed` (steps a second against the score; the paper's are pairs), `setting`
-  (the score over the value of a `setting`), `metrics` (the last values of `columns`), `probe` (what the
-  encoder knows, at `sigmas`), `sampling` (the score of one `run` with each of the `samplings`, by name:
-  arguments of the pipeline's call, those of `SAMPLING`, `scheduler_class`, one of diffusers' in place of its
-  scheduler, and `scheduler`, settings of it), and `evaluations` (the score and the images a second over the
-  evaluations of the network; the rows are `lines`, each a list of distillations, which sample as they were
-  made for, or a sampling as above of a `run`, with a list as its `num_inference_steps`).
+  - `steps`: the score over steps;
+  - `speed`: steps a second against the score; the paper's are pairs;
+  - `time`: the score over seconds of training, beside that over steps, and how long each run takes to the
+    score that the `reference`, one of them, has at its end;
+  - `ranking`: the same in the order of that time;
+  - `judges`: what several metrics, the `columns`, say of the runs, and how they agree;
+  - `setting`: the score over the value of a `setting`;
+  - `metrics`: the last values of `columns`;
+  - `probe`: what the encoder knows, at `sigmas`;
+  - `sampling`: the score of one `run` with each of the `samplings`, by name: arguments of the pipeline's
+    call, those of `SAMPLING`, `scheduler_class`, one of diffusers' in place of its scheduler, and
+    `scheduler`, settings of it;
+  - `evaluations`: the score and the images a second over the evaluations of the network; the rows are
+    `lines`, each a list of distillations, which sample as they were made for, or a sampling as above of a
+    `run`, with a list as its `num_inference_steps`.
 """
 
 import dataclasses
@@ -31,7 +40,9 @@ from ..pipelines.sampling import check_interval
 from ..schedulers.scheduling_edm_heun import EDMHeunScheduler
 from ..schedulers.scheduling_interpolant import InterpolantScheduler
 
-KINDS = ("steps", "speed", "setting", "metrics", "probe", "sampling", "evaluations")
+KINDS = (
+    "steps", "speed", "time", "ranking", "judges", "setting", "metrics", "probe", "sampling", "evaluations",
+)  # fmt: skip
 FIGURES = ("png", "svg")
 RESULTS = ("results.md", "results.json", "speeds.json", "sampling-speeds.json")  # of a study, in its folder
 # What a sampling may change; see `files.parse_json` for such structures.
@@ -44,12 +55,12 @@ _LINE = {name: kind for name, kind in SAMPLING.items() if name not in ("num_infe
 _LINE |= {"run": str, "num_inference_steps": [SAMPLING["num_inference_steps?"]]}
 _TABLE = {
     "title": str, "kind": str, "paper": {str: (None, [float], float)}, "setting?": str, "columns?": [str],
-    "sigmas?": [float], "run?": str, "samplings?": {str: SAMPLING},
+    "sigmas?": [float], "run?": str, "reference?": str, "samplings?": {str: SAMPLING},
     "lines?": {str: ([str], _LINE)},
 }  # fmt: skip
 _STUDY = {
     "title": str, "about": str, "settings": dict, "seeds": [range(2**32)], "metric": str,
-    "runs": {str: {"of?": str}}, "tables": [_TABLE], "distillation?": dict,
+    "runs": {str: {"of?": str}}, "tables": [_TABLE], "distillation?": dict, "notes?": [str],
 }  # fmt: skip
 
 
@@ -64,6 +75,7 @@ class Table:
     columns: list[str] = field(default_factory=list)
     sigmas: list[float] = field(default_factory=list)
     run: str = ""
+    reference: str = ""
     samplings: dict[str, dict] = field(default_factory=dict)
     lines: dict[str, list[str] | dict] = field(default_factory=dict)
 
@@ -71,11 +83,15 @@ class Table:
         if self.kind not in KINDS:
             raise ValueError(f"its kind is {self.kind!r}; there are {', '.join(KINDS)}.")
         needed = {"setting": "setting", "metrics": "columns", "probe": "sigmas", "sampling": "samplings"}
-        needed["evaluations"] = "lines"
+        needed |= {"evaluations": "lines", "judges": "columns", "time": "reference", "ranking": "reference"}
         if self.kind in needed and not getattr(self, needed[self.kind]):
             raise ValueError(f"a table of kind {self.kind} needs {needed[self.kind]}.")
         if any(sigma <= 0 for sigma in self.sigmas):
             raise ValueError(f"sigmas are {self.sigmas}; they must be above 0.")
+        if self.kind == "judges" and len(self.columns) < 2:
+            raise ValueError(f"columns are {self.columns}; a table of kind judges needs two or more.")
+        if self.reference and self.reference not in self.paper:
+            raise ValueError(f"its reference is {shortened(self.reference)}, which is none of its runs.")
         rows = needed.get(self.kind)
         if rows in ("samplings", "lines") and set(self.paper) != set(getattr(self, rows)):
             raise ValueError(f"paper must have the names of the {rows}, with null where there is no figure.")
@@ -141,6 +157,7 @@ class Study:
     runs: dict[str, dict]
     tables: list[Table]
     distillation: dict = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -163,6 +180,12 @@ class Study:
     def parent_of(self, run: str) -> str | None:
         """The run that is distilled, of a distillation."""
         return self.runs[run].get("of")
+
+    @property
+    def timed(self) -> list[str]:
+        """The runs whose steps a second are told of."""
+        tables = [table for table in self.tables if table.kind in ("speed", "time", "ranking")]
+        return list(dict.fromkeys(run for table in tables for run in table.runs))
 
     def in_order(self, runs: Iterable[str]) -> list[str]:
         """Runs, parents before children."""

@@ -1,7 +1,10 @@
 """A study's results, and their tables in Markdown and JSON."""
 
+import math
 import statistics
 from collections.abc import Sequence
+
+from scipy.stats import spearmanr
 
 from .studies import Study, Table
 
@@ -22,7 +25,11 @@ class Results:
 
     def of(self, run: str, what: tuple) -> list[float]:
         """The seeds' values."""
-        return list(self._values.get((run, *what), {}).values())
+        return list(self.by_seed(run, what).values())
+
+    def by_seed(self, run: str, what: tuple) -> dict[int, float]:
+        """The values by seed."""
+        return self._values.get((run, *what), {})
 
     def score_of(self, run: str, sampling: str) -> list[float]:
         """The seeds' scores of a sampling, or of a run by itself."""
@@ -39,7 +46,7 @@ def columns_of(table: Table, study: Study, results: Results) -> dict[str, tuple]
         return {f"{step:,}": ("score", step) for step in results.steps(table.runs)}
     if table.kind == "speed":
         return {"steps/s": ("speed",), study.metric: ("last",)}
-    if table.kind == "metrics":
+    if table.kind in ("metrics", "judges"):
         return {name: ("metric", name) for name in table.columns}
     if table.kind == "probe":
         return {
@@ -59,12 +66,83 @@ def rows_of(table: Table, study: Study, results: Results) -> tuple[list[str], li
         return ["sampling", "paper", study.metric], rows
     if table.kind == "evaluations":
         return rows_of_lines(table, results)
+    if table.kind in ("time", "ranking"):
+        return rows_of_times(table, study, results)
     columns = columns_of(table, study, results)
     rows = [
         [run, paper, *(results.of(run, what) for what in columns.values())]
         for run, paper in table.paper.items()
     ]
     return ["run", "paper", *columns], rows
+
+
+def rows_of_times(table: Table, study: Study, results: Results) -> tuple[list[str], list[list]]:
+    """As [`rows_of`]: what a step and the whole take, and the time to the reference's score at its end.
+
+    The rows of a ranking are in the order of that time.
+    """
+    rows = []
+    for run, paper in table.paper.items():
+        step, steps = [1 / speed for speed in results.of(run, ("speed",))], results.steps([run])
+        total = [step[0] * steps[-1]] if step and steps else []
+        shares = share_of_time(run, table.reference, results)
+        whole = results.steps([table.reference])[-1] if shares else 0
+        reached = [share and share * whole / results.of(table.reference, ("speed",))[0] for share in shares]
+        rows.append([run, paper, step, total, results.of(run, ("last",)), reached, shares])
+    if table.kind == "ranking":
+        rows.sort(key=lambda row: (row[5].count(None) or not row[5], _mean(row[5]), _mean(row[4])))
+    to = f"s to {table.reference}'s"
+    return ["run", "paper", "s a step", "s in all", study.metric, to, f"× {table.reference}"], rows
+
+
+def share_of_time(run: str, reference: str, results: Results) -> list[float | None]:
+    """The time to the reference's score at its end, as a share of the reference's time.
+
+    Each seed is held against the same seed of the reference, which saw the same images and noises; None is
+    where it does not come to that score.
+    """
+    speed, usual = results.of(run, ("speed",)), results.of(reference, ("speed",))
+    targets, steps = results.by_seed(reference, ("last",)), results.steps([run])
+    if not speed or not usual:
+        return []
+    whole, shares = results.steps([reference])[-1] if targets else 0, []
+    for seed in results.by_seed(run, ("last",)).keys() & targets.keys():
+        scores = [results.by_seed(run, ("score", step))[seed] for step in steps]
+        step = first_below(steps, scores, targets[seed])
+        shares.append(None if step is None else step / speed[0] * usual[0] / whole)
+    return shares
+
+
+def first_below(steps: Sequence[int], scores: Sequence[float], target: float) -> float | None:
+    """The step at which scores first are at most the target, between two by their logarithms; None: never.
+
+    What comes before the first score is not known: a score that is there at once is there at its step.
+    """
+    for i, score in enumerate(scores):
+        if score <= target:
+            if i == 0:
+                return float(steps[0])
+            logs = [math.log(each) for each in (scores[i - 1], target, score)]
+            return steps[i - 1] + (steps[i] - steps[i - 1]) * (logs[0] - logs[1]) / (logs[0] - logs[2])
+    return None
+
+
+def _mean(values: list[float | None]) -> float:
+    """Of the numbers among them; infinite of none."""
+    found = [value for value in values if value is not None]
+    return statistics.fmean(found) if found else math.inf
+
+
+def agreements(table: Table, results: Results) -> dict[str, float | None]:
+    """Spearman's rank correlation of the first column with each of the others, over the runs' means."""
+    found = {}
+    for name in table.columns[1:]:
+        pairs = [
+            [results.of(run, ("metric", each)) for each in (table.columns[0], name)] for run in table.runs
+        ]
+        means = [[_mean(one), _mean(other)] for one, other in pairs if one and other]
+        found[name] = float(spearmanr(means).statistic) if len(means) > 2 else None
+    return found
 
 
 def rows_of_lines(table: Table, results: Results) -> tuple[list[str], list[list]]:
@@ -86,13 +164,22 @@ def show(value: float | list[float] | None) -> str:
     if value is None or value == []:
         return "–"
     if isinstance(value, list):
-        spread = f" ± {statistics.stdev(value):.2g}" if len(value) > 1 else ""
-        return f"{statistics.fmean(value):.4g}{spread}"
+        found = [each for each in value if each is not None]
+        if not found:
+            return "–"
+        spread = f" ± {statistics.stdev(found):.2g}" if len(found) > 1 else ""
+        some = f" ({len(found)} of {len(value)})" if len(found) < len(value) else ""
+        return f"{statistics.fmean(found):.4g}{spread}{some}"
     return f"{value:g}"
 
 
-def markdown(study: Study, results: Results) -> str:
-    """All tables; a mean over the seeds has their standard deviation after ±."""
+def markdown(study: Study, results: Results, figures: str = ".") -> str:
+    """All tables; a mean over the seeds has their standard deviation after ±.
+
+    Args:
+        figures: the folder of the figures, from where the text will be.
+    """
+    folder = "" if figures == "." else f"{figures}/"
     lines = [f"# {study.title}", "", study.about, ""]
     for table in study.tables:
         head, rows = rows_of(table, study, results)
@@ -100,7 +187,12 @@ def markdown(study: Study, results: Results) -> str:
         for name, paper, *values in rows:
             quoted = " / ".join(f"{number:g}" for number in paper) if isinstance(paper, list) else show(paper)
             lines.append(_row([name, quoted, *map(show, values)]))
-        lines += ["", f"![{table.title}]({table.name}.png)", ""]
+        if table.kind == "judges":
+            told = [f"{show(rank)} with {name}" for name, rank in agreements(table, results).items()]
+            lines += ["", f"Spearman's rank correlation of {table.columns[0]}: {', '.join(told)}."]
+        lines += ["", f"![{table.title}]({folder}{table.name}.png)", ""]
+    for note in study.notes:
+        lines += [note, ""]
     return "\n".join(lines)
 
 
@@ -116,4 +208,6 @@ def as_json(study: Study, results: Results) -> dict:
     for table in study.tables:
         head, rows = rows_of(table, study, results)
         tables.append({"title": table.title, "kind": table.kind, "columns": head, "rows": rows})
+        if table.kind == "judges":
+            tables[-1]["agreements"] = agreements(table, results)
     return {"title": study.title, "seeds": study.seeds, "metric": study.metric, "tables": tables}

@@ -35,6 +35,7 @@ class DataOptions:
     image_column: str = option("", "column of the images, if they are no latents; '' finds the only one")
     label_column: str = option("label", "column of their labels; '' trains without classes")
     vae: str = option("", "decodes latents; that which made them if not given, 'none' trains without samples")
+    max_train_samples: int = option(0, "train on so many of them, always the same; 0: all", low=0)
     dataloader_num_workers: int = option(0, "processes that read pictures ahead", low=0, high=1024)
 
 

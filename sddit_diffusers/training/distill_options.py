@@ -45,7 +45,7 @@ TEACHER_STEPS = 20  # of Heun's, at which the digits' parent samples as well as 
 # What a distillation takes over of its parent's training.
 INHERITED = (
     "dataset_name", "image_column", "label_column", "vae", "evaluation_reference", "evaluation_extractor",
-    "evaluation_samples", "num_validation_images", "label_dropout",
+    "evaluation_samples", "max_train_samples", "num_validation_images", "label_dropout",
 )  # fmt: skip
 OF_A_CHILD = "max_train_steps", "train_batch_size", "learning_rate", "ema_decay", "evaluation_steps"
 # Measured on the digits.

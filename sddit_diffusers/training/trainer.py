@@ -276,8 +276,9 @@ def open_dataset(config: RunConfig, network: dict) -> ImageDataset | LatentDatas
         return ImageDataset(
             config.dataset_name, config.image_column, config.label_column, channels, size,
             config.dataloader_num_workers, gives_pictures=config.looks_at_pictures,
+            max_samples=config.max_train_samples,
         )  # fmt: skip
-    dataset = LatentDataset(root, config.looks_at_pictures)
+    dataset = LatentDataset(root, config.looks_at_pictures, config.max_train_samples)
     if dataset.shape != (channels, size, size):
         shape = " x ".join(map(str, dataset.shape))
         raise ValueError(

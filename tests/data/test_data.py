@@ -46,6 +46,19 @@ def test_digits_are_scikit_learns():
     assert len(dataset) == 1797 and dataset.num_classes == 10 and dataset.id2label[3] == "3"
 
 
+def test_so_many_of_them_are_drawn_from_all():
+    whole = ImageDataset("digits", "image", "label", 1, 8)
+    some, again = (ImageDataset("digits", "image", "label", 1, 8, max_samples=200) for _ in range(2))
+    assert len(some) == len(some.labels) == 200 and some.num_classes == 10
+    assert some.identity() == again.identity() != whole.identity()
+    rows, labels = some.__getitems__(list(range(200)))[:2]
+    all_rows, all_labels = whole.__getitems__(list(range(len(whole))))[:2]
+    known = {(row.numpy().tobytes(), int(label)) for row, label in zip(all_rows, all_labels, strict=True)}
+    assert {(row.numpy().tobytes(), int(label)) for row, label in zip(rows, labels, strict=True)} <= known
+    assert len(set(labels.tolist())) == 10 and (labels != all_labels[:200]).any()
+    assert len(ImageDataset("digits", "image", "", 1, 8, max_samples=5000)) == len(whole)
+
+
 def test_a_folder_of_parquet(tmp_path, pictures):
     columns = {"img": [Image.fromarray(picture) for picture in pictures], "kind": [0, 1, 2, 2, 1, 0]}
     dataset = ImageDataset(write_parquet(tmp_path / "a", columns, FEATURES), "img", "kind", 3, 8)

@@ -39,9 +39,9 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(latents, "BLOCK", 5)
 
 
-def read(folder, rank=0, processes=1, batch_size=24, accumulation=1, start=0, stop=10, seed=0):
+def read(folder, rank=0, processes=1, batch_size=24, accumulation=1, start=0, stop=10, seed=0, most=0):
     """The row numbers of each micro-batch."""
-    dataset = LatentDataset(str(folder))
+    dataset = LatentDataset(str(folder), max_samples=most)
     sampler = BatchSampler(len(dataset), batch_size, accumulation, rank, processes, seed, start, stop)
     batches = []
     for moments, _ in dataset.batches(sampler):
@@ -82,6 +82,19 @@ def test_any_batch_size(folder, batch_size):
     steps = ROWS // batch_size
     rows = sum(read(folder, batch_size=batch_size, stop=steps), [])
     assert len(rows) == len(set(rows)) == steps * batch_size
+
+
+@pytest.mark.parametrize("most", [24, 50, 60, 299])
+def test_the_first_so_many_alone(folder, most):
+    """Whose last shard is read in part, and of which a run goes on at any step."""
+    written = [row for shard in sorted((folder / "data").iterdir()) for row in pq.read_table(shard)["index"]]
+    expected = {row.as_py() for row in written[:most]}
+    steps = read(folder, batch_size=8, stop=2 * (most // 8), most=most)
+    epoch = sum(steps[: most // 8], [])
+    assert len(epoch) == len(set(epoch)) == most // 8 * 8 and set(epoch) <= expected
+    assert read(folder, batch_size=8, start=3, stop=2 * (most // 8), most=most) == steps[3:]
+    assert LatentDataset(str(folder), max_samples=most).identity()["rows"] == most
+    assert len(LatentDataset(str(folder), max_samples=ROWS + 1)) == ROWS
 
 
 @pytest.mark.parametrize("start", [1, 7, 15, 16, 25, 31])

@@ -153,6 +153,26 @@ def test_a_run_that_was_killed_at_its_end_is_completed(write, tmp_path):
         assert (folder / "model_index.json").is_file() and not list(folder.glob("checkpoint-*"))
 
 
+def test_what_is_known_is_not_run_again(write, tmp_path, capsys):
+    """The results of another machine, whose trainings are not here."""
+    tables = [STUDY["tables"][0], STUDY["tables"][3]]
+    path = write(tables=tables, runs={"DiT": STUDY["runs"]["DiT"], "SD-DiT": {}}, seeds=[0])
+    there = run(path, tmp_path / "there", "--runs", "DiT")
+    known = ["--known", str(tmp_path / "there/results.json")]
+    page = tmp_path / "docs/page.md"
+    page.parent.mkdir()
+    here = run(path, tmp_path / "here", *known, "--page", str(page))
+    assert not (tmp_path / "here/dit").exists() and (tmp_path / "here/sd-dit/seed-0").is_dir()
+    assert table_of(here, "Table 1")["DiT"] == table_of(there, "Table 1")["DiT"]
+    assert table_of(here, "Table 1")["SD-DiT"][-1] and here["found"]["runs"].keys() == {"DiT", "SD-DiT"}
+    assert "](../here/table-1.png)" in page.read_text() and not (tmp_path / "here/results.md").exists()
+    drawn = run(path, tmp_path / "drawn", "--report_only", "--known", str(tmp_path / "here/results.json"))
+    assert drawn == here
+    other = write(tables=tables, runs={"DiT": STUDY["runs"]["DiT"] | {"seed": 3}, "SD-DiT": {}}, seeds=[0])
+    with refusal(capsys, "seed of DiT was None, and is 3 in the study."):
+        run(other, tmp_path / "other", *known)
+
+
 def test_precisions_cannot_differ(write, tmp_path, capsys):
     runs = STUDY["runs"] | {"DiT": STUDY["runs"]["DiT"] | {"mixed_precision": "bf16"}}
     with refusal(capsys, "it must be the same in all runs"):
@@ -241,4 +261,4 @@ def test_studies_have_the_paper_s_figures():
     assert list(table_3.paper.values()) == [53.72, 62.84, 58.92]
     config = parse([f"--{name}={value}" for name, value in study.settings.items()] + ["--dataset_name=x"])
     assert (config.max_train_steps, config.train_batch_size, config.learning_rate) == (400_000, 256, 1e-4)
-    assert (config.evaluation_samples, config.evaluation_extractor) == (50_000, "inception")
+    assert (config.evaluation_samples, config.evaluation_extractor) == (50_000, ["inception"])

@@ -104,7 +104,7 @@ def test_a_damaged_checkpoint_costs_its_steps_alone(tmp_path):
 IDENTITY = {"method", "transformer", "dataset_name", "label_column", "seed", "train_batch_size"}
 IDENTITY |= {"gradient_accumulation_steps", "num_prototypes", "head_hidden_dim", "head_bottleneck_dim"}
 IDENTITY |= {"pretrained_model_name_or_path", "auxiliary", "sra_layer", "sra_teacher_layer"}
-IDENTITY |= {"sigma_data"}
+IDENTITY |= {"sigma_data", "max_train_samples"}
 IDENTITY |= {"repa_layer", "repa_encoder", "repa_projector_dim", "repa_convolution"}
 
 

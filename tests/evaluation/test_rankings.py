@@ -1,0 +1,152 @@
+"""Tables by time, their figures, and what judges agree on, against numbers that were worked out by hand."""
+
+import json
+import math
+
+import pytest
+from PIL import Image
+
+from sddit_diffusers.evaluation.figures import draw
+from sddit_diffusers.evaluation.findings import Findings, Found
+from sddit_diffusers.evaluation.studies import Study, Table
+from sddit_diffusers.evaluation.tables import (
+    Results,
+    agreements,
+    as_json,
+    first_below,
+    markdown,
+    rows_of,
+    share_of_time,
+)
+
+RUNS = {"DiT": {"method": "dit"}, "fast": {}, "slow": {}, "bad": {}}
+PAPER = dict.fromkeys(RUNS)
+TABLES = [
+    Table("Ranking", "ranking", PAPER, reference="DiT"),
+    Table("Time", "time", PAPER, reference="DiT"),
+    Table("Judges", "judges", PAPER, columns=["fid_a", "fid_b", "fid_c"]),
+]
+# The scores at steps 100, 200 and 400 of seeds 0 and 1.
+CURVES = {
+    "DiT": ([8, 4, 2], [8, 4, 1]),
+    "fast": ([4, 2, 1], [4, 1, 0.5]),
+    "slow": ([8, 4, 1], [8, 4, 0.25]),
+    "bad": ([9, 8, 7], [9, 8, 0.5]),
+}
+SPEEDS = {"DiT": 2.0, "fast": 1.0, "slow": 0.5, "bad": 4.0}
+# The other judges turn the runs around, or see one of them otherwise.
+OTHERS = {"fid_b": dict(DiT=3, fast=4, slow=3.5, bad=1), "fid_c": dict(DiT=2, fast=1, slow=4, bad=3)}
+
+
+def study_of(tables=TABLES, **changes):
+    return Study("Title", "About.", {}, [0, 1], "fid_a", RUNS | changes, tables, notes=["A note."])
+
+
+@pytest.fixture
+def findings():
+    findings = Findings(study_of())
+    for run, curves in CURVES.items():
+        for seed, curve in enumerate(curves):
+            rows = [
+                {"step": step, "fid_a": float(score)}
+                for step, score in zip((100, 200, 400), curve, strict=True)
+            ]
+            rows[-1] |= {name: float(of[run]) for name, of in OTHERS.items()}
+            findings.trainings[run, seed] = Found(rows)
+    findings.speeds = SPEEDS
+    return findings
+
+
+@pytest.fixture
+def results(findings):
+    results = Results()
+    findings.tell(results)
+    return results
+
+
+def test_a_score_between_two_is_where_its_logarithm_is():
+    assert first_below([100, 200, 400], [8, 4, 1], 2) == 300
+    assert first_below([100, 200, 400], [8, 4, 1], 4) == 200
+    assert first_below([100, 200], [8, 4], 6) == pytest.approx(100 + 100 * math.log(8 / 6) / math.log(2))
+    assert first_below([100, 200], [8, 4], 9) == 100  # at once: it is not known since when
+    assert first_below([100, 200], [8, 4], 3) is None
+    assert first_below([100, 200, 300], [4, 8, 1], 4) == 100  # the first time, whatever comes
+
+
+def test_each_seed_is_held_against_the_reference_s(results):
+    """DiT ends at 2 and at 1 after 200 s; "fast" has these after 200 s, "slow" after 600."""
+    assert share_of_time("DiT", "DiT", results) == [1, 1]
+    assert share_of_time("fast", "DiT", results) == [1, 1]
+    assert share_of_time("slow", "DiT", results) == pytest.approx([3, 3])
+    (never, late) = share_of_time("bad", "DiT", results)
+    assert never is None and late == pytest.approx((200 + 200 * math.log(8) / math.log(16)) / 4 / 200)
+
+
+def test_a_ranking_is_in_the_order_of_time(results):
+    study = study_of()
+    head, rows = rows_of(study.tables[0], study, results)
+    assert head == ["run", "paper", "s a step", "s in all", "fid_a", "s to DiT's", "× DiT"]
+    assert [row[0] for row in rows] == ["fast", "DiT", "slow", "bad"]  # of two equal ones the better
+    assert rows[1] == ["DiT", None, [0.5], [200], [2, 1], [200, 200], [1, 1]]
+    assert rows[3][5][0] is None and rows[3][6][0] is None
+    assert [row[0] for row in rows_of(study.tables[1], study, results)[1]] == list(RUNS)
+    text = markdown(study, results, "figures")
+    assert "| DiT | – | 0.5 | 200 | 1.5 ± 0.71 | 200 ± 0 | 1 ± 0 |" in text
+    assert "| bad | – | 0.25 | 100 | 3.75 ± 4.6 | 87.5 (1 of 2) | 0.4375 (1 of 2) |" in text
+    assert "](figures/ranking.png)" in text and text.endswith("A note.\n")
+
+
+def test_judges_agree_by_ranks(results):
+    """By the means of fid_a: fast 0.75, slow 0.625, bad 3.75, DiT 1.5; of d² the sum is 18, and 12."""
+    table, n = TABLES[2], 4
+    by_hand = {"fid_b": 1 - 6 * 18 / (n * (n * n - 1)), "fid_c": 1 - 6 * 12 / (n * (n * n - 1))}
+    assert agreements(table, results) == pytest.approx(by_hand)
+    assert as_json(study_of(), results)["tables"][2]["agreements"] == pytest.approx(by_hand)
+    assert "Spearman's rank correlation of fid_a: -0.8 with fid_b, -0.2 with fid_c." in markdown(
+        study_of(), results
+    )
+    assert agreements(table, Results()) == {"fid_b": None, "fid_c": None}
+
+
+@pytest.mark.figures
+def test_figures_of_what_there_is(results, tmp_path):
+    for table in TABLES:
+        for found in (results, Results()):
+            draw(table, study_of(), found, tmp_path)
+            assert Image.open(tmp_path / f"{table.name}.png").getextrema() != ((255, 255),) * 4
+
+
+def test_findings_come_back_from_their_file(findings, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"title": "T", "found": findings.as_json()}))
+    again = Findings(study_of())
+    again.read(path)
+    assert again.trainings == findings.trainings and again.speeds == SPEEDS
+    with_more = Findings(study_of(other={}))
+    with_more.read(path)
+    assert with_more.trainings == findings.trainings
+    with pytest.raises(ValueError, match="results.json: seed of fast was None, and is 5 in the study"):
+        Findings(study_of(fast={"seed": 5})).read(path)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="is no results of a study"):
+        again.read(path)
+
+
+def test_speeds_that_were_measured_apart_are_not_mixed(findings, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"title": "T", "found": {"runs": {}, "speeds": {"fast": 9.0, "new": 1.0}}}))
+    findings.read(path)
+    assert findings.speeds == SPEEDS
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("time", {}, "a table of kind time needs reference"),
+        ("ranking", {"reference": "MDT"}, "its reference is 'MDT', which is none of its runs"),
+        ("judges", {"columns": ["fid"]}, "needs two or more"),
+    ],
+)
+def test_wrong_tables_are_refused(kind, changes, message):
+    with pytest.raises(ValueError, match=message):
+        Table("T", kind, PAPER, **changes)
