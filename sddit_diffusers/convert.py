@@ -126,14 +126,16 @@ def _read_file(path: Path) -> Source:
     if not config:
         return Source(weights)
     source = _ours(weights, config)
-    source.scheduler = _read_scheduler(path)
+    with safe_open(path, framework="pt") as file:
+        beside = file.metadata()
+    source.scheduler = _read_scheduler(path, beside.get("scheduler", "null"))
+    names = beside.get("id2label", "null")
+    source.id2label = parse_json(names, ({str: str}, None), "table of class names", f"{path}: id2label")
     return source
 
 
-def _read_scheduler(path: Path) -> SchedulerMixin | None:
+def _read_scheduler(path: Path, text: str) -> SchedulerMixin | None:
     """The scheduler whose config a single file has beside the transformer's; None without."""
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get("scheduler", "null")
     try:
         config = json.loads(text)
         return config and SCHEDULERS[config["_class_name"]].from_config(config)
@@ -288,11 +290,14 @@ def config_of(transformer: PatchTransformer2DModel) -> dict:
 
 
 def save_single_file(
-    transformer: PatchTransformer2DModel, path: Path, scheduler: SchedulerMixin | None = None
+    transformer: PatchTransformer2DModel,
+    path: Path,
+    scheduler: SchedulerMixin | None = None,
+    id2label: dict | None = None,
 ) -> None:
     """Writes what `from_single_file` reads: the weights, with the config in the metadata.
 
-    The scheduler's config is beside it, for a conversion back into a pipeline.
+    The scheduler's config and the names of the classes are beside it, for a conversion back into a pipeline.
 
     Raises:
         OSError: the disk is full, or cannot be written.
@@ -300,6 +305,8 @@ def save_single_file(
     about = {"config": json.dumps(config_of(transformer))}
     if type(scheduler).__name__ in SCHEDULERS:
         about["scheduler"] = scheduler.to_json_string()
+    if id2label:
+        about["id2label"] = json.dumps(id2label)
     save_tensors(path, transformer.state_dict(), format="pt", **about)
 
 
@@ -343,7 +350,7 @@ def convert(name: str, output: Path, config: ConvertConfig) -> str:
     vae = load_vae(config.vae) if config.vae else source.vae
     scheduler = source.scheduler or scheduler_for(transformer)
     if single:
-        save_single_file(transformer, output, scheduler)
+        save_single_file(transformer, output, scheduler, source.id2label)
     else:
         save_pipeline(SDDiTPipeline(transformer, scheduler, vae=vae, id2label=source.id2label), output)
     sizes = ", ".join(

@@ -15,7 +15,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -27,14 +27,14 @@ from accelerate.utils import InitProcessGroupKwargs
 from .cli import Parser, check_options, json_object, one_line_errors, option, options, shortened
 from .evaluation.figures import draw
 from .evaluation.findings import PROBED, Findings, Found
-from .evaluation.studies import Table, read_study, slug
+from .evaluation.studies import Study, Table, read_study, slug
 from .evaluation.tables import Results, as_json, markdown
 from .files import read_json, remove, written_aside
 from .launching import check_machine, on_main_process
 from .training.auxiliary import Process
 from .training.building import build_process
 from .training.checkpointing import find_checkpoints
-from .training.configuration import RunConfig
+from .training.configuration import DataOptions, HubOptions, OutputOptions, RunConfig
 from .training.distill_options import DistillConfig, parse_planned
 from .training.measuring import (
     builder,
@@ -53,6 +53,10 @@ from .training.trainer import training
 # What is kept of measurements; see `files.parse_json` for such structures.
 _SPEEDS, _IMAGES = {str: float}, [float]
 _SAMPLED = (None, float)
+# What of a run's settings tells where its data are, what is kept of it, and which of its seeds it is.
+_OF_A_PLACE = {each.name for group in (DataOptions, OutputOptions, HubOptions) for each in fields(group)}
+_OF_A_PLACE |= {"evaluation_reference", "num_validation_images", "model", "seed"}
+_OF_A_PLACE -= {"max_train_samples"}
 
 
 @dataclass
@@ -123,7 +127,8 @@ class Reproduction:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))],
         )
         check_machine(self.accelerator)
-        self.results, self.findings = Results(), Findings(self.study)
+        settings = {run: comparable(config) for run, config in self.first.items()}
+        self.results, self.findings = Results(), Findings(self.study, settings)
         for known in config.known:
             self.findings.read(Path(known))
         self.known = set(self.findings.trainings)
@@ -205,9 +210,8 @@ class Reproduction:
 
     def measure(self) -> None:
         """What tables need beside the trainings: speeds, probes, samplings; each is kept in a file."""
-        timed = self.study.timed
-        parents = [run for run in map(self.study.parent_of, timed) if run]
-        if not set(timed) <= self.findings.speeds.keys() and self.is_trained(parents):
+        timed = self.timed()
+        if not set(timed) <= self.findings.speeds.keys():
             measure = partial(steps_a_second, self.first, self.folder / ".speed", self.accelerator)
             self.keep(self.folder / "speeds.json", timed, _SPEEDS, measure)
         for table in self.study.tables:
@@ -237,6 +241,12 @@ class Reproduction:
                 file.write(json.dumps({"of": of, "found": found}, indent=1) + "\n")
         self.accelerator.wait_for_everyone()
 
+    def timed(self) -> list[str]:
+        """The runs that can be timed: there is a training of them, and here one of what they distil."""
+        there = {run for run, _ in self.known} | {each[0] for each in self.configs if self.is_done(*each)}
+        lines = {run: [parent for parent in [self.study.parent_of(run)] if parent] for run in there}
+        return [run for run in self.study.timed if run in there and self.is_trained(lines[run])]
+
     def is_trained(self, runs: list[str]) -> bool:
         """Whether runs are done with the first seed."""
         return all(self.is_done(run, self.study.seeds[0]) for run in runs)
@@ -245,58 +255,64 @@ class Reproduction:
         """Reads what there is."""
         for run, seed in self.configs:
             if self.is_done(run, seed):
-                self.findings.trainings[run, seed] = self.found(run, seed)
-        speeds = read_kept(self.folder / "speeds.json", self.study.timed, _SPEEDS, {})
-        self.findings.speeds = speeds or self.findings.speeds
-        self.findings.tell(self.results)
+                self.findings.trainings[run, seed] = found_in(self.folder_of(run, seed), run, self.study)
+        path = self.folder / "speeds.json"
+        if path.is_file():
+            self.findings.speeds = read_json(path, {"found": _SPEEDS}, "measurement of a study")["found"]
         for table in self.study.tables:
             if table.kind == "evaluations":
                 self.collect_samplings(table)
-
-    def found(self, run: str, seed: int) -> Found:
-        """What a training that is done gave, and what was measured of it.
-
-        Raises:
-            ValueError: it has not the study's metric.
-        """
-        folder, metric = self.folder_of(run, seed), self.study.metric
-        rows = read_metrics(folder / "metrics.jsonl")
-        if metric not in rows[-1]:
-            raise ValueError(f"{folder} has no {metric!r}, which is the study's metric.")
-        scored = [row for row in rows if metric in row]
-        for row in scored:
-            if not is_number(row[metric]):
-                raise ValueError(f"{folder}: its {metric} is {shortened(row[metric])}, no number.")
-        found = Found([{name: value for name, value in row.items() if is_number(value)} for row in scored])
-        for table in self.study.tables:
-            if table.kind == "probe":
-                found.probe = read_kept(folder / "probe.json", table.sigmas, PROBED, [])
-            for name, sampling in table.samplings_of(run).items():
-                value = read_kept(folder / f"sampling-{slug(name)}.json", sampling, _SAMPLED, None)
-                found.samplings |= {} if value is None else {name: value}
-        return found
+        self.findings.tell(self.results)
 
     def collect_samplings(self, table: Table) -> None:
         """What the samplings of a table cost."""
-        speeds = read_kept(self.folder / "sampling-speeds.json", table.ways, _IMAGES, [])
         for run, name in table.sampled:
             self.results.add(run, 0, ("evaluations", name), self.evaluations[run, name])
-        for (run, name), speed in zip(table.sampled, speeds, strict=False):
-            self.results.add(run, 0, ("images", name), speed)
+        speeds = read_kept(self.folder / "sampling-speeds.json", table.ways, _IMAGES, [])
+        images = [
+            {"run": run, "of": sampling, "a_second": speed}
+            for (run, _, sampling), speed in zip(table.ways, speeds, strict=False)
+        ]
+        self.findings.images = images or self.findings.images
 
     def report(self) -> None:
         """Writes tables and figures."""
         self.folder.mkdir(parents=True, exist_ok=True)
         page = Path(self.config.page or self.folder / "results.md")
+        page.parent.mkdir(parents=True, exist_ok=True)
         figures = Path(os.path.relpath(self.folder, page.parent)).as_posix()
         with written_aside(page, "w") as file:
             file.write(markdown(self.study, self.results, figures))
         content = as_json(self.study, self.results) | {"found": self.findings.as_json()}
         with written_aside(self.folder / "results.json", "w") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
+            file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
         for table in self.study.tables:
             draw(table, self.study, self.results, self.folder)
         print(f"Done: tables and figures ({len(self.study.tables)}) are in {page}")
+
+
+def found_in(folder: Path, run: str, study: Study) -> Found:
+    """What a training that is done gave, and what was measured of it.
+
+    Raises:
+        ValueError: it has not the study's metric.
+    """
+    metric = study.metric
+    rows = read_metrics(folder / "metrics.jsonl")
+    if metric not in rows[-1]:
+        raise ValueError(f"{folder} has no {metric!r}, which is the study's metric.")
+    scored = [row for row in rows if metric in row]
+    for row in scored:
+        if not is_number(row[metric]):
+            raise ValueError(f"{folder}: its {metric} is {shortened(row[metric])}, no number.")
+    found = Found([{name: value for name, value in row.items() if is_number(value)} for row in scored])
+    for table in study.tables:
+        if table.kind == "probe":
+            found.probe = read_kept(folder / "probe.json", table.sigmas, PROBED, [])
+        for name, sampling in table.samplings_of(run).items():
+            score = read_kept(folder / f"sampling-{slug(name)}.json", sampling, _SAMPLED, None)
+            found.samplings |= {} if score is None else {name: {"of": sampling, "score": score}}
+    return found
 
 
 def configure(run: str, settings: dict, parent: RunConfig | None) -> RunConfig:
@@ -321,6 +337,12 @@ def configure(run: str, settings: dict, parent: RunConfig | None) -> RunConfig:
     config.checkpoints_total_limit = config.checkpoints_total_limit or 1
     config.resume_from_checkpoint = "latest"
     return config
+
+
+def comparable(config: RunConfig) -> dict:
+    """What of a run's settings is the same wherever it is trained, with whatever seed."""
+    names = [each.name for each in fields(config) if each.name not in _OF_A_PLACE]
+    return json.loads(json.dumps({name: getattr(config, name) for name in names}))
 
 
 def as_arguments(settings: dict) -> list[str]:

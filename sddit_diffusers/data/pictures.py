@@ -86,7 +86,7 @@ class ImageDataset(Dataset):
         if label_column:
             self._read_labels(rows, label_column)
         if 0 < max_samples < len(rows):
-            chosen = torch.randperm(len(rows), generator=generator_for(0))[:max_samples].sort().values
+            chosen = torch.randperm(len(rows), generator=generator_for(0, 3))[:max_samples].sort().values
             self.images = self.images.select(chosen.tolist())
             self.labels = None if self.labels is None else self.labels[chosen]
 

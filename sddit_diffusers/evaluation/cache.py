@@ -13,7 +13,7 @@ from ..files import save_tensors
 
 
 def default_cache() -> Path:
-    """Where features are kept where nobody says otherwise."""
+    """Where features, radii and classifiers are kept where nobody says otherwise."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sddit_diffusers"
 
 
@@ -45,6 +45,7 @@ def kept_tensors(path: Path) -> dict[str, Tensor] | None:
 
 
 def hash_of(name: str, tensors: dict[str, Tensor]) -> str:
+    """The SHA-256 of tensors by name, and of the name of their file."""
     digest = hashlib.sha256(name.encode())
     for key in sorted(tensors):
         tensor = tensors[key]

@@ -1,6 +1,7 @@
 """Features of whole sets of images: extracted once, by all processes, and cached by content."""
 
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..cli import one_line
 from ..launching import on_main_process, progress_bar
 from .cache import keep_tensors, kept_tensors
 from .extractors import Extractor
@@ -73,12 +75,18 @@ class Features:
             half: distances are rounded to float16.
         """
         manifold = Manifold(self.features.to(device), half=half)
-        if self.path is not None and not half:
-            path = self.path.with_name(f"radii-{manifold.k}-{self.path.name}")
-            kept = kept_tensors(path)
-            if kept is None:
-                keep_tensors(path, kept := {"radii": manifold.radii.cpu()})
+        if self.path is None or half:
+            return manifold
+        path = self.path.with_name(f"radii-{manifold.k}-{self.path.name}")
+        if (kept := kept_tensors(path)) is not None:
             manifold.radii = kept["radii"].to(device)
+            return manifold
+        with full_precision():
+            radii = manifold.radii.cpu()
+        try:
+            keep_tensors(path, {"radii": radii})
+        except OSError as error:  # a full disk, or a cache of somebody else's
+            print(f"{path} cannot be kept ({one_line(error)}).", file=sys.stderr)
         return manifold
 
 
@@ -133,13 +141,14 @@ def extract(parts: Iterable[Tensor], extractor: Extractor, accelerator: Accelera
         parts: this process's images, as of [`Extraction.add`]; there may be none.
     """
     extraction = Extraction(extractor, accelerator)
-    for images in parts:
-        extraction.add(images)
+    with torch.inference_mode(), full_precision():
+        for images in parts:
+            extraction.add(images)
     return extraction.features()
 
 
 class Extraction:
-    """The features of images that come in parts, on all processes."""
+    """The features of images that come in parts, on all processes, which ask for them once."""
 
     def __init__(self, extractor: Extractor, accelerator: Accelerator):
         self.extractor, self.accelerator = extractor, accelerator
@@ -147,15 +156,14 @@ class Extraction:
         self.widths, self.moments = dict.fromkeys(self.rows, 0), Moments()
 
     def add(self, images: Tensor) -> None:
-        """Looks at some of this process's images, uint8 `[b, 3, h, w]`."""
-        with torch.inference_mode(), full_precision():
-            outputs = self.extractor(images.to(self.accelerator.device))
-            for name, values in self.extractor.convert_features_tuple_to_dict(outputs).items():
-                self.widths[name] = values.shape[1]
-                if name == "spatial":
-                    self.moments.add(values)
-                else:
-                    self.rows[name].append(values.float().cpu())
+        """Looks at some of this process's images, uint8 `[b, 3, h, w]`; gradients and TF32 are off then."""
+        outputs = self.extractor(images.to(self.accelerator.device))
+        for name, values in self.extractor.convert_features_tuple_to_dict(outputs).items():
+            self.widths[name] = values.shape[1]
+            if name == "spatial":
+                self.moments.add(values)
+            else:
+                self.rows[name].append(values.float().cpu())
 
     def features(self) -> Features | None:
         """Of every process's images, in the order of the processes; None but on the main process."""

@@ -7,7 +7,7 @@ import matplotlib
 
 from ..files import written_aside
 from .studies import FIGURES, Study, Table
-from .tables import Results, rows_of, share_of_time
+from .tables import Results, rows_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -41,9 +41,10 @@ def _text(name: str) -> str:
 
 
 def _draw_steps(axis, table: Table, study: Study, results: Results) -> None:
-    for run in table.runs:
+    for i, run in enumerate(table.runs):
         steps = results.steps([run])
-        _draw_line(axis, steps, [results.of(run, ("score", step)) for step in steps], _text(run))
+        scores = [results.of(run, ("score", step)) for step in steps]
+        _draw_line(axis, steps, scores, _text(run), color=f"C{i}")
     axis.set_xlabel("step")
     _scale_scores(axis)
 
@@ -61,14 +62,14 @@ def _draw_speed(axis, table: Table, study: Study, results: Results) -> None:
 
 def _draw_time(axis, seconds, table: Table, study: Study, results: Results) -> None:
     _draw_steps(axis, table, study, results)
-    for run in table.runs:
+    for i, run in enumerate(table.runs):
         if speed := results.of(run, ("speed",)):
             steps = results.steps([run])
             xs, scores = (
                 [step / speed[0] for step in steps],
                 [results.of(run, ("score", step)) for step in steps],
             )
-            _draw_line(seconds, xs, scores, _text(run))
+            _draw_line(seconds, xs, scores, _text(run), color=f"C{i}")
     seconds.set_xlabel("seconds of training")
     if target := results.of(table.reference, ("last",)):
         for panel in (axis, seconds):
@@ -78,15 +79,15 @@ def _draw_time(axis, seconds, table: Table, study: Study, results: Results) -> N
 def _draw_ranking(axis, table: Table, study: Study, results: Results) -> None:
     """Bars of the share of the reference's time; those that do not come to its score have none."""
     _, rows = rows_of(table, study, results)
-    for i, (run, *_) in enumerate(rows):
-        shares = share_of_time(run, table.reference, results)
+    for i, (run, *_, shares) in enumerate(rows):
         found = [share for share in shares if share is not None]
         color = "tab:orange" if run == table.reference else "tab:blue"
         if found and len(found) == len(shares):
             low, mean, high = _spread(found)
             axis.barh(i, mean, xerr=[[mean - low], [high - mean]], capsize=3, color=color)
-        elif shares:
-            axis.text(0.02, i, f"{len(found)} of {len(shares)} come there", va="center", fontsize=8)
+        else:
+            told = f"{len(found)} of {len(shares)} come there" if shares else "not run"
+            axis.text(0.02, i, told, va="center", fontsize=8)
     axis.set_yticks(range(len(rows)), [_text(run) for run, *_ in rows])
     axis.invert_yaxis()
     axis.axvline(1, linestyle="--", color="grey", linewidth=1)

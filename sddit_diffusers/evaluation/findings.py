@@ -14,13 +14,15 @@ from .tables import Results
 
 # What is kept of measurements; see `files.parse_json` for such structures.
 PROBED = [{"probe": str, "features": str, "sigma": float, "accuracy": float}]
-_RUN = {
-    "settings": dict,
-    "seeds": {
-        str: {"metrics": [{"step": range(1, 2**63), str: float}], "probe": PROBED, "samplings": {str: float}}
-    },
+_SEED = {
+    "metrics": [{"step": range(2**63), str: float}],
+    "probe": PROBED,
+    "samplings": {str: {"of": dict, "score": float}},
 }
-_FILE = {"title": str, "found": {"runs": {str: _RUN}, "speeds": {str: float}}}
+_RUN = {"settings": dict, "of": (None, str), "seeds": {str: _SEED}}
+_FOUND = {
+    "runs": {str: _RUN}, "speeds": {str: float}, "images": [{"run": str, "of": dict, "a_second": float}],
+}  # fmt: skip
 
 
 @dataclass
@@ -30,26 +32,31 @@ class Found:
     Attributes:
         metrics: its rows of metrics.jsonl that have scores.
         probe: what its encoder knows.
-        samplings: the scores of other ways to sample, by name.
+        samplings: by name, other ways to sample (`of`) and their `score`.
     """
 
     metrics: list[dict]
     probe: list[dict] = field(default_factory=list)
-    samplings: dict[str, float] = field(default_factory=dict)
+    samplings: dict[str, dict] = field(default_factory=dict)
 
 
 class Findings:
     """Of a study, by run and seed.
 
+    Args:
+        settings: of each run, by which it is known to be the same elsewhere.
+
     Attributes:
         trainings: what was found of each.
         speeds: steps a second, by run, all measured in turn.
+        images: a second, of samplings (`run`, and what it is `of`), all measured in turn.
     """
 
-    def __init__(self, study: Study):
-        self.study = study
+    def __init__(self, study: Study, settings: dict[str, dict]):
+        self.study, self.settings = study, settings
         self.trainings: dict[tuple[str, int], Found] = {}
         self.speeds: dict[str, float] = {}
+        self.images: list[dict] = []
 
     def read(self, path: Path) -> None:
         """Adds those of a `results.json`, but for what the study has not.
@@ -57,21 +64,39 @@ class Findings:
         Raises:
             ValueError: it is none, or a run of the study had other settings there.
         """
-        found = read_json(path, _FILE, "results of a study")["found"]
-        for run in found["runs"].keys() & self.study.runs.keys():
-            settings, now = found["runs"][run]["settings"], self.study.settings_of(run)
-            for name in sorted(settings.keys() | now.keys()):
-                if settings.get(name) != now.get(name):
-                    raise ValueError(
-                        f"{path}: {name} of {run} was {shortened(settings.get(name))}, and is "
-                        f"{shortened(now.get(name))} in the study."
-                    )
-            for seed, of in found["runs"][run]["seeds"].items():
-                if seed in map(str, self.study.seeds):
-                    self.trainings[run, int(seed)] = Found(**of)
+        found = read_json(path, {"found": _FOUND}, "results of a study")["found"]
+        for run in [run for run in self.study.runs if run in found["runs"]]:
+            there = found["runs"][run]
+            self._compare(path, run, there)
+            for seed in [seed for seed in self.study.seeds if str(seed) in there["seeds"]]:
+                self.trainings[run, seed] = self._known(path, run, there["seeds"][str(seed)])
+        # Only those that were measured in turn can be compared.
         speeds = {run: speed for run, speed in found["speeds"].items() if run in self.study.runs}
-        if len(speeds) > len(self.speeds):  # only those that were measured in turn can be compared
+        if len(speeds) > len(self.speeds):
             self.speeds = speeds
+        if len(found["images"]) > len(self.images):
+            self.images = found["images"]
+
+    def _compare(self, path: Path, run: str, there: dict) -> None:
+        """Raises a ValueError where a run is another one there; what one of both does not know is alike."""
+        now = self.settings[run] | {"of": self.study.parent_of(run)}
+        for name, value in (there["settings"] | {"of": there["of"]}).items():
+            if value != now.get(name, value):
+                others = f"was {shortened(value)}, and is {shortened(now[name])} in the study"
+                raise ValueError(f"{path}: {name} of {run} {others}.")
+
+    def _known(self, path: Path, run: str, found: dict) -> Found:
+        """What was found of a seed, as far as the study still asks for it."""
+        metric = self.study.metric
+        if not found["metrics"] or any(metric not in row for row in found["metrics"]):
+            raise ValueError(f"{path}: {run} has no {metric!r}, which is the study's metric.")
+        wanted = {}
+        for table in self.study.tables:
+            wanted |= table.samplings_of(run)
+        samplings = {
+            name: kept for name, kept in found["samplings"].items() if kept["of"] == wanted.get(name)
+        }
+        return Found(found["metrics"], found["probe"], samplings)
 
     def as_json(self) -> dict:
         """What `read` reads."""
@@ -83,8 +108,10 @@ class Findings:
                 if (run, seed) in self.trainings
             }
             if seeds:
-                runs[run] = {"settings": self.study.settings_of(run), "seeds": seeds}
-        return {"runs": runs, "speeds": self.speeds}
+                runs[run] = {
+                    "settings": self.settings[run], "of": self.study.parent_of(run), "seeds": seeds,
+                }  # fmt: skip
+        return {"runs": runs, "speeds": self.speeds, "images": self.images}
 
     def tell(self, results: Results) -> None:
         """Adds them to results."""
@@ -98,10 +125,15 @@ class Findings:
             for row in found.probe:
                 if row["probe"] == "k-NN":
                     add(run, seed, ("k-NN", row["features"], row["sigma"]), row["accuracy"])
-            for name, value in found.samplings.items():
-                add(run, seed, ("sampling", name), value)
+            for name, kept in found.samplings.items():
+                add(run, seed, ("sampling", name), kept["score"])
         for run, speed in self.speeds.items():
             results.add(run, 0, ("speed",), speed)
+        for table in self.study.tables:
+            for (run, name), sampling in table.sampled.items() if table.kind == "evaluations" else ():
+                for each in self.images:
+                    if (each["run"], each["of"]) == (run, sampling):
+                        results.add(run, 0, ("images", name), each["a_second"])
 
     def _in_order(self) -> Iterable[tuple[str, int]]:
         """The trainings as the study has them."""

@@ -22,7 +22,7 @@ from .extractors import (
     ResidualExtractor,
     find_inception,
 )
-from .features import Extraction, Features, features_of_set
+from .features import Extraction, Features, features_of_set, full_precision
 from .image_sets import DatasetImages, ImageSet, has_images, open_images
 from .scores import Gaussian, Manifold, frechet_distance, inception_score, kernel_distance, precision_recall
 from .statistics import read_statistics
@@ -68,8 +68,8 @@ def build_extractor(
             )
         arguments = images, cache or default_cache(), accelerator.device
         path = on_main_process(lambda: train_classifier(*arguments, kind=kind), accelerator)
-        network = ResidualExtractor if kind == "resnet" else ClassifierExtractor
-        extractor = network(f"sddit-{kind}", parts, feature_extractor_weights_path=str(path))
+        network = {each.kind: each for each in (ClassifierExtractor, ResidualExtractor)}
+        extractor = network[kind](f"sddit-{kind}", parts, feature_extractor_weights_path=str(path))
     else:
         extractor = PixelExtractor("sddit-pixels", parts)
     return extractor.to(accelerator.device)
@@ -164,16 +164,17 @@ class Judge:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         mine = range(self.num_samples * rank // processes, self.num_samples * (rank + 1) // processes)
         seen, problems = [Extraction(view.extractor, self.accelerator) for view in self.views], []
-        for i in range(0, len(mine), batch_size):
-            seeds = mine[i : i + batch_size]
-            labels = [class_of(pipe, ["random"], 0, seed) for seed in seeds]
-            try:
-                pixels = torch.from_numpy(sample(pipe, seeds, labels, **arguments))
-            except FloatingPointError as error:  # the other processes wait for this one's share
-                problems.append(error)
-                break
-            for extraction in seen:
-                extraction.add(pixels.permute(0, 3, 1, 2).expand(-1, 3, -1, -1))
+        with torch.inference_mode(), full_precision():
+            for i in range(0, len(mine), batch_size):
+                seeds = mine[i : i + batch_size]
+                labels = [class_of(pipe, ["random"], 0, seed) for seed in seeds]
+                try:
+                    pixels = torch.from_numpy(sample(pipe, seeds, labels, **arguments))
+                except FloatingPointError as error:  # the other processes wait for this one's share
+                    problems.append(error)
+                    break
+                for extraction in seen:
+                    extraction.add(pixels.permute(0, 3, 1, 2).expand(-1, 3, -1, -1))
         found = [extraction.features() for extraction in seen]
 
         def check() -> None:

@@ -39,11 +39,13 @@ from ..files import read_json
 from ..pipelines.sampling import check_interval
 from ..schedulers.scheduling_edm_heun import EDMHeunScheduler
 from ..schedulers.scheduling_interpolant import InterpolantScheduler
+from .catalogue import METRICS, SCORES
 
 KINDS = (
     "steps", "speed", "time", "ranking", "judges", "setting", "metrics", "probe", "sampling", "evaluations",
 )  # fmt: skip
 FIGURES = ("png", "svg")
+_UPWARD = [name for name, score in SCORES.items() if score.better == "↑"]
 RESULTS = ("results.md", "results.json", "speeds.json", "sampling-speeds.json")  # of a study, in its folder
 # What a sampling may change; see `files.parse_json` for such structures.
 SAMPLING = {
@@ -167,6 +169,10 @@ class Study:
         for table in self.tables:
             for run in table.runs:
                 self._check_run(table, run)
+            if table.reference and METRICS.get(self.metric, ("fid",))[0] in _UPWARD:
+                raise ValueError(
+                    f"{table.title}: of {self.metric} more is better; time is measured to a distance."
+                )
         for kind in ("speed", "probe", "evaluations"):
             if sum(table.kind == kind for table in self.tables) > 1:
                 raise ValueError(f"there are several tables of kind {kind}; there can be one.")

@@ -90,7 +90,7 @@ def rows_of_times(table: Table, study: Study, results: Results) -> tuple[list[st
         reached = [share and share * whole / results.of(table.reference, ("speed",))[0] for share in shares]
         rows.append([run, paper, step, total, results.of(run, ("last",)), reached, shares])
     if table.kind == "ranking":
-        rows.sort(key=lambda row: (row[5].count(None) or not row[5], _mean(row[5]), _mean(row[4])))
+        rows.sort(key=lambda row: (_missing(row[5]), _mean(row[5]), _mean(row[4])))
     to = f"s to {table.reference}'s"
     return ["run", "paper", "s a step", "s in all", study.metric, to, f"× {table.reference}"], rows
 
@@ -106,9 +106,10 @@ def share_of_time(run: str, reference: str, results: Results) -> list[float | No
     if not speed or not usual:
         return []
     whole, shares = results.steps([reference])[-1] if targets else 0, []
-    for seed in results.by_seed(run, ("last",)).keys() & targets.keys():
-        scores = [results.by_seed(run, ("score", step))[seed] for step in steps]
-        step = first_below(steps, scores, targets[seed])
+    for seed in [seed for seed in results.by_seed(run, ("last",)) if seed in targets]:
+        scored = {step: results.by_seed(run, ("score", step)).get(seed) for step in steps}
+        curve = {step: score for step, score in scored.items() if score is not None}
+        step = first_below([*curve], [*curve.values()], targets[seed])
         shares.append(None if step is None else step / speed[0] * usual[0] / whole)
     return shares
 
@@ -122,9 +123,14 @@ def first_below(steps: Sequence[int], scores: Sequence[float], target: float) ->
         if score <= target:
             if i == 0:
                 return float(steps[0])
-            logs = [math.log(each) for each in (scores[i - 1], target, score)]
+            logs = [math.log(max(each, 1e-9)) for each in (scores[i - 1], target, score)]
             return steps[i - 1] + (steps[i] - steps[i - 1]) * (logs[0] - logs[1]) / (logs[0] - logs[2])
     return None
+
+
+def _missing(shares: list[float | None]) -> float:
+    """The share of the seeds that do not come there; more than all, where there are none."""
+    return shares.count(None) / len(shares) if shares else 2.0
 
 
 def _mean(values: list[float | None]) -> float:
@@ -141,7 +147,8 @@ def agreements(table: Table, results: Results) -> dict[str, float | None]:
             [results.of(run, ("metric", each)) for each in (table.columns[0], name)] for run in table.runs
         ]
         means = [[_mean(one), _mean(other)] for one, other in pairs if one and other]
-        found[name] = float(spearmanr(means).statistic) if len(means) > 2 else None
+        has_order = len(means) > 2 and all(len(set(column)) > 1 for column in zip(*means, strict=True))
+        found[name] = float(spearmanr(means).statistic) if has_order else None
     return found
 
 

@@ -35,7 +35,9 @@ class DataOptions:
     image_column: str = option("", "column of the images, if they are no latents; '' finds the only one")
     label_column: str = option("label", "column of their labels; '' trains without classes")
     vae: str = option("", "decodes latents; that which made them if not given, 'none' trains without samples")
-    max_train_samples: int = option(0, "train on so many of them, always the same; 0: all", low=0)
+    max_train_samples: int = option(
+        0, "train on so many of them, always the same; 0: all, as scores and REPA's classifier see", low=0
+    )
     dataloader_num_workers: int = option(0, "processes that read pictures ahead", low=0, high=1024)
 
 
@@ -91,7 +93,7 @@ class EvaluationOptions:
         10_000, f"images that are made for it, in {TRIAL_STEPS} steps of the sampler", low=2
     )
     evaluation_reference: str = option(
-        "", "a REFERENCE of `sddit evaluate`; the pictures trained on if not given"
+        "", "a REFERENCE of `sddit evaluate`; all pictures of the dataset if not given"
     )
     evaluation_extractor: list[str] = options(
         ["inception"], "whose features are compared, one or several; all but 'inception' need no download",
@@ -99,6 +101,14 @@ class EvaluationOptions:
     )  # fmt: skip
     validation_steps: int = option(0, "sample a grid every so many steps; 0: at the end only", low=0)
     num_validation_images: int = option(100, "images of a grid, in rows of ten", low=0, high=10_000)
+
+    def check(self) -> None:
+        """Raises a ValueError for no extractor, or one that is named twice."""
+        names = self.evaluation_extractor
+        if not names or len(set(names)) < len(names):
+            raise ValueError(
+                f"evaluation_extractor is {names}; it must be some of {', '.join(EXTRACTORS)}, each once."
+            )
 
 
 @dataclass

@@ -103,7 +103,7 @@ def _draw_curves(metrics: list[dict], file: IO[bytes]) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, (title, names) in zip(axes.flat, panels, strict=False):
-        for color, name in zip(("tab:blue", "tab:orange"), names, strict=False):
+        for color, name in ((f"C{i}", name) for i, name in enumerate(names)):
             points = [(row["step"], row[name]) for row in metrics if name in row]
             if not points:
                 continue

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -42,9 +43,14 @@ def study_of(tables=TABLES, **changes):
     return Study("Title", "About.", {}, [0, 1], "fid_a", RUNS | changes, tables, notes=["A note."])
 
 
+def findings_of(**changes):
+    study = study_of(**changes)
+    return Findings(study, {run: {"rate": 1} | study.settings_of(run) for run in study.runs})
+
+
 @pytest.fixture
 def findings():
-    findings = Findings(study_of())
+    findings = findings_of()
     for run, curves in CURVES.items():
         for seed, curve in enumerate(curves):
             rows = [
@@ -106,35 +112,75 @@ def test_judges_agree_by_ranks(results):
         study_of(), results
     )
     assert agreements(table, Results()) == {"fid_b": None, "fid_c": None}
+    for run in RUNS:
+        for seed in (0, 1):
+            results.add(run, seed, ("metric", "fid_c"), 0.0)
+    assert agreements(table, results)["fid_c"] is None  # of equal values there is no order
 
 
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.kind)
 @pytest.mark.figures
-def test_figures_of_what_there_is(results, tmp_path):
-    for table in TABLES:
-        for found in (results, Results()):
-            draw(table, study_of(), found, tmp_path)
-            assert Image.open(tmp_path / f"{table.name}.png").getextrema() != ((255, 255),) * 4
+def test_figures_of_what_there_is(results, table, tmp_path):
+    """Bars, lines and points have colours; titles and axes have none."""
+    drawn = []
+    for found in (results, Results()):
+        draw(table, study_of(), found, tmp_path)
+        with Image.open(tmp_path / f"{table.name}.png") as picture:
+            drawn.append((np.ptp(np.asarray(picture.convert("RGB")), axis=2) > 60).sum())
+    assert drawn[0] > 0 == drawn[1]
+
+
+def test_what_was_not_run_is_last_and_a_seed_that_is_missing_counts_not(findings):
+    del findings.trainings["fast", 0], findings.trainings["fast", 1], findings.trainings["bad", 1]
+    results = Results()
+    findings.tell(results)
+    rows = rows_of(TABLES[0], study_of(), results)[1]
+    assert [row[0] for row in rows] == ["DiT", "slow", "bad", "fast"]
+    assert rows[2][5] == [None] and rows[3][5] == [] == rows[3][4]
+
+
+def test_time_is_measured_to_a_distance_alone():
+    with pytest.raises(ValueError, match="Ranking: of recall_pixels more is better"):
+        Study("T", "A", {}, [0], "recall_pixels", RUNS, TABLES[:1])
 
 
 def test_findings_come_back_from_their_file(findings, tmp_path):
     path = tmp_path / "results.json"
+    findings.trainings["fast", 0].metrics.insert(0, {"step": 0, "fid_a": 9.0})  # as of a distillation
     path.write_text(json.dumps({"title": "T", "found": findings.as_json()}))
-    again = Findings(study_of())
-    again.read(path)
-    assert again.trainings == findings.trainings and again.speeds == SPEEDS
-    with_more = Findings(study_of(other={}))
-    with_more.read(path)
-    assert with_more.trainings == findings.trainings
-    with pytest.raises(ValueError, match="results.json: seed of fast was None, and is 5 in the study"):
-        Findings(study_of(fast={"seed": 5})).read(path)
+    for again in (findings_of(), findings_of(other={})):
+        again.read(path)
+        assert again.trainings == findings.trainings and again.speeds == SPEEDS
+    with pytest.raises(ValueError, match="rate of fast was 1, and is 2 in the study"):
+        findings_of(fast={"rate": 2}).read(path)
+    with pytest.raises(ValueError, match="of of fast was None, and is 'DiT' in the study"):
+        findings_of(fast={"of": "DiT"}).read(path)
+    for damage in ({"metrics": []}, {"metrics": [{"step": 1, "fid_b": 1.0}]}):
+        found = findings.as_json()
+        found["runs"]["fast"]["seeds"]["1"] = vars(Found([])) | damage
+        path.write_text(json.dumps({"found": found}))
+        with pytest.raises(ValueError, match="results.json: fast has no 'fid_a', which is the study's"):
+            findings_of().read(path)
     path.write_text("{}")
     with pytest.raises(ValueError, match="is no results of a study"):
         again.read(path)
 
 
+def test_a_sampling_that_is_asked_for_otherwise_is_not_known(findings, tmp_path):
+    tables = [Table("S", "sampling", {"N": None}, run="fast", samplings={"N": {"num_inference_steps": 4}})]
+    study, path = study_of(tables), tmp_path / "results.json"
+    for steps, known in ((4, ["N"]), (5, [])):
+        findings.trainings["fast", 0].samplings = {"N": {"of": {"num_inference_steps": steps}, "score": 2.0}}
+        path.write_text(json.dumps({"found": findings.as_json()}))
+        again = Findings(study, findings.settings)
+        again.read(path)
+        assert list(again.trainings["fast", 0].samplings) == known
+
+
 def test_speeds_that_were_measured_apart_are_not_mixed(findings, tmp_path):
     path = tmp_path / "results.json"
-    path.write_text(json.dumps({"title": "T", "found": {"runs": {}, "speeds": {"fast": 9.0, "new": 1.0}}}))
+    speeds = {"fast": 9.0, "new": 1.0}
+    path.write_text(json.dumps({"found": {"runs": {}, "speeds": speeds, "images": []}}))
     findings.read(path)
     assert findings.speeds == SPEEDS
 

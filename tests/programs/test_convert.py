@@ -60,7 +60,7 @@ def test_a_single_file_is_the_pipeline_s_transformer_to_the_bit_and_back(saved, 
 
     run(tmp_path / "model.safetensors", tmp_path / "again")
     again = SDDiTPipeline.from_pretrained(tmp_path / "again")
-    assert again.scheduler.config.sigma_max == 70
+    assert again.scheduler.config.sigma_max == 70 and again.id2label == {1: "cat"}
     again = again.transformer.state_dict()
     assert all(weight.equal(loaded.state_dict()[name]) for name, weight in again.items())
 

@@ -160,7 +160,6 @@ def test_what_is_known_is_not_run_again(write, tmp_path, capsys):
     there = run(path, tmp_path / "there", "--runs", "DiT")
     known = ["--known", str(tmp_path / "there/results.json")]
     page = tmp_path / "docs/page.md"
-    page.parent.mkdir()
     here = run(path, tmp_path / "here", *known, "--page", str(page))
     assert not (tmp_path / "here/dit").exists() and (tmp_path / "here/sd-dit/seed-0").is_dir()
     assert table_of(here, "Table 1")["DiT"] == table_of(there, "Table 1")["DiT"]
@@ -168,9 +167,13 @@ def test_what_is_known_is_not_run_again(write, tmp_path, capsys):
     assert "](../here/table-1.png)" in page.read_text() and not (tmp_path / "here/results.md").exists()
     drawn = run(path, tmp_path / "drawn", "--report_only", "--known", str(tmp_path / "here/results.json"))
     assert drawn == here
-    other = write(tables=tables, runs={"DiT": STUDY["runs"]["DiT"] | {"seed": 3}, "SD-DiT": {}}, seeds=[0])
-    with refusal(capsys, "seed of DiT was None, and is 3 in the study."):
+    other = write(
+        tables=tables, runs={"DiT": STUDY["runs"]["DiT"] | {"learning_rate": 0.5}, "SD-DiT": {}}, seeds=[0]
+    )
+    with refusal(capsys, "learning_rate of DiT was 0.006, and is 0.5 in the study."):
         run(other, tmp_path / "other", *known)
+    with refusal(capsys, "max_train_steps of DiT was 4, and is 2 in the study."):
+        run(path, tmp_path / "other", *known, "--settings", '{"max_train_steps": 2}')
 
 
 def test_precisions_cannot_differ(write, tmp_path, capsys):
@@ -235,7 +238,8 @@ def test_the_project_s_studies_can_be_run(path, tmp_path):
     )
     study = reproduction.study
     assert len(study.seeds) >= 3 or "ImageNet" in study.about
-    assert markdown(study, Results()).count("\n## ") == len(study.tables)
+    headings = len(study.tables) + sum(note.startswith("## ") for note in study.notes)
+    assert markdown(study, Results()).count("\n## ") == headings
 
 
 @pytest.mark.parametrize("name", ["digits", "digits-search", "digits-process", "digits-steps"])
