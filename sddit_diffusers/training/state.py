@@ -114,6 +114,7 @@ class RunState:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.sampler.start_step = about["step"]
+        self.accelerator.print(f"The run goes on after step {about['step']}, from {folder}.")
 
     def compare(self, folder: Path, saved: dict) -> None:
         """Says which settings have changed since a checkpoint was saved.

@@ -74,7 +74,9 @@ def test_what_may_change_is_said(tmp_path, capsys):
     options = ["--resume_from_checkpoint", "latest", "--learning_rate", 0.001, "--checkpointing_steps", 2]
     train(tmp_path, "--max_train_steps", 4, *options)
     changes = "learning_rate: 0.003 there, 0.001 here; max_train_steps: 2 there, 4 here"
-    assert f"Changed since checkpoint-2: {changes}.\n" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"Changed since checkpoint-2: {changes}.\n" in told
+    assert f"The run goes on after step 2, from {tmp_path / 'checkpoint-2'}.\n" in told
 
 
 def test_latest_begins_where_there_is_no_checkpoint(tmp_path, capsys):
