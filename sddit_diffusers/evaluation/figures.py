@@ -89,7 +89,8 @@ def _draw_ranking(axis, table: Table, study: Study, results: Results) -> None:
             told = f"{len(found)} of {len(shares)} come there" if shares else "not run"
             axis.text(0.02, i, told, va="center", fontsize=8)
     axis.set_yticks(range(len(rows)), [_text(run) for run, *_ in rows])
-    axis.invert_yaxis()
+    axis.set_ylim(len(rows) - 0.4, -0.6)  # the first on top
+    axis.set_axisbelow(True)
     axis.axvline(1, linestyle="--", color="grey", linewidth=1)
     axis.set_xlabel(f"time to the last score of {_text(table.reference)}, of its time")
     axis.set_ylabel("")
@@ -107,7 +108,9 @@ def _draw_judges(*arguments) -> None:
                 axis.plot(*place, "o", color="tab:blue", markersize=4)
                 axis.annotate(_text(run), place, (4, 3), textcoords="offset points", fontsize=7)
         axis.set_xlabel(_text(name))
+        axis.set_xscale("log")
         axis.margins(0.15)
+    _scale_scores(axes[0])
 
 
 def _draw_setting(axis, table: Table, study: Study, results: Results) -> None:

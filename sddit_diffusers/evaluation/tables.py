@@ -195,7 +195,8 @@ def markdown(study: Study, results: Results, figures: str = ".") -> str:
             quoted = " / ".join(f"{number:g}" for number in paper) if isinstance(paper, list) else show(paper)
             lines.append(_row([name, quoted, *map(show, values)]))
         if table.kind == "judges":
-            told = [f"{show(rank)} with {name}" for name, rank in agreements(table, results).items()]
+            ranks = agreements(table, results)
+            told = [f"{'–' if rank is None else f'{rank:.2f}'} with {name}" for name, rank in ranks.items()]
             lines += ["", f"Spearman's rank correlation of {table.columns[0]}: {', '.join(told)}."]
         lines += ["", f"![{table.title}]({folder}{table.name}.png)", ""]
     for note in study.notes:

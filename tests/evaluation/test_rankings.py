@@ -108,7 +108,7 @@ def test_judges_agree_by_ranks(results):
     by_hand = {"fid_b": 1 - 6 * 18 / (n * (n * n - 1)), "fid_c": 1 - 6 * 12 / (n * (n * n - 1))}
     assert agreements(table, results) == pytest.approx(by_hand)
     assert as_json(study_of(), results)["tables"][2]["agreements"] == pytest.approx(by_hand)
-    assert "Spearman's rank correlation of fid_a: -0.8 with fid_b, -0.2 with fid_c." in markdown(
+    assert "Spearman's rank correlation of fid_a: -0.80 with fid_b, -0.20 with fid_c." in markdown(
         study_of(), results
     )
     assert agreements(table, Results()) == {"fid_b": None, "fid_c": None}

@@ -176,6 +176,17 @@ def test_what_is_known_is_not_run_again(write, tmp_path, capsys):
         run(path, tmp_path / "other", *known, "--settings", '{"max_train_steps": 2}')
 
 
+def test_the_leaderboard_is_what_was_found(tmp_path, monkeypatch):
+    """docs/leaderboard.md has no number that is not in its results."""
+    monkeypatch.setattr(reproduce, "draw", lambda *arguments: None)
+    docs, page = STUDIES.parent / "docs", tmp_path / "leaderboard.md"
+    known = ["--known", str(docs / "leaderboard/results.json"), "--settings", '{"dataset_name": "somewhere"}']
+    run(STUDIES / "leaderboard.json", tmp_path / "leaderboard", "--report_only", "--page", str(page), *known)
+    assert page.read_text() == (docs / "leaderboard.md").read_text()
+    found = (docs / "leaderboard/results.json").read_text()
+    assert (tmp_path / "leaderboard/results.json").read_text() == found
+
+
 def test_precisions_cannot_differ(write, tmp_path, capsys):
     runs = STUDY["runs"] | {"DiT": STUDY["runs"]["DiT"] | {"mixed_precision": "bf16"}}
     with refusal(capsys, "it must be the same in all runs"):
