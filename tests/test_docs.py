@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 import sddit
 import sddit_diffusers
 from sddit_diffusers import DIGITS, SDDiTPipeline
-from sddit_diffusers.evaluation import extractors
+from sddit_diffusers.evaluation import classifiers
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "pipelines").rglob("README.md")]
@@ -106,8 +106,8 @@ def test_the_site_asks_nothing_of_other_hosts():
 def test_own_pictures_from_nothing_to_scores(tmp_path, monkeypatch, capsys):
     """The commands and snippets of the page's example, in their order; training is two steps."""
     monkeypatch.chdir(tmp_path)
-    fit = extractors._fit_classifier
-    monkeypatch.setattr(extractors, "_fit_classifier", lambda images, device, _: fit(images, device, 2))
+    fit = classifiers._fit_classifier
+    monkeypatch.setattr(classifiers, "_fit_classifier", lambda *arguments: fit(*arguments[:-1], 2))
     page = (ROOT / "docs/own-data.md").read_text()
     example = page.split("## Three classes")[1].split("\n## ")[0]
     small = {

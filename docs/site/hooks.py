@@ -15,6 +15,7 @@ PAGES = {
     "index.md": "README.md",
     "pipelines/saved.md": "pipelines/README.md",
     "pipelines/comfyui.md": "pipelines/comfyui/README.md",
+    "pipelines/digits.md": "pipelines/digits/README.md",
 }
 _LINK = re.compile(r"(\]\(|\b(?:src|href|srcset)=\")(?![a-z]+:|#|/)([^)\"#\s]+)")
 _BADGE = re.compile(r"\[?!\[[^\]]*\]\(https?://[^)]*\)(?:\]\([^)]*\))?")

@@ -108,9 +108,10 @@ def _draw_judges(*arguments) -> None:
                 axis.plot(*place, "o", color="tab:blue", markersize=4)
                 axis.annotate(_text(run), place, (4, 3), textcoords="offset points", fontsize=7)
         axis.set_xlabel(_text(name))
-        axis.set_xscale("log")
         axis.margins(0.15)
-    _scale_scores(axes[0])
+        if axis.lines:
+            axis.set_xscale("log")
+            _scale_scores(axes[0])
 
 
 def _draw_setting(axis, table: Table, study: Study, results: Results) -> None:
