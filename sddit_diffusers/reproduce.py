@@ -2,7 +2,7 @@
 
     sddit reproduce studies/digits.json
     accelerate launch -m sddit reproduce studies/imagenet.json --seeds 0 --output_dir imagenet
-    sddit reproduce studies/leaderboard.json --report_only --known docs/leaderboard/results.json
+    sddit reproduce studies/digits.json --runs SD-DiT --known elsewhere/results.json
 
 `studies.py` says what a study is. Each run is one of `train_sddit.py`, or of `distill_sddit.py` once what it
 distils is trained, in `OUTPUT_DIR/RUN/seed-SEED/`; stopped, the same command goes on where it was. Runs that
@@ -258,7 +258,7 @@ class Reproduction:
                 self.findings.trainings[run, seed] = found_in(self.folder_of(run, seed), run, self.study)
         path = self.folder / "speeds.json"
         if path.is_file():
-            self.findings.speeds = read_json(path, {"found": _SPEEDS}, "measurement of a study")["found"]
+            self.findings.take_speeds(read_json(path, {"found": _SPEEDS}, "measurement of a study")["found"])
         for table in self.study.tables:
             if table.kind == "evaluations":
                 self.collect_samplings(table)

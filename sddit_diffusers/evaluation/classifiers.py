@@ -42,6 +42,7 @@ class SmallClassifier(nn.Module):
 class ResidualClassifier(nn.Module):
     """Two residual blocks of two convolutions each, the mean over the picture, and a linear layer.
 
+    It guides nothing, so that it can judge what the other guided.
     It shares no layer, no seed and no order of the pictures with [`SmallClassifier`]. Pictures come to at
     most 64 x 64.
     """

@@ -189,22 +189,22 @@ class PixelExtractor(Extractor):
 
 
 class ClassifierExtractor(Extractor):
-    """The 128 features and the logits of a [`SmallClassifier`]; see [`train_classifier`].
+    """The 128 features and the logits of one of `CLASSIFIERS`, which the name tells ([`train_classifier`]).
 
     Raises:
         ValueError: the file does not hold its weights.
     """
 
     provided = ("features", "logits")
-    kind = "classifier"  # of `CLASSIFIERS`
 
     def __init__(self, name: str, features_list, feature_extractor_weights_path: str | None = None, **kwargs):
         super().__init__(name, features_list)
         if not feature_extractor_weights_path:
             raise ValueError("The classifier has weights of its own data: train_classifier makes them.")
-        self.net = load_classifier(feature_extractor_weights_path, self.kind)
+        kind = name.removeprefix("sddit-")
+        self.net = load_classifier(feature_extractor_weights_path, kind)
         self.requires_grad_(False).eval()
-        self.identity = f"{self.kind}-{hash_of('', self.net.state_dict())}"
+        self.identity = f"{kind}-{hash_of('', self.net.state_dict())}"
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         features = self.net.features(images)
@@ -212,17 +212,11 @@ class ClassifierExtractor(Extractor):
         return tuple(found[name] for name in self.features_list)
 
 
-class ResidualExtractor(ClassifierExtractor):
-    """The same of a [`ResidualClassifier`], which guides nothing, so that it can judge what the other did."""
-
-    kind = "resnet"
-
-
 for _name, _class in (
     ("sddit-inception", InceptionExtractor),
     ("sddit-dinov2", DinoExtractor),
     ("sddit-classifier", ClassifierExtractor),
-    ("sddit-resnet", ResidualExtractor),
+    ("sddit-resnet", ClassifierExtractor),
     ("sddit-pixels", PixelExtractor),
 ):
     register_feature_extractor(_name, _class)

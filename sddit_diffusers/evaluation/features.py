@@ -156,7 +156,7 @@ class Extraction:
         self.widths, self.moments = dict.fromkeys(self.rows, 0), Moments()
 
     def add(self, images: Tensor) -> None:
-        """Looks at some of this process's images, uint8 `[b, 3, h, w]`; gradients and TF32 are off then."""
+        """Looks at some of this process's images, uint8 `[b, 3, h, w]`; callers see to [`full_precision`]."""
         outputs = self.extractor(images.to(self.accelerator.device))
         for name, values in self.extractor.convert_features_tuple_to_dict(outputs).items():
             self.widths[name] = values.shape[1]

@@ -70,12 +70,14 @@ class Findings:
             self._compare(path, run, there)
             for seed in [seed for seed in self.study.seeds if str(seed) in there["seeds"]]:
                 self.trainings[run, seed] = self._known(path, run, there["seeds"][str(seed)])
-        # Only those that were measured in turn can be compared.
-        speeds = {run: speed for run, speed in found["speeds"].items() if run in self.study.runs}
-        if len(speeds) > len(self.speeds):
-            self.speeds = speeds
+        self.take_speeds({run: speed for run, speed in found["speeds"].items() if run in self.study.runs})
         if len(found["images"]) > len(self.images):
             self.images = found["images"]
+
+    def take_speeds(self, speeds: dict[str, float]) -> None:
+        """Takes the speeds of a measurement, if no larger one is known: those of two cannot be compared."""
+        if len(speeds) >= len(self.speeds):
+            self.speeds = speeds
 
     def _compare(self, path: Path, run: str, there: dict) -> None:
         """Raises a ValueError where a run is another one there; what one of both does not know is alike."""

@@ -19,7 +19,6 @@ from .extractors import (
     Extractor,
     InceptionExtractor,
     PixelExtractor,
-    ResidualExtractor,
     find_inception,
 )
 from .features import Extraction, Features, features_of_set, full_precision
@@ -68,8 +67,7 @@ def build_extractor(
             )
         arguments = images, cache or default_cache(), accelerator.device
         path = on_main_process(lambda: train_classifier(*arguments, kind=kind), accelerator)
-        network = {each.kind: each for each in (ClassifierExtractor, ResidualExtractor)}
-        extractor = network[kind](f"sddit-{kind}", parts, feature_extractor_weights_path=str(path))
+        extractor = ClassifierExtractor(f"sddit-{kind}", parts, feature_extractor_weights_path=str(path))
     else:
         extractor = PixelExtractor("sddit-pixels", parts)
     return extractor.to(accelerator.device)

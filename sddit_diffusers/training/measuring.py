@@ -10,7 +10,6 @@ from pathlib import Path
 from accelerate import Accelerator
 from diffusers import SchedulerMixin
 
-from ..evaluation.catalogue import METRICS
 from ..evaluation.judge import Judge
 from ..evaluation.probe import labelled_pictures, probe
 from ..files import locked, remove
@@ -120,7 +119,7 @@ def score_training(config: RunConfig, accelerator: Accelerator, metric: str, sam
     pipe = open_pipeline(config, accelerator)
     pipe.scheduler = sampler(pipe.scheduler, sampling)
     judge = Judge(
-        reference_of(config), [METRICS[metric][1]], (image_size(pipe),) * 2, config.evaluation_samples,
+        reference_of(config), config.evaluation_extractor, (image_size(pipe),) * 2, config.evaluation_samples,
         config.image_column, config.label_column, accelerator,
     )  # fmt: skip
     return judge(pipe, config.train_batch_size, **call_arguments(sampling)).get(metric)

@@ -19,7 +19,6 @@ from sddit_diffusers.evaluation.extractors import (
     DinoExtractor,
     InceptionExtractor,
     PixelExtractor,
-    ResidualExtractor,
     find_inception,
 )
 from sddit_diffusers.evaluation.image_sets import open_images
@@ -173,14 +172,14 @@ def test_the_classifier_learns_is_cached_and_is_the_same_again(digits, tmp_path,
 def test_the_residual_classifier_learns_and_is_another(digits, tmp_path):
     path = train_classifier(digits, tmp_path, steps=60, kind="resnet")
     names = ["features", "logits"]
-    held_out = ResidualExtractor("sddit-resnet", names, feature_extractor_weights_path=str(path))
+    held_out = ClassifierExtractor("sddit-resnet", names, feature_extractor_weights_path=str(path))
     features, logits = held_out(digits.read(range(300)))
     assert features.shape == (300, 128) and held_out.identity.startswith("resnet-")
     assert (logits.argmax(1).numpy() == digits.labels[:300]).mean() > 0.8
-    for kind, of in ((ClassifierExtractor, "resnet"), (ResidualExtractor, "classifier")):
+    for kind, of in (("classifier", "resnet"), ("resnet", "classifier")):
         other = train_classifier(digits, tmp_path, steps=2, kind=of)
         with pytest.raises(ValueError, match="does not hold a classifier's weights"):
-            kind("sddit-x", names, feature_extractor_weights_path=str(other))
+            ClassifierExtractor(f"sddit-{kind}", names, feature_extractor_weights_path=str(other))
 
 
 @pytest.mark.long
