@@ -46,6 +46,9 @@ class DiscriminationOptions:
         metavar="SIGMA",
     )  # fmt: skip
     center_momentum: float = option(0.9, "momentum of the teacher's centers", low=0, high=1)
+    discriminative_token_ratio: float = option(
+        1.0, "share of the visible patches that L_D is of, at random; fewer are cheaper", low=1e-3, high=1
+    )
 
     def check(self) -> None:
         """Raises a ValueError for a `teacher_sigma` that is neither a number above 0 nor 'student'."""
@@ -69,6 +72,7 @@ class DiscriminationDraws(NamedTuple):
 
     noise: Tensor  # [b, c, h, w], of unit variance
     t: Tensor  # [b, 1, 1, 1]
+    order: Tensor | None = None  # [b, n], the least are the patches that L_D is of; None: all
 
 
 class Discrimination(AuxiliaryLoss):
@@ -83,6 +87,8 @@ class Discrimination(AuxiliaryLoss):
         head_hidden_dim, head_bottleneck_dim: widths of the projection head.
         student_temperature: tau_S.
         center_momentum: m_c and m_p of Algorithm A1. # Paper silent: DINO's 0.9.
+        discriminative_token_ratio: share of the visible patches that L_D is of, at random in each step, above
+            0; the paper's is 1. [CLS] and one patch are always there. Both heads see these tokens alone.
         teacher_temperature_start, teacher_temperature_end, teacher_temperature_warmup_epochs: of tau_T.
         teacher_momentum_start, teacher_momentum_end: of beta.
 
@@ -107,6 +113,7 @@ class Discrimination(AuxiliaryLoss):
         head_bottleneck_dim: int = 256,
         student_temperature: float = 0.1,
         center_momentum: float = 0.9,
+        discriminative_token_ratio: float = 1.0,
         teacher_temperature_start: float = 0.09,
         teacher_temperature_end: float = 0.099,
         teacher_temperature_warmup_epochs: float = 5,
@@ -126,6 +133,7 @@ class Discrimination(AuxiliaryLoss):
         ):
             check_number(name, momentum, low=0, high=1)
         check_number("teacher_temperature_warmup_epochs", teacher_temperature_warmup_epochs, low=0)
+        check_number("discriminative_token_ratio", discriminative_token_ratio, above=0, high=1)
         check_number("num_prototypes", num_prototypes, low=2, kind=Integral)
         check_number("head_hidden_dim", head_hidden_dim, low=1, kind=Integral)
         check_number("head_bottleneck_dim", head_bottleneck_dim, low=1, kind=Integral)
@@ -144,6 +152,7 @@ class Discrimination(AuxiliaryLoss):
         self.teacher_sigma = teacher_sigma
         self.student_temperature = student_temperature
         self.center_momentum = center_momentum
+        self.token_ratio, self.patch_size = discriminative_token_ratio, transformer.config.patch_size
         self.temperatures = teacher_temperature_start, teacher_temperature_end
         self.warmup_epochs = teacher_temperature_warmup_epochs
         self.momenta = teacher_momentum_start, teacher_momentum_end
@@ -173,12 +182,15 @@ class Discrimination(AuxiliaryLoss):
     def draw(
         self, shape: tuple[int, ...], process: Process, generator: torch.Generator | None, device
     ) -> DiscriminationDraws:
-        """The noise and the time of the teacher's view."""
+        """The noise and the time of the teacher's view; at last, and only where it counts, the order."""
         noise = torch.randn(shape, generator=generator, device=device)
         t = process.training_times(torch.randn(shape[0], 1, 1, 1, generator=generator, device=device))
         if self.teacher_sigma != "student":
             t = torch.full_like(t, process.time_of(self.teacher_sigma))
-        return DiscriminationDraws(noise, t)
+        if self.token_ratio == 1:
+            return DiscriminationDraws(noise, t)
+        n = (shape[2] // self.patch_size) * (shape[3] // self.patch_size)
+        return DiscriminationDraws(noise, t, torch.rand(shape[0], n, generator=generator, device=device))
 
     def forward(self, view: View, process: Process, draws: DiscriminationDraws) -> dict[str, Tensor]:
         """The discriminative lines of Algorithm A1.
@@ -193,14 +205,18 @@ class Discrimination(AuxiliaryLoss):
             ValueError: a `teacher_temperature` that is not above 0.
         """
         check_number("teacher_temperature", self.teacher_temperature, above=0)
+        e_s, ids = view.tokens, view.visible_ids
+        if draws.order is not None:
+            chosen = first_of(draws.order[:, : e_s.shape[1] - 1], self.token_ratio)
+            e_s, ids = keep_visible(e_s, chosen), chosen if ids is None else ids.gather(1, chosen)
         with torch.no_grad():
-            # The teacher's encoder sees all patches of its own view, its head those that the student saw.
+            # The teacher's encoder sees all patches of its own view, its head those of the student's head.
             x_t = process.noised(view.batch.x0, draws.noise, draws.t)
             inputs = *network_inputs(process, x_t, draws.t), view.class_labels
             e_t = self.teacher.encoder(*inputs).encoder_hidden_states
             # Unit features [b, 1 + k, d] and prototypes [K, d], whose products are the logits.
-            j_t, prototypes_t = self.teacher.head.project(keep_visible(e_t, view.visible_ids))
-        j_s, prototypes_s = self.head.project(view.tokens)
+            j_t, prototypes_t = self.teacher.head.project(keep_visible(e_t, ids))
+        j_s, prototypes_s = self.head.project(e_s)
 
         # L_D (Eq. 12): of the [CLS] token, and the mean over the visible patches.
         cls, patch = (
@@ -261,6 +277,11 @@ def keep_visible(tokens: Tensor, visible_ids: Tensor | None) -> Tensor:
     if visible_ids is None:
         return tokens
     return torch.cat([tokens[:, :1], gather_tokens(tokens[:, 1:], visible_ids)], dim=1)
+
+
+def first_of(order: Tensor, ratio: float) -> Tensor:
+    """The places of the least, a share of each row and at least one: `[b, k]` to `[b, m]`."""
+    return order.argsort(dim=1)[:, : max(1, int(order.shape[1] * ratio + 1e-6))]
 
 
 def teacher_momentum(step: int, max_steps: int, start: float = 0.996, end: float = 0.999) -> float:

@@ -6,6 +6,7 @@ from conftest import TINY, randomize
 from peft import LoraConfig
 
 from sddit_diffusers import EDMHeunScheduler, SDDiTObjective, SDDiTTransformer2DModel
+from sddit_diffusers.training.discrimination import first_of
 
 SMALL_HEAD = dict(num_prototypes=11, head_hidden_dim=10, head_bottleneck_dim=4)
 
@@ -42,15 +43,17 @@ def draw(objective, seed=0, batch=3, size=8):
     return objective.draw((batch, 3, size, size), torch.Generator().manual_seed(seed))
 
 
-def test_loss_equals_algorithm_a1_image_by_image(batch):
+@pytest.mark.parametrize(("mask_ratio", "token_ratio"), [(0.5, 1.0), (0.5, 0.3), (0.0, 0.25)])
+def test_loss_equals_algorithm_a1_image_by_image(batch, mask_ratio, token_ratio):
     """Both losses written from the paper, one image and one token at a time."""
-    objective = make(mask_ratio=0.5, discriminative_weight=0.7)
+    objective = make(mask_ratio=mask_ratio, discriminative_weight=0.7, discriminative_token_ratio=token_ratio)
     objective.discrimination.teacher_temperature = 0.07
     objective.discrimination.center_cls.value.copy_(torch.linspace(-0.2, 0.2, 11))
     objective.discrimination.center_patch.value.copy_(torch.linspace(0.3, -0.1, 11))
     x0, labels = batch
     draws = draw(objective)
     actual = objective(x0, labels, draws)
+    visible = torch.arange(16).expand(3, -1) if draws.visible_ids is None else draws.visible_ids
 
     generative, cls, patch, entropy, chosen = [], [], [], [], set()
     with torch.no_grad():
@@ -66,20 +69,25 @@ def test_loss_equals_algorithm_a1_image_by_image(batch):
                 scaled = (y / math.sqrt(s**2 + 0.25)).float().unsqueeze(0)
                 return scaled, torch.tensor(math.log(s) / 4), label
 
-            student = objective.transformer(*inputs(x_s, sigma), draws.visible_ids[i : i + 1])
+            student = objective.transformer(*inputs(x_s, sigma), visible[i : i + 1])
             c_skip, c_out = 0.25 / (sigma**2 + 0.25), sigma * 0.5 / math.sqrt(sigma**2 + 0.25)
             denoised = c_skip * x_s + c_out * student.sample[0].double()
             generative.append((sigma**2 + 0.25) / (sigma * 0.5) ** 2 * ((denoised - x) ** 2).mean().item())
 
             e_s = student.encoder_hidden_states[0]
             e_t = objective.discrimination.teacher.encoder(*inputs(x_t, 0.002)).encoder_hidden_states[0]
-            for j, n in enumerate([-1, *draws.visible_ids[i].tolist()]):  # [CLS], then each visible patch
+            places = list(range(visible.shape[1]))
+            if token_ratio < 1:  # the least of what was drawn for as many
+                places.sort(key=teachers(draws).order[i].tolist().__getitem__)
+                places = places[: int(token_ratio * len(places))]
+            for j, n in enumerate([-1, *visible[i][places].tolist()]):  # [CLS], then each patch
                 center = (
                     objective.discrimination.center_patch.value
                     if j
                     else objective.discrimination.center_cls.value
                 )
-                s = (objective.discrimination.head(e_s[j]).double() / 0.1).softmax(0)
+                e = e_s[1 + places[j - 1] if j else 0]
+                s = (objective.discrimination.head(e).double() / 0.1).softmax(0)
                 t = ((objective.discrimination.teacher.head(e_t[n + 1]) - center).double() / 0.07).softmax(0)
                 (patch if j else cls).append(-(t * s.log()).sum().item())
                 entropy.append((bool(j), -(t * t.log()).sum().item()))
@@ -228,9 +236,21 @@ def test_teacher_noise_may_be_drawn_as_the_students():
     )
 
 
+def test_a_share_of_the_patches_is_another_one_in_each_step():
+    """All are as likely, with a mask and without; the smallest share is [CLS] and one patch."""
+    objective = make(mask_ratio=0.5, discriminative_token_ratio=0.25)
+    order = teachers(draw(objective, batch=20_000)).order
+    counts = torch.bincount(first_of(order[:, :8], 0.25).flatten(), minlength=8) / 20_000
+    torch.testing.assert_close(counts, torch.full((8,), 2 / 8), atol=0.02, rtol=0)
+    assert first_of(order[:, :1], 0.25).shape == first_of(order, 1e-3).shape == (20_000, 1)
+    assert not torch.equal(order[0], order[1])
+    assert not torch.equal(order[:3], teachers(draw(objective, seed=1)).order)
+
+
 def test_settings_do_not_change_each_others_draws():
     a, b, c = (
-        draw(make(mask_ratio=ratio, label_dropout=p)) for ratio, p in [(0.2, 0.1), (0.5, 0.9), (0, 0.1)]
+        draw(make(mask_ratio=ratio, label_dropout=p, discriminative_token_ratio=share))
+        for ratio, p, share in [(0.2, 0.1, 1.0), (0.5, 0.9, 0.5), (0, 0.1, 1.0)]
     )
     for other in (b, c):
         assert torch.equal(a.noise, other.noise) and torch.equal(teachers(a).noise, teachers(other).noise)
@@ -297,6 +317,9 @@ def test_bfloat16_autocast_keeps_the_losses_in_float32(batch):
         ({"teacher_sigma": "teacher"}, "teacher_sigma is 'teacher'"),
         ({"teacher_sigma": 0.0}, "teacher_sigma is 0.0"),
         ({"teacher_sigma": math.inf}, "teacher_sigma is inf"),
+        ({"discriminative_token_ratio": 0.0}, "discriminative_token_ratio is 0.0; .*above 0 and at most 1"),
+        ({"discriminative_token_ratio": 1.5}, "discriminative_token_ratio is 1.5"),
+        ({"discriminative_token_ratio": math.nan}, "discriminative_token_ratio is nan"),
         ({"discriminative_weight": -1.0}, "discriminative_weight is -1.0"),
         ({"label_dropout": 2.0}, "label_dropout is 2.0"),
         ({"transformer": SDDiTTransformer2DModel(**TINY | {"num_decoder_layers": 0})}, "has no decoder"),

@@ -128,6 +128,7 @@ COPIES = {
     "student_temperature": lambda t: t.objective.auxiliaries["discrimination"].student_temperature,
     "teacher_sigma": lambda t: str(t.objective.auxiliaries["discrimination"].teacher_sigma),
     "center_momentum": lambda t: t.objective.auxiliaries["discrimination"].center_momentum,
+    "discriminative_token_ratio": lambda t: t.objective.auxiliaries["discrimination"].token_ratio,
     "max_train_steps": lambda t: t.sampler.max_steps,
     "dataloader_num_workers": lambda t: t.dataset.num_workers,
 }
@@ -141,6 +142,7 @@ CHANGED = {
     "teacher_temperature_start": 0.5, "teacher_temperature_end": 0.6,
     "teacher_temperature_warmup_epochs": 7.0, "teacher_momentum_start": 0.5, "teacher_momentum_end": 0.6,
     "teacher_sigma": "3.0", "center_momentum": 0.5, "dataloader_num_workers": 1,
+    "discriminative_token_ratio": 0.5,
 }  # fmt: skip
 
 
