@@ -63,6 +63,7 @@ class View(NamedTuple):
     t: Tensor  # [b, 1, 1, 1], of the noised view
     noise: Tensor  # [b, c, h, w], of the noised view
     visible_ids: Tensor | None  # [b, k], patches that `tokens` are of; None: all
+    patch_order: Tensor  # [b, n], all patches at random, first those of `visible_ids`
     has_cls: bool
     sample: Tensor  # these four as of [`Pass`]
     output: Tensor
@@ -135,6 +136,11 @@ class AuxiliaryLoss(nn.Module):
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that it goes on with, in JSON's types."""
         return {}
+
+
+def part_of(count: int, share: float) -> int:
+    """A share of some tokens, at least one of them; no rounding error loses one."""
+    return max(1, int(count * share + 1e-6))
 
 
 def check_layer(name: str, layer: int, network: nn.Module) -> None:

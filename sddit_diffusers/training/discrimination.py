@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..cli import MOST_WIDTH, option, shortened
 from ..models.transformer_sddit import SDDiTTransformer2DModel, check_number, gather_tokens
-from .auxiliary import AuxiliaryLoss, Process, View, network_inputs
+from .auxiliary import AuxiliaryLoss, Process, View, network_inputs, part_of
 from .prototypes import Center, ProjectionHead, cross_entropy
 from .teacher import Teacher
 
@@ -72,7 +72,6 @@ class DiscriminationDraws(NamedTuple):
 
     noise: Tensor  # [b, c, h, w], of unit variance
     t: Tensor  # [b, 1, 1, 1]
-    order: Tensor | None = None  # [b, n], the least are the patches that L_D is of; None: all
 
 
 class Discrimination(AuxiliaryLoss):
@@ -87,8 +86,8 @@ class Discrimination(AuxiliaryLoss):
         head_hidden_dim, head_bottleneck_dim: widths of the projection head.
         student_temperature: tau_S.
         center_momentum: m_c and m_p of Algorithm A1. # Paper silent: DINO's 0.9.
-        discriminative_token_ratio: share of the visible patches that L_D is of, at random in each step, above
-            0; the paper's is 1. [CLS] and one patch are always there. Both heads see these tokens alone.
+        discriminative_token_ratio: share of the visible patches that L_D is of, others in each step, above 0;
+            the paper's is 1. [CLS] and one patch are always there. Both heads see these tokens alone.
         teacher_temperature_start, teacher_temperature_end, teacher_temperature_warmup_epochs: of tau_T.
         teacher_momentum_start, teacher_momentum_end: of beta.
 
@@ -152,7 +151,7 @@ class Discrimination(AuxiliaryLoss):
         self.teacher_sigma = teacher_sigma
         self.student_temperature = student_temperature
         self.center_momentum = center_momentum
-        self.token_ratio, self.patch_size = discriminative_token_ratio, transformer.config.patch_size
+        self.token_ratio = discriminative_token_ratio
         self.temperatures = teacher_temperature_start, teacher_temperature_end
         self.warmup_epochs = teacher_temperature_warmup_epochs
         self.momenta = teacher_momentum_start, teacher_momentum_end
@@ -182,15 +181,12 @@ class Discrimination(AuxiliaryLoss):
     def draw(
         self, shape: tuple[int, ...], process: Process, generator: torch.Generator | None, device
     ) -> DiscriminationDraws:
-        """The noise and the time of the teacher's view; at last, and only where it counts, the order."""
+        """The noise and the time of the teacher's view."""
         noise = torch.randn(shape, generator=generator, device=device)
         t = process.training_times(torch.randn(shape[0], 1, 1, 1, generator=generator, device=device))
         if self.teacher_sigma != "student":
             t = torch.full_like(t, process.time_of(self.teacher_sigma))
-        if self.token_ratio == 1:
-            return DiscriminationDraws(noise, t)
-        n = (shape[2] // self.patch_size) * (shape[3] // self.patch_size)
-        return DiscriminationDraws(noise, t, torch.rand(shape[0], n, generator=generator, device=device))
+        return DiscriminationDraws(noise, t)
 
     def forward(self, view: View, process: Process, draws: DiscriminationDraws) -> dict[str, Tensor]:
         """The discriminative lines of Algorithm A1.
@@ -206,9 +202,9 @@ class Discrimination(AuxiliaryLoss):
         """
         check_number("teacher_temperature", self.teacher_temperature, above=0)
         e_s, ids = view.tokens, view.visible_ids
-        if draws.order is not None:
-            chosen = first_of(draws.order[:, : e_s.shape[1] - 1], self.token_ratio)
-            e_s, ids = keep_visible(e_s, chosen), chosen if ids is None else ids.gather(1, chosen)
+        if self.token_ratio < 1:
+            ids = view.patch_order[:, : part_of(e_s.shape[1] - 1, self.token_ratio)]
+            e_s = keep_visible(e_s, ids) if view.visible_ids is None else e_s[:, : 1 + ids.shape[1]]
         with torch.no_grad():
             # The teacher's encoder sees all patches of its own view, its head those of the student's head.
             x_t = process.noised(view.batch.x0, draws.noise, draws.t)
@@ -277,11 +273,6 @@ def keep_visible(tokens: Tensor, visible_ids: Tensor | None) -> Tensor:
     if visible_ids is None:
         return tokens
     return torch.cat([tokens[:, :1], gather_tokens(tokens[:, 1:], visible_ids)], dim=1)
-
-
-def first_of(order: Tensor, ratio: float) -> Tensor:
-    """The places of the least, a share of each row and at least one: `[b, k]` to `[b, m]`."""
-    return order.argsort(dim=1)[:, : max(1, int(order.shape[1] * ratio + 1e-6))]
 
 
 def teacher_momentum(step: int, max_steps: int, start: float = 0.996, end: float = 0.999) -> float:

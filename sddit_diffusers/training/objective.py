@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..data.order import Batch
 from ..models.transformer_sddit import PLAIN_TIME, PatchTransformer2DModel, check_number
 from ..pipelines.pipeline_sddit import SDDiTPipeline
-from .auxiliary import AuxiliaryLoss, Pass, Process, Tokens, View, by_patch, network_inputs
+from .auxiliary import AuxiliaryLoss, Pass, Process, Tokens, View, by_patch, network_inputs, part_of
 from .discrimination import Discrimination
 
 MASK_SCHEDULES = ("constant", "cosine")
@@ -25,7 +25,8 @@ class Draws(NamedTuple):
 
     t: Tensor  # [b, 1, 1, 1], time of the noised view
     noise: Tensor  # [b, c, h, w], of unit variance
-    visible_ids: Tensor | None  # [b, k], patches that the mask leaves visible; None: all
+    patch_order: Tensor  # [b, n], all patches at random
+    visible_ids: Tensor | None  # [b, k], the first of these, which the mask leaves visible; None: all
     label_dropped: Tensor  # [b], bool
     second_noise: Tensor | None  # as `noise`, of a method with a second view
     auxiliaries: dict[str, tuple | None]  # by the losses' names
@@ -110,7 +111,7 @@ class Objective(nn.Module):
         b, _, h, w = shape
         options = dict(generator=generator, device=device)
         n = (h // self.transformer.config.patch_size) * (w // self.transformer.config.patch_size)
-        k = max(1, int(n * (1 - self.mask_ratio) + 1e-6))
+        k = part_of(n, 1 - self.mask_ratio)
         t = self.scheduler.training_times(torch.randn(b, 1, 1, 1, **options))
         noise = torch.randn(shape, **options)
         patch_order = torch.rand(b, n, **options).argsort(dim=1)
@@ -121,7 +122,7 @@ class Objective(nn.Module):
             for name, loss in self.auxiliaries.items()
         }
         visible_ids = patch_order[:, :k] if k < n else None
-        return Draws(t, noise, visible_ids, label_dropped, second_noise, auxiliaries)
+        return Draws(t, noise, patch_order, visible_ids, label_dropped, second_noise, auxiliaries)
 
     def forward(
         self,
@@ -198,7 +199,10 @@ class Objective(nn.Module):
         network, visible_ids = self.transformer, draws.visible_ids
         if visible_ids is not None and not network.sees_part(len(network.transformer_blocks)):
             visible_ids = None  # the last tokens are of all patches
-        return View(batch, batch.labels, draws.t, draws.noise, visible_ids, self.has_cls, **made._asdict())
+        order = draws.patch_order
+        return View(
+            batch, batch.labels, draws.t, draws.noise, visible_ids, order, self.has_cls, **made._asdict()
+        )
 
     def pipeline(
         self, weights: dict[str, Tensor], vae: nn.Module | None, id2label: dict | None

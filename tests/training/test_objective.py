@@ -6,7 +6,7 @@ from conftest import TINY, randomize
 from peft import LoraConfig
 
 from sddit_diffusers import EDMHeunScheduler, SDDiTObjective, SDDiTTransformer2DModel
-from sddit_diffusers.training.discrimination import first_of
+from sddit_diffusers.training.auxiliary import part_of
 
 SMALL_HEAD = dict(num_prototypes=11, head_hidden_dim=10, head_bottleneck_dim=4)
 
@@ -76,11 +76,10 @@ def test_loss_equals_algorithm_a1_image_by_image(batch, mask_ratio, token_ratio)
 
             e_s = student.encoder_hidden_states[0]
             e_t = objective.discrimination.teacher.encoder(*inputs(x_t, 0.002)).encoder_hidden_states[0]
-            places = list(range(visible.shape[1]))
-            if token_ratio < 1:  # the least of what was drawn for as many
-                places.sort(key=teachers(draws).order[i].tolist().__getitem__)
-                places = places[: int(token_ratio * len(places))]
-            for j, n in enumerate([-1, *visible[i][places].tolist()]):  # [CLS], then each patch
+            ids = draws.patch_order[i].tolist()[: int(token_ratio * visible.shape[1])]
+            places = [visible[i].tolist().index(n) for n in ids]  # among the student's tokens
+            assert token_ratio < 1 or {*ids} == {*visible[i].tolist()}
+            for j, n in enumerate([-1, *ids]):  # [CLS], then each patch
                 center = (
                     objective.discrimination.center_patch.value
                     if j
@@ -236,15 +235,16 @@ def test_teacher_noise_may_be_drawn_as_the_students():
     )
 
 
-def test_a_share_of_the_patches_is_another_one_in_each_step():
-    """All are as likely, with a mask and without; the smallest share is [CLS] and one patch."""
-    objective = make(mask_ratio=0.5, discriminative_token_ratio=0.25)
-    order = teachers(draw(objective, batch=20_000)).order
-    counts = torch.bincount(first_of(order[:, :8], 0.25).flatten(), minlength=8) / 20_000
-    torch.testing.assert_close(counts, torch.full((8,), 2 / 8), atol=0.02, rtol=0)
-    assert first_of(order[:, :1], 0.25).shape == first_of(order, 1e-3).shape == (20_000, 1)
-    assert not torch.equal(order[0], order[1])
-    assert not torch.equal(order[:3], teachers(draw(objective, seed=1)).order)
+@pytest.mark.parametrize("mask_ratio", [0.0, 0.5])
+def test_a_share_of_the_patches_is_of_any_of_them(mask_ratio):
+    """Those of the student's tokens, all as likely, and at least one."""
+    objective = make(mask_ratio=mask_ratio)
+    draws = draw(objective, batch=20_000)
+    counts = torch.bincount(draws.patch_order[:, :2].flatten(), minlength=16) / 20_000
+    torch.testing.assert_close(counts, torch.full((16,), 2 / 16), atol=0.02, rtol=0)
+    if mask_ratio:
+        assert torch.equal(draws.patch_order[:, :8], draws.visible_ids)
+    assert part_of(8, 1e-3) == 1 and part_of(8, 0.25) == 2 and part_of(100, 0.07) == 7
 
 
 def test_settings_do_not_change_each_others_draws():
