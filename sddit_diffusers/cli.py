@@ -161,6 +161,7 @@ class Parser(argparse.ArgumentParser):
         only: names of the options that are taken of them; all if there is none.
         prog: the program's name, where it was not called as `sddit PROGRAM`.
         doc: its first line is the description, its indented lines the examples.
+        raises: whether a mistake is a ValueError, and not the program's end.
     """
 
     def __init__(
@@ -170,8 +171,10 @@ class Parser(argparse.ArgumentParser):
         only: Collection[str] = (),
         prog: str | None = None,
         doc: str = "",
+        raises: bool = False,
         **arguments,
     ):
+        self.raises = raises
         usual = {"allow_abbrev": False, "formatter_class": Help, "description": doc.split("\n")[0]}
         if examples := [f"  {line.strip()}" for line in doc.split("\n") if line.startswith("    ")]:
             usual["epilog"] = "\n".join(["examples:", *examples])
@@ -232,6 +235,8 @@ class Parser(argparse.ArgumentParser):
         return declared + [*words]
 
     def error(self, message: str) -> None:
+        if self.raises:
+            raise ValueError(message)
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
     def parse_known_options(self, arguments: list[str] | None) -> dict:

@@ -61,7 +61,7 @@ def plot_samples(kind: str, config: PlotConfig, name: str, path: Path) -> None:
         ValueError: there is no such pipeline or class, or no such kind of picture.
         OSError: the picture cannot be written.
     """
-    kinds = Image.registered_extensions()
+    kinds = {ending: kind for ending, kind in Image.registered_extensions().items() if kind in Image.SAVE}
     if path.suffix.lower() not in kinds:
         raise ValueError(f"output is {path}; it must end as a picture does, such as .png.")
     pipe = load_pipeline(name)

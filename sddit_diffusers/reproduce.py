@@ -15,7 +15,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from .launching import check_machine, on_main_process
 from .training.auxiliary import Process
 from .training.building import build_process
 from .training.checkpointing import find_checkpoints
-from .training.configuration import DataOptions, HubOptions, OutputOptions, RunConfig
+from .training.configuration import DataOptions, HubOptions, OutputOptions, RunConfig, usual
 from .training.distill_options import DistillConfig, parse_planned
 from .training.measuring import (
     builder,
@@ -53,10 +53,11 @@ from .training.trainer import training
 # What is kept of measurements; see `files.parse_json` for such structures.
 _SPEEDS, _IMAGES = {str: float}, [float]
 _SAMPLED = (None, float)
+_NOTHING = object()
 # What of a run's settings tells where its data are, what is kept of it, and which of its seeds it is.
 _OF_A_PLACE = {each.name for group in (DataOptions, OutputOptions, HubOptions) for each in fields(group)}
 _OF_A_PLACE |= {"evaluation_reference", "num_validation_images", "model", "seed"}
-_OF_A_PLACE -= {"max_train_samples"}
+_OF_A_PLACE -= {"max_train_samples", "label_column"}
 
 
 @dataclass
@@ -82,6 +83,8 @@ class ReproduceConfig:
 
     def __post_init__(self):
         check_options(self)
+        if Path(self.page or "results.md").is_dir():
+            raise ValueError(f"page is {self.page!r}, which is a folder; it must be a file.")
 
 
 class Reproduction:
@@ -127,11 +130,14 @@ class Reproduction:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))],
         )
         check_machine(self.accelerator)
-        settings = {run: comparable(config) for run, config in self.first.items()}
-        self.results, self.findings = Results(), Findings(self.study, settings)
+        settings = {run: comparable(asdict(config)) for run, config in self.first.items()}
+        earlier = {run: comparable(usual(config)) for run, config in self.first.items()}
+        self.results, self.findings = Results(), Findings(self.study, settings, earlier)
         for known in config.known:
             self.findings.read(Path(known))
         self.known = set(self.findings.trainings)
+        for run, config in self.first.items():
+            self.study.check_scores(run, config.evaluation_extractor)
 
     def folder_of(self, run: str, seed: int) -> Path:
         """Of one training."""
@@ -165,8 +171,10 @@ class Reproduction:
 
     def run(self) -> None:
         """Trains what is missing, measures what the tables need, and reports."""
+        missing = [] if self.config.report_only else self.missing()
+        done = [training for training in self.configs if self.is_done(*training)]
+        self.findings.check_kept(self.folder / "results.json", [*done, *missing])
         if not self.config.report_only:
-            missing = self.missing()
             for i, (run, seed) in enumerate(missing):
                 self.accelerator.print(f"[{i + 1} of {len(missing)}] {run}, seed {seed}", flush=True)
                 self.train(run, seed)
@@ -231,7 +239,7 @@ class Reproduction:
 
     def keep(self, path: Path, of: list | dict, structure: Any, measure: Callable) -> None:
         """Writes what `measure` finds of something, unless that was done before."""
-        if is_kept(path, of, structure):
+        if read_kept(path, of, structure, _NOTHING) is not _NOTHING:
             return
         self.accelerator.print(path, flush=True)
         found = measure(of)
@@ -258,7 +266,8 @@ class Reproduction:
                 self.findings.trainings[run, seed] = found_in(self.folder_of(run, seed), run, self.study)
         path = self.folder / "speeds.json"
         if path.is_file():
-            self.findings.take_speeds(read_json(path, {"found": _SPEEDS}, "measurement of a study")["found"])
+            found = read_json(path, {"found": _SPEEDS}, "measurement of a study")["found"]
+            self.findings.take_speeds(found, is_whole=set(self.timed()) <= found.keys())
         for table in self.study.tables:
             if table.kind == "evaluations":
                 self.collect_samplings(table)
@@ -326,7 +335,7 @@ def configure(run: str, settings: dict, parent: RunConfig | None) -> RunConfig:
     """
     arguments = as_arguments(settings)
     try:
-        config = parse(arguments) if parent is None else parse_planned(arguments, parent)
+        config = parse(arguments, raises=True) if parent is None else parse_planned(arguments, parent)
     except ValueError as error:
         raise ValueError(f"{run}: {error}") from None
     if isinstance(config, DistillConfig) and len(steps := config.num_inference_steps) > 1:
@@ -339,10 +348,9 @@ def configure(run: str, settings: dict, parent: RunConfig | None) -> RunConfig:
     return config
 
 
-def comparable(config: RunConfig) -> dict:
+def comparable(settings: dict) -> dict:
     """What of a run's settings is the same wherever it is trained, with whatever seed."""
-    names = [each.name for each in fields(config) if each.name not in _OF_A_PLACE]
-    return json.loads(json.dumps({name: getattr(config, name) for name in names}))
+    return json.loads(json.dumps({name: settings[name] for name in settings if name not in _OF_A_PLACE}))
 
 
 def as_arguments(settings: dict) -> list[str]:
@@ -361,19 +369,16 @@ def is_number(value) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def is_kept(path: Path, of: list | dict, structure: Any) -> bool:
-    """Whether [`Reproduction.keep`] has measured this.
+def read_kept(path: Path, of: list | dict, structure: Any, default):
+    """What [`Reproduction.keep`] found of something, or else the default.
 
     Raises:
         ValueError: the file is damaged.
     """
-    kept = {"of": (list, dict), "found": structure}
-    return path.is_file() and read_json(path, kept, "measurement of a study")["of"] == of
-
-
-def read_kept(path: Path, of: list | dict, structure: Any, default):
-    """What [`Reproduction.keep`] found of something, or else the default."""
-    return json.loads(path.read_bytes())["found"] if is_kept(path, of, structure) else default
+    if not path.is_file():
+        return default
+    kept = read_json(path, {"of": (list, dict), "found": structure}, "measurement of a study")
+    return kept["found"] if kept["of"] == of else default
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -39,6 +39,8 @@ SCORES = {
     "fd_dinov2": Score("FD-DINOv2", "↓", statistics=("mu_dinov2", "sigma_dinov2")),  # of DINOv2's features
 }
 
+JUDGED = ("fid", "precision", "recall")  # of a run's samples, the last two where they can be
+
 # The networks that one chooses from, and the parts that they give.
 EXTRACTORS = {
     "inception": ("features", "logits", "spatial"),
@@ -55,3 +57,8 @@ def metric_name(score: str, extractor: str) -> str:
 
 # The score and the extractor of such a name.
 METRICS = {metric_name(score, by): (score, by) for score in SCORES for by in EXTRACTORS}
+
+
+def is_upward(metric: str) -> bool:
+    """Whether of a metric more is better; of one that is no score it is taken that less is."""
+    return metric in METRICS and SCORES[METRICS[metric][0]].better == "↑"

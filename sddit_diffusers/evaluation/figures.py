@@ -86,7 +86,8 @@ def _draw_ranking(axis, table: Table, study: Study, results: Results) -> None:
             low, mean, high = _spread(found)
             axis.barh(i, mean, xerr=[[mean - low], [high - mean]], capsize=3, color=color)
         else:
-            told = f"{len(found)} of {len(shares)} come there" if shares else "not run"
+            told = f"{len(found)} of {len(shares)} come there" if shares else "no time yet"
+            told = told if results.of(run, ("last",)) else "not run"
             axis.text(0.02, i, told, va="center", fontsize=8)
     axis.set_yticks(range(len(rows)), [_text(run) for run, *_ in rows])
     axis.set_ylim(len(rows) - 0.4, -0.6)  # the first on top

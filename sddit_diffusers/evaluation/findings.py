@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,9 +21,8 @@ _SEED = {
     "samplings": {str: {"of": dict, "score": float}},
 }
 _RUN = {"settings": dict, "of": (None, str), "seeds": {str: _SEED}}
-_FOUND = {
-    "runs": {str: _RUN}, "speeds": {str: float}, "images": [{"run": str, "of": dict, "a_second": float}],
-}  # fmt: skip
+_IMAGES = [{"run": str, "of": dict, "a_second": float}]
+_FOUND = {"found": {"runs": {str: _RUN}, "speeds": {str: float}, "images": _IMAGES}}
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Findings:
 
     Args:
         settings: of each run, by which it is known to be the same elsewhere.
+        usual: of each run, what those of an earlier version were that it did not tell.
 
     Attributes:
         trainings: what was found of each.
@@ -52,8 +53,8 @@ class Findings:
         images: a second, of samplings (`run`, and what it is `of`), all measured in turn.
     """
 
-    def __init__(self, study: Study, settings: dict[str, dict]):
-        self.study, self.settings = study, settings
+    def __init__(self, study: Study, settings: dict[str, dict], usual: dict[str, dict]):
+        self.study, self.settings, self.usual = study, settings, usual
         self.trainings: dict[tuple[str, int], Found] = {}
         self.speeds: dict[str, float] = {}
         self.images: list[dict] = []
@@ -64,27 +65,57 @@ class Findings:
         Raises:
             ValueError: it is none, or a run of the study had other settings there.
         """
-        found = read_json(path, {"found": _FOUND}, "results of a study")["found"]
+        found = read_json(path, _FOUND, "results of a study")["found"]
         for run in [run for run in self.study.runs if run in found["runs"]]:
             there = found["runs"][run]
             self._compare(path, run, there)
             for seed in [seed for seed in self.study.seeds if str(seed) in there["seeds"]]:
                 self.trainings[run, seed] = self._known(path, run, there["seeds"][str(seed)])
-        self.take_speeds({run: speed for run, speed in found["speeds"].items() if run in self.study.runs})
+        self.take_speeds(found["speeds"])
         if len(found["images"]) > len(self.images):
             self.images = found["images"]
 
-    def take_speeds(self, speeds: dict[str, float]) -> None:
-        """Takes the speeds of a measurement, if no larger one is known: those of two cannot be compared."""
-        if len(speeds) >= len(self.speeds):
+    def check_kept(self, path: Path, coming: Iterable[tuple[str, int]]) -> None:
+        """Raises a ValueError where a `results.json` has trainings that the next one there would not have.
+
+        Args:
+            coming: those that will be added.
+        """
+        there = {}
+        with suppress(ValueError):  # there is none, or it is of an earlier version
+            there = read_json(path, _FOUND, "results of a study")["found"]["runs"]
+        kept = {(run, seed) for run, found in there.items() for seed in found["seeds"]}
+        coming = {*self.trainings, *coming}
+        gone = [
+            (run, seed)
+            for run in self.study.runs
+            for seed in self.study.seeds
+            if (run, str(seed)) in kept and (run, seed) not in coming
+        ]
+        if gone:
+            raise ValueError(
+                f"{path} has {len(gone)} trainings that are not here, such as {gone[0][0]} of seed "
+                f"{gone[0][1]}, and they would be lost: give it to --known, or choose another --output_dir."
+            )
+
+    def take_speeds(self, speeds: dict[str, float], is_whole: bool = False) -> None:
+        """Takes the speeds of one measurement, as those of two cannot be compared.
+
+        Args:
+            speeds: by run; those that the study does not tell of are left out.
+            is_whole: whether they are of all that can be timed here; of others the larger measurement counts.
+        """
+        speeds = {run: speed for run, speed in speeds.items() if run in self.study.timed}
+        if is_whole or len(speeds) >= len(self.speeds):
             self.speeds = speeds
 
     def _compare(self, path: Path, run: str, there: dict) -> None:
-        """Raises a ValueError where a run is another one there; what one of both does not know is alike."""
+        """Raises a ValueError where a run is another one there."""
         now = self.settings[run] | {"of": self.study.parent_of(run)}
-        for name, value in (there["settings"] | {"of": there["of"]}).items():
-            if value != now.get(name, value):
-                others = f"was {shortened(value)}, and is {shortened(now[name])} in the study"
+        then = now | self.usual[run] | there["settings"] | {"of": there["of"]}
+        for name, value in now.items():
+            if value != then[name]:
+                others = f"was {shortened(then[name])}, and is {shortened(value)} in the study"
                 raise ValueError(f"{path}: {name} of {run} {others}.")
 
     def _known(self, path: Path, run: str, found: dict) -> Found:

@@ -12,7 +12,7 @@ from ..launching import on_main_process, together
 from ..pipelines.pipeline_sddit import SDDiTPipeline
 from ..pipelines.sampling import class_of, sample
 from .cache import default_cache
-from .catalogue import EXTRACTORS, SCORES, metric_name
+from .catalogue import EXTRACTORS, JUDGED, SCORES, metric_name
 from .classifiers import CLASSIFIERS, train_classifier
 from .extractors import (
     ClassifierExtractor,
@@ -148,7 +148,8 @@ class Judge:
         if num_samples < 2:
             raise ValueError(f"{num_samples} sample has no covariance; a score needs at least 2.")
         self.num_samples, self.accelerator = num_samples, accelerator
-        columns = image_column, label_column
+        # Only classifiers need labels, but all are to see the same pictures.
+        columns = image_column, label_column if any(kind in CLASSIFIERS for kind in extractors) else ""
         self.views = [View(reference, kind, size, num_samples, *columns, accelerator) for kind in extractors]
 
     def __call__(self, pipe: SDDiTPipeline, batch_size: int, **arguments) -> dict[str, float]:
@@ -193,9 +194,8 @@ class View:
         self, reference: str, kind: str, size: tuple[int, int], num_samples: int,
         image_column: str, label_column: str, accelerator: Accelerator,
     ):  # fmt: skip
-        label_column = label_column if kind in CLASSIFIERS else ""  # others need none
         images, statistics = open_reference(reference, size, kind, size[0], image_column, label_column)
-        self.kind, features, self.wanted = kind, None, ["fid"]
+        self.kind, features, self.wanted = kind, None, [*JUDGED[:1]]
         self.extractor = build_extractor(kind, None, images, default_cache(), accelerator)
         if "fid" not in statistics and images is None:
             raise ValueError(f"{reference} has neither images nor {' and '.join(SCORES['fid'].statistics)}.")
@@ -203,7 +203,7 @@ class View:
             features = features_of_set(images, self.extractor, accelerator, 64, default_cache())
             # Precision and recall compare all images with one another.
             if 3 < len(images) <= 50_000 and num_samples > 3:
-                self.wanted += ["precision", "recall"]
+                self.wanted += JUDGED[1:]
         self.reference = Reference(features, statistics, device=accelerator.device)
         on_main_process(lambda: bool(self.reference.gaussian("fid")), accelerator)  # fails now, if ever
 

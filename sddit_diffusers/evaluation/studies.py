@@ -39,13 +39,12 @@ from ..files import read_json
 from ..pipelines.sampling import check_interval
 from ..schedulers.scheduling_edm_heun import EDMHeunScheduler
 from ..schedulers.scheduling_interpolant import InterpolantScheduler
-from .catalogue import METRICS, SCORES
+from .catalogue import JUDGED, METRICS, is_upward, metric_name
 
 KINDS = (
     "steps", "speed", "time", "ranking", "judges", "setting", "metrics", "probe", "sampling", "evaluations",
 )  # fmt: skip
 FIGURES = ("png", "svg")
-_UPWARD = [name for name, score in SCORES.items() if score.better == "↑"]
 RESULTS = ("results.md", "results.json", "speeds.json", "sampling-speeds.json")  # of a study, in its folder
 # What a sampling may change; see `files.parse_json` for such structures.
 SAMPLING = {
@@ -169,7 +168,7 @@ class Study:
         for table in self.tables:
             for run in table.runs:
                 self._check_run(table, run)
-            if table.reference and METRICS.get(self.metric, ("fid",))[0] in _UPWARD:
+            if table.reference and is_upward(self.metric):
                 raise ValueError(
                     f"{table.title}: of {self.metric} more is better; time is measured to a distance."
                 )
@@ -214,6 +213,17 @@ class Study:
                 raise ValueError(f"{shortened(run)} comes from itself: {' of '.join([run, *line, parent])}.")
             line.append(parent)
         return line
+
+    def check_scores(self, run: str, extractors: list[str]) -> None:
+        """Raises a ValueError for a score that is asked of a run, and that none of its extractors gives."""
+        given = [metric_name(score, by) for by in extractors for score in JUDGED]
+        asked = [column for table in self.tables if run in table.runs for column in table.columns]
+        for name in [self.metric, *(column for column in asked if column in METRICS)]:
+            if name not in given:
+                raise ValueError(
+                    f"{run} has no {name!r}: its evaluation_extractor, {' '.join(extractors)}, gives "
+                    f"{', '.join(given)}."
+                )
 
     def _check_run(self, table: Table, run: str) -> None:
         """Of a table."""

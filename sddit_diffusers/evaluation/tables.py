@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from scipy.stats import spearmanr
 
+from .catalogue import is_upward
 from .studies import Study, Table
 
 
@@ -81,37 +82,35 @@ def rows_of_times(table: Table, study: Study, results: Results) -> tuple[list[st
 
     The rows of a ranking are in the order of that time.
     """
-    rows = []
+    rows, usual = [], seconds_to(table.reference, table.reference, results)
     for run, paper in table.paper.items():
         step, steps = [1 / speed for speed in results.of(run, ("speed",))], results.steps([run])
         total = [step[0] * steps[-1]] if step and steps else []
-        shares = share_of_time(run, table.reference, results)
-        whole = results.steps([table.reference])[-1] if shares else 0
-        reached = [share and share * whole / results.of(table.reference, ("speed",))[0] for share in shares]
-        rows.append([run, paper, step, total, results.of(run, ("last",)), reached, shares])
+        reached = seconds_to(run, table.reference, results)
+        shares = [found and (found / usual[seed] if usual[seed] else None) for seed, found in reached.items()]
+        rows.append([run, paper, step, total, results.of(run, ("last",)), [*reached.values()], shares])
     if table.kind == "ranking":
         rows.sort(key=lambda row: (_missing(row[5]), _mean(row[5]), _mean(row[4])))
     to = f"s to {table.reference}'s"
     return ["run", "paper", "s a step", "s in all", study.metric, to, f"× {table.reference}"], rows
 
 
-def share_of_time(run: str, reference: str, results: Results) -> list[float | None]:
-    """The time to the reference's score at its end, as a share of the reference's time.
+def seconds_to(run: str, reference: str, results: Results) -> dict[int, float | None]:
+    """By seed, the time to the score that the reference has at its end.
 
-    Each seed is held against the same seed of the reference, which saw the same images and noises; None is
-    where it does not come to that score.
+    Each seed is held against the same seed of the reference, which saw the same images and noises, and which
+    may come to that score before its end too; None is where it is not come to.
     """
-    speed, usual = results.of(run, ("speed",)), results.of(reference, ("speed",))
-    targets, steps = results.by_seed(reference, ("last",)), results.steps([run])
-    if not speed or not usual:
-        return []
-    whole, shares = results.steps([reference])[-1] if targets else 0, []
+    speed, targets = results.of(run, ("speed",)), results.by_seed(reference, ("last",))
+    if not speed or not results.of(reference, ("speed",)):
+        return {}
+    found = {}
     for seed in [seed for seed in results.by_seed(run, ("last",)) if seed in targets]:
-        scored = {step: results.by_seed(run, ("score", step)).get(seed) for step in steps}
+        scored = {step: results.by_seed(run, ("score", step)).get(seed) for step in results.steps([run])}
         curve = {step: score for step, score in scored.items() if score is not None}
         step = first_below([*curve], [*curve.values()], targets[seed])
-        shares.append(None if step is None else step / speed[0] * usual[0] / whole)
-    return shares
+        found[seed] = None if step is None else step / speed[0]
+    return found
 
 
 def first_below(steps: Sequence[int], scores: Sequence[float], target: float) -> float | None:
@@ -123,8 +122,8 @@ def first_below(steps: Sequence[int], scores: Sequence[float], target: float) ->
         if score <= target:
             if i == 0:
                 return float(steps[0])
-            logs = [math.log(max(each, 1e-9)) for each in (scores[i - 1], target, score)]
-            return steps[i - 1] + (steps[i] - steps[i - 1]) * (logs[0] - logs[1]) / (logs[0] - logs[2])
+            high, wanted, low = (math.log(max(each, 1e-9)) for each in (scores[i - 1], target, score))
+            return steps[i - 1] + (steps[i] - steps[i - 1]) * ((high - wanted) / (high - low or 1))
     return None
 
 
@@ -140,7 +139,10 @@ def _mean(values: list[float | None]) -> float:
 
 
 def agreements(table: Table, results: Results) -> dict[str, float | None]:
-    """Spearman's rank correlation of the first column with each of the others, over the runs' means."""
+    """Spearman's rank correlation of the first column with each of the others, over the runs' means.
+
+    It is 1 where both have the same order from the best run to the worst.
+    """
     found = {}
     for name in table.columns[1:]:
         pairs = [
@@ -148,7 +150,8 @@ def agreements(table: Table, results: Results) -> dict[str, float | None]:
         ]
         means = [[_mean(one), _mean(other)] for one, other in pairs if one and other]
         has_order = len(means) > 2 and all(len(set(column)) > 1 for column in zip(*means, strict=True))
-        found[name] = float(spearmanr(means).statistic) if has_order else None
+        sign = 1 if is_upward(name) == is_upward(table.columns[0]) else -1
+        found[name] = sign * float(spearmanr(means).statistic) if has_order else None
     return found
 
 
@@ -192,12 +195,15 @@ def markdown(study: Study, results: Results, figures: str = ".") -> str:
         head, rows = rows_of(table, study, results)
         lines += [f"## {table.title}", "", _row(head), "|" + "---|" * len(head)]
         for name, paper, *values in rows:
+            if 0 < (seeds := len(results.of(name, ("last",)))) < len(study.seeds):
+                name += f" ({seeds} of {len(study.seeds)} seeds)"
             quoted = " / ".join(f"{number:g}" for number in paper) if isinstance(paper, list) else show(paper)
             lines.append(_row([name, quoted, *map(show, values)]))
         if table.kind == "judges":
             ranks = agreements(table, results)
             told = [f"{'–' if rank is None else f'{rank:.2f}'} with {name}" for name, rank in ranks.items()]
-            lines += ["", f"Spearman's rank correlation of {table.columns[0]}: {', '.join(told)}."]
+            what = f"Spearman's rank correlation of {table.columns[0]}, from the best run to the worst"
+            lines += ["", f"{what}: {', '.join(told)}."]
         lines += ["", f"![{table.title}]({folder}{table.name}.png)", ""]
     for note in study.notes:
         lines += [note, ""]

@@ -286,6 +286,12 @@ def read_options(path: str, kind: type) -> dict:
     return options
 
 
+def usual(config: RunConfig) -> dict:
+    """What was done of an option by an earlier version, which did not know it; of lists it is not told."""
+    found = {each.name: each.default for each in dataclasses.fields(config)}
+    return {name: value for name, value in found.items() if value is not dataclasses.MISSING}
+
+
 def as_lists(saved: dict) -> dict:
     """Saved settings with a list where version 0.1.0 had one value."""
     one = saved.get("evaluation_extractor")

@@ -343,7 +343,7 @@ def parse_planned(arguments: list[str], parent: RunConfig) -> DistillConfig:
     Raises:
         ValueError: a setting is wrong.
     """
-    parser = Parser(GROUPS)
+    parser = Parser(GROUPS, raises=True)
     inherited = {name: getattr(parent, name) for name in (*INHERITED, "mixed_precision")}
     parser.set_defaults(model=parent.output_dir, **inherited)
     return DistillConfig(**parser.parse_known_options(arguments))

@@ -4,7 +4,7 @@ import copy
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -38,11 +38,11 @@ def steps_a_second(
     """Of trainings by name, all in turn, round by round; medians.
 
     Args:
-        folder: is theirs meanwhile.
+        folder: is theirs meanwhile; another process that measures there is waited for.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     with ExitStack() as stack:
-        on_main_process(lambda: stack.enter_context(locked(folder)), accelerator)
+        on_main_process(lambda: stack.enter_context(locked(folder, patience=-1)), accelerator)
         trainers: dict[str, tuple[Trainer, Iterator]] = {}
         for i, name in enumerate(runs):
             config = copy.copy(configs[name])
@@ -56,8 +56,10 @@ def steps_a_second(
                 start = time.perf_counter()
                 trainer.train_step(step, data)  # its metrics are read back from the device
                 seconds[name].append(time.perf_counter() - start)
-    if accelerator.is_main_process:
-        remove(folder)
+        for i in range(len(runs)) if accelerator.is_main_process else ():
+            remove(folder / str(i))
+    with suppress(OSError):  # another process waits there, or has it
+        folder.rmdir()
     return {name: 1 / statistics.median(values[2:]) for name, values in seconds.items()}
 
 

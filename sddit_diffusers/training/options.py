@@ -282,9 +282,12 @@ ABOUT = """Trains SD-DiT, or a method that it is compared with; without options,
 """
 
 
-def parse(arguments: list[str] | None = None) -> TrainingConfig:
-    """The configuration of a command line, `sys.argv` by default; leaves with a message where it is wrong."""
-    parser = Parser(GROUPS, doc=ABOUT)
+def parse(arguments: list[str] | None = None, raises: bool = False) -> TrainingConfig:
+    """The configuration of a command line, `sys.argv` by default.
+
+    Where it is wrong it leaves with a message, or `raises` a ValueError.
+    """
+    parser = Parser(GROUPS, doc=ABOUT, raises=raises)
     parser.add_argument("--config", metavar="FILE", help="JSON of options, which the command line overrides")
     first = Parser([], add_help=False)
     for name in ("config", "preset", "method", "process"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..cli import differences
 from ..files import locked, read_json, remove
 from .checkpointing import find_checkpoints, set_aside
-from .configuration import OutputOptions, RunConfig, as_lists, is_place
+from .configuration import OutputOptions, RunConfig, as_lists, is_place, usual
 from .metrics import MetricsLog, read_metrics
 
 # What a run leaves at its end, in the order in which it does.
@@ -62,10 +62,7 @@ def is_complete(config: RunConfig) -> bool:
     if not path.is_file():
         return False
     wanted = json.loads(json.dumps(vars(config) | config.facts()))
-    # What an earlier version did not know, it did as is usual; of lists and facts, as is wanted.
-    fields = [each for each in dataclasses.fields(config) if each.default is not dataclasses.MISSING]
-    begun = wanted | {each.name: each.default for each in fields}
-    begun |= as_lists(read_json(path, dict, "training's settings"))
+    begun = wanted | usual(config) | as_lists(read_json(path, dict, "training's settings"))
     for name, value in wanted.items():
         if is_place(value):  # of which the name is always told
             wanted[name], begun[name] = Path(value).name, Path(str(begun[name])).name

@@ -17,7 +17,7 @@ from sddit_diffusers.evaluation.tables import (
     first_below,
     markdown,
     rows_of,
-    share_of_time,
+    seconds_to,
 )
 
 RUNS = {"DiT": {"method": "dit"}, "fast": {}, "slow": {}, "bad": {}}
@@ -45,7 +45,8 @@ def study_of(tables=TABLES, **changes):
 
 def findings_of(**changes):
     study = study_of(**changes)
-    return Findings(study, {run: {"rate": 1} | study.settings_of(run) for run in study.runs})
+    settings = {run: {"rate": 1} | study.settings_of(run) for run in study.runs}
+    return Findings(study, settings, {run: {"later": False} for run in study.runs})
 
 
 @pytest.fixture
@@ -77,15 +78,33 @@ def test_a_score_between_two_is_where_its_logarithm_is():
     assert first_below([100, 200], [8, 4], 9) == 100  # at once: it is not known since when
     assert first_below([100, 200], [8, 4], 3) is None
     assert first_below([100, 200, 300], [4, 8, 1], 4) == 100  # the first time, whatever comes
+    assert first_below([100, 200], [0.1, -0.1], 0) == 200  # which have no logarithm
+    assert first_below([100, 200], [-0.1, -0.3], -0.2) == 100
 
 
 def test_each_seed_is_held_against_the_reference_s(results):
     """DiT ends at 2 and at 1 after 200 s; "fast" has these after 200 s, "slow" after 600."""
-    assert share_of_time("DiT", "DiT", results) == [1, 1]
-    assert share_of_time("fast", "DiT", results) == [1, 1]
-    assert share_of_time("slow", "DiT", results) == pytest.approx([3, 3])
-    (never, late) = share_of_time("bad", "DiT", results)
-    assert never is None and late == pytest.approx((200 + 200 * math.log(8) / math.log(16)) / 4 / 200)
+    assert seconds_to("DiT", "DiT", results) == {0: 200, 1: 200}
+    assert seconds_to("fast", "DiT", results) == {0: 200, 1: 200}
+    assert seconds_to("slow", "DiT", results) == pytest.approx({0: 600, 1: 600})
+    assert seconds_to("bad", "DiT", results)[0] is None
+    late = (200 + 200 * math.log(8) / math.log(16)) / 4
+    assert seconds_to("bad", "DiT", results)[1] == pytest.approx(late)
+
+
+def test_a_reference_that_gets_worse_again_is_there_when_it_first_was(findings):
+    """A twin of it takes all of its time, and not half."""
+    for run in ("DiT", "fast"):
+        for seed in (0, 1):
+            for row, score in zip(findings.trainings[run, seed].metrics, (8.0, 2.0, 4.0), strict=True):
+                row["fid_a"] = score
+    findings.speeds = SPEEDS | {"fast": SPEEDS["DiT"]}
+    results = Results()
+    findings.tell(results)
+    rows = {row[0]: row[1:] for row in rows_of(TABLES[0], study_of(), results)[1]}
+    there = (100 + 100 * math.log(2) / math.log(4)) / 2
+    assert rows["fast"][4] == pytest.approx([there, there]) and rows["fast"][5] == [1, 1]
+    assert rows["DiT"][4:] == rows["fast"][4:]
 
 
 def test_a_ranking_is_in_the_order_of_time(results):
@@ -108,14 +127,22 @@ def test_judges_agree_by_ranks(results):
     by_hand = {"fid_b": 1 - 6 * 18 / (n * (n * n - 1)), "fid_c": 1 - 6 * 12 / (n * (n * n - 1))}
     assert agreements(table, results) == pytest.approx(by_hand)
     assert as_json(study_of(), results)["tables"][2]["agreements"] == pytest.approx(by_hand)
-    assert "Spearman's rank correlation of fid_a: -0.80 with fid_b, -0.20 with fid_c." in markdown(
-        study_of(), results
-    )
+    told = "of fid_a, from the best run to the worst: -0.80 with fid_b, -0.20 with fid_c."
+    assert told in markdown(study_of(), results)
     assert agreements(table, Results()) == {"fid_b": None, "fid_c": None}
     for run in RUNS:
         for seed in (0, 1):
             results.add(run, seed, ("metric", "fid_c"), 0.0)
     assert agreements(table, results)["fid_c"] is None  # of equal values there is no order
+
+
+def test_judges_of_which_more_is_better_agree_too():
+    results, columns = Results(), ["fid_resnet", "recall_resnet", "precision_pixels"]
+    for run, fid, recall in zip(RUNS, (1.0, 2.0, 3.0, 4.0), (0.9, 0.7, 0.5, 0.3), strict=True):
+        for column, value in zip(columns, (fid, recall, -recall), strict=True):
+            results.add(run, 0, ("metric", column), value)
+    table = Table("Judges", "judges", PAPER, columns=columns)
+    assert agreements(table, results) == pytest.approx({"recall_resnet": 1, "precision_pixels": -1})
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.kind)
@@ -137,6 +164,8 @@ def test_what_was_not_run_is_last_and_a_seed_that_is_missing_counts_not(findings
     rows = rows_of(TABLES[0], study_of(), results)[1]
     assert [row[0] for row in rows] == ["DiT", "slow", "bad", "fast"]
     assert rows[2][5] == [None] and rows[3][5] == [] == rows[3][4]
+    told = [line.split(" |")[0] for line in markdown(study_of(), results).split("\n")]
+    assert {"| DiT", "| slow", "| bad (1 of 2 seeds)", "| fast"} <= {*told}
 
 
 def test_time_is_measured_to_a_distance_alone():
@@ -155,6 +184,8 @@ def test_findings_come_back_from_their_file(findings, tmp_path):
         findings_of(fast={"rate": 2}).read(path)
     with pytest.raises(ValueError, match="of of fast was None, and is 'DiT' in the study"):
         findings_of(fast={"of": "DiT"}).read(path)
+    with pytest.raises(ValueError, match="later of fast was False, and is True in the study"):
+        findings_of(fast={"later": True}).read(path)  # what the file's version did not know
     for damage in ({"metrics": []}, {"metrics": [{"step": 1, "fid_b": 1.0}]}):
         found = findings.as_json()
         found["runs"]["fast"]["seeds"]["1"] = vars(Found([])) | damage
@@ -172,7 +203,7 @@ def test_a_sampling_that_is_asked_for_otherwise_is_not_known(findings, tmp_path)
     for steps, known in ((4, ["N"]), (5, [])):
         findings.trainings["fast", 0].samplings = {"N": {"of": {"num_inference_steps": steps}, "score": 2.0}}
         path.write_text(json.dumps({"found": findings.as_json()}))
-        again = Findings(study, findings.settings)
+        again = Findings(study, findings.settings, findings.usual)
         again.read(path)
         assert list(again.trainings["fast", 0].samplings) == known
 
@@ -183,6 +214,8 @@ def test_speeds_that_were_measured_apart_are_not_mixed(findings, tmp_path):
     path.write_text(json.dumps({"found": {"runs": {}, "speeds": speeds, "images": []}}))
     findings.read(path)
     assert findings.speeds == SPEEDS
+    findings.take_speeds({"DiT": 3.0, "fast": 9.0, "of no table": 2.0}, is_whole=True)
+    assert findings.speeds == {"DiT": 3.0, "fast": 9.0}
 
 
 @pytest.mark.parametrize(

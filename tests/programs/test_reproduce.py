@@ -167,6 +167,12 @@ def test_what_is_known_is_not_run_again(write, tmp_path, capsys):
     assert "](../here/table-1.png)" in page.read_text() and not (tmp_path / "here/results.md").exists()
     drawn = run(path, tmp_path / "drawn", "--report_only", "--known", str(tmp_path / "here/results.json"))
     assert drawn == here
+    kept = (tmp_path / "drawn/results.json").read_bytes()
+    with refusal(
+        capsys, "drawn/results.json has 2 trainings that are not here, such as DiT of seed 0, and they"
+    ):
+        run(path, tmp_path / "drawn", "--report_only")
+    assert (tmp_path / "drawn/results.json").read_bytes() == kept
     other = write(
         tables=tables, runs={"DiT": STUDY["runs"]["DiT"] | {"learning_rate": 0.5}, "SD-DiT": {}}, seeds=[0]
     )
@@ -195,8 +201,10 @@ def test_precisions_cannot_differ(write, tmp_path, capsys):
 
 def test_other_settings_than_those_begun_with_are_refused(write, tmp_path, capsys):
     run(write(), tmp_path / "a", "--runs", "DiT", "--seeds", "0")
-    with refusal(capsys, "learning_rate: 0.006 there, 0.5 here. Choose another --output_dir"):
-        run(write(), tmp_path / "a", "--settings", '{"learning_rate": 0.5}')
+    for others in ([], ["--runs", "SD-DiT"]):  # before others are trained
+        with refusal(capsys, "learning_rate: 0.006 there, 0.5 here. Choose another --output_dir"):
+            run(write(), tmp_path / "a", "--settings", '{"learning_rate": 0.5}', *others)
+    assert not (tmp_path / "a/sd-dit").exists()
 
 
 @pytest.mark.parametrize(
@@ -210,7 +218,11 @@ def test_other_settings_than_those_begun_with_are_refused(write, tmp_path, capsy
         ({"tables": [STUDY["tables"][4], STUDY["tables"][4]]}, "several tables of kind probe"),
         ({"runs": {"A b": {}, "a-b": {}}, "tables": []}, "would write a-b, which is of the run 'A b'"),
         ({"colour": "red"}, "there is nothing called 'colour'"),
-        ({"settings": {"presett": "digits"}}, "unknown option --presett"),
+        ({"settings": {"presett": "digits"}}, "DiT: unknown option --presett"),
+        ({"runs": STUDY["runs"] | {"new": {"mask_ratio": 2}}}, "new: mask_ratio is 2"),
+        ({"runs": STUDY["runs"] | {"new": {"learning_rate": "x"}}}, "new: argument --learning_rate"),
+        ({"metric": "fid_resnet"}, "DiT has no 'fid_resnet': its evaluation_extractor, pixels, gives fid"),
+        ({"tables": [STUDY["tables"][3] | {"columns": ["kl", "fid"]}]}, "DiT has no 'fid': its evaluation_e"),
         ({"settings": {"preset": "cifar10"}}, "is not scored"),
     ],
 )  # fmt: skip
@@ -235,6 +247,7 @@ def test_what_is_no_study_is_refused(tmp_path, capsys):
         (["--runs", "SiT"], "There is no run 'SiT'; there are DiT, SD-DiT, mask 0."),
         (["--seeds", "7"], "There is no seed 7; there are 0, 5."),
         (["--settings", "{"], "which is no JSON"),
+        (["--page", "."], "page is '.', which is a folder; it must be a file."),
     ],
 )
 def test_wrong_choices_are_refused(options, message, write, tmp_path, capsys):
@@ -248,7 +261,7 @@ def test_the_project_s_studies_can_be_run(path, tmp_path):
         ReproduceConfig(output_dir=str(tmp_path), settings='{"dataset_name": "somewhere"}'), path
     )
     study = reproduction.study
-    assert len(study.seeds) >= 3 or "ImageNet" in study.about
+    assert len(study.seeds) >= 3 or path.stem == "imagenet"
     headings = len(study.tables) + sum(note.startswith("## ") for note in study.notes)
     assert markdown(study, Results()).count("\n## ") == headings
 
