@@ -47,8 +47,8 @@ class BatchSampler(Sampler):
         self.global_batch = batch_size * accumulation * processes
         if size < self.global_batch:
             raise ValueError(
-                f"The dataset has {size} rows, fewer than one global batch of {self.global_batch}: give a "
-                "--train_batch_size that it has."
+                f"There are {size} rows to train on, fewer than one global batch of {self.global_batch}: "
+                "give a --train_batch_size that they fill."
             )
         self.size, self.seed, self.accumulation = size, seed, accumulation
         self.batch_size, self.rank, self.processes = batch_size, rank, processes

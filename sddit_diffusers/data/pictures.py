@@ -7,11 +7,13 @@ it.
 import glob
 import hashlib
 import io
+import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -82,12 +84,13 @@ class ImageDataset(Dataset):
         image_column = find_columns(name, rows.column_names, rows.features, image_column, label_column)
         self.images = pictures_of(rows.select_columns(image_column), image_column, name)
         self.image_column = image_column
-        self.labels, self.id2label, self.num_classes = None, None, 0
+        self.labels, self.id2label, self.num_classes, self._rows = None, None, 0, None
         if label_column:
             self._read_labels(rows, label_column)
         if 0 < max_samples < len(rows):
             chosen = torch.randperm(len(rows), generator=generator_for(0, 3))[:max_samples].sort().values
-            self.images = self.images.select(chosen.tolist())
+            self._rows = chosen.tolist()
+            self.images = self.images.select(self._rows)
             self.labels = None if self.labels is None else self.labels[chosen]
 
     def _read_labels(self, rows: datasets.Dataset, column: str) -> None:
@@ -165,7 +168,8 @@ class ImageDataset(Dataset):
         try:
             return decode_image(file, self.mode, self.size)
         except ValueError as error:
-            raise UnreadableImageError(f"Row {index} of {self.name} {error}") from error
+            row = index if self._rows is None else self._rows[index]
+            raise UnreadableImageError(f"Row {row} of {self.name} {error}") from error
 
 
 def decode_image(file: dict | None, mode: str, size: int | None) -> np.ndarray:
@@ -178,7 +182,7 @@ def decode_image(file: dict | None, mode: str, size: int | None) -> np.ndarray:
     """
     path = f"({file['path']}) " if file and file["path"] else ""
     try:
-        with Image.open(io.BytesIO(file["bytes"]) if file["bytes"] else file["path"]) as image:
+        with Image.open(io.BytesIO(content_of(file))) as image:
             image = _in_8_bits(image).convert(mode)
             image = image if size is None else center_crop(image, size)
     except UnidentifiedImageError as error:  # its message names the buffer
@@ -213,10 +217,18 @@ def from_webp(content: bytes, size: int) -> np.ndarray:
 
 
 def content_of(file: dict | None) -> bytes:
-    """The bytes of a picture that `datasets.Image(decode=False)` gives; none where there is no picture."""
+    """The bytes of a picture that `datasets.Image(decode=False)` gives; none where there is no picture.
+
+    Its path may be of this machine, within an archive, or of the Hub.
+    """
     if file is None:
         return b""
-    return file["bytes"] if file["bytes"] is not None else Path(file["path"]).read_bytes()
+    if file["bytes"] is not None:
+        return file["bytes"]
+    if "://" not in file["path"]:
+        return Path(file["path"]).read_bytes()
+    with fsspec.open(file["path"], "rb") as opened:
+        return opened.read()
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
@@ -252,6 +264,7 @@ def _as_it_is(batch):
 def _load(name: str, split: str) -> datasets.Dataset:
     if name == "digits":
         return _digits()
+    name = os.path.expanduser(name)
     if not Path(name).exists() and name.startswith((".", "/", "~")):
         raise ValueError(f"There is no dataset folder {name}.")
     return load_rows(name, split)

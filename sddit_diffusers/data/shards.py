@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -197,6 +198,7 @@ def find_latents(name: str) -> str | None:
     Raises:
         ValueError: it could not be looked at, such as where the network fails.
     """
+    name = os.path.expanduser(name)
     local = Path(name).exists() or name.startswith((".", "/", "~"))
     on_hub = not local and "://" not in name
     root = f"hf://datasets/{name}" if on_hub else name

@@ -11,7 +11,7 @@ from ..models.transformer_sddit import PLAIN_TIME, PatchTransformer2DModel, diff
 from ..pipelines.loading import load_pipeline
 from .auxiliaries import AUXILIARIES
 from .auxiliary import Process
-from .checkpointing import choose_checkpoint, load_state
+from .checkpointing import choose_checkpoint, load_state, read_about
 from .memory import keep_products
 from .methods import METHODS
 from .objective import Objective
@@ -76,26 +76,17 @@ def load_weights(transformer: PatchTransformer2DModel, name: str, sigma_data: fl
     Raises:
         ValueError: there are none, or they are of another network.
     """
-    if (Path(name) / "checkpoint.json").is_file():
-        state = load_state(choose_checkpoint(Path(name).parent, name), "objective")["objective"]
-        prefix = "transformer."
-        weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    else:
-        is_file = name.endswith(".safetensors")
-        pipe = None if is_file else load_pipeline(name)
-        theirs = type(transformer).from_single_file(name) if is_file else pipe.transformer
-        weights = theirs.state_dict()
-        known = None if is_file else pipe.scheduler.config.get("sigma_data")
-        if known and sigma_data and known != sigma_data:
-            warnings.warn(
-                f"The weights of {name} are of sigma_data {known}, and sigma_data is {sigma_data} here.",
-                stacklevel=2,
-            )
-        times = {key: theirs.config.get(key, usual) for key, usual in PLAIN_TIME.items()}
-        if times != {key: transformer.config[key] for key in PLAIN_TIME}:
-            raise ValueError(
-                f"The weights of {name} embed another time: train with --transformer '{json.dumps(times)}'."
-            )
+    weights, settings, known = read_weights(type(transformer), name)
+    if known and sigma_data and known != sigma_data:
+        warnings.warn(
+            f"The weights of {name} are of sigma_data {known}, and sigma_data is {sigma_data} here.",
+            stacklevel=2,
+        )
+    times = {key: settings.get(key, usual) for key, usual in PLAIN_TIME.items()}
+    if times != {key: transformer.config[key] for key in PLAIN_TIME}:
+        raise ValueError(
+            f"The weights of {name} embed another time: train with --transformer '{json.dumps(times)}'."
+        )
     fresh = transformer.state_dict()
     if (
         "label_embed.weight" in weights
@@ -107,3 +98,22 @@ def load_weights(transformer: PatchTransformer2DModel, name: str, sigma_data: fl
             f"The weights of {name} are of another network: it differs in {', '.join(others[:4])}."
         )
     transformer.load_state_dict(weights)
+
+
+def read_weights(kind: type[PatchTransformer2DModel], name: str) -> tuple[dict, dict, float | None]:
+    """The weights of a pipeline, a single file or a checkpoint, their network's settings, and sigma_data.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if (Path(name) / "checkpoint.json").is_file():
+        folder = choose_checkpoint(Path(name).parent, name)
+        run, prefix = read_about(folder).get("run", {}), "transformer."
+        state = load_state(folder, "objective")["objective"]
+        weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        return weights, run.get("model", {}), run.get("sigma_data")
+    if name.endswith(".safetensors"):
+        network = kind.from_single_file(name)
+        return network.state_dict(), network.config, None
+    pipe = load_pipeline(name)
+    return pipe.transformer.state_dict(), pipe.transformer.config, pipe.scheduler.config.get("sigma_data")

@@ -10,7 +10,7 @@ Shapes: b batch, k visible patches, D encoder width, K prototypes. Token 0 is [C
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Literal, NamedTuple
 
 import torch
@@ -52,19 +52,21 @@ class DiscriminationOptions:
 
     def check(self) -> None:
         """Raises a ValueError for a `teacher_sigma` that is neither a number above 0 nor 'student'."""
-        self.teacher_noise()
+        check_teacher_sigma(self.teacher_noise())
 
     def teacher_noise(self) -> float | str:
         """`teacher_sigma` as [`Discrimination`] takes it."""
         try:
-            sigma = self.teacher_sigma if self.teacher_sigma == "student" else float(self.teacher_sigma)
+            return float(self.teacher_sigma)
         except ValueError:
-            sigma = 0.0
-        if sigma != "student" and not 0 < sigma < math.inf:
-            raise ValueError(
-                f"teacher_sigma is {shortened(self.teacher_sigma)}; it must be a number above 0 or 'student'."
-            )
-        return sigma
+            return self.teacher_sigma
+
+
+def check_teacher_sigma(sigma: float | str) -> None:
+    """Raises a ValueError for what is neither a number above 0 nor "student"."""
+    is_number = isinstance(sigma, Real) and not isinstance(sigma, bool)
+    if sigma != "student" and not (is_number and 0 < sigma < math.inf):
+        raise ValueError(f"teacher_sigma is {shortened(sigma)}; it must be a number above 0 or 'student'.")
 
 
 class DiscriminationDraws(NamedTuple):
@@ -136,12 +138,7 @@ class Discrimination(AuxiliaryLoss):
         check_number("num_prototypes", num_prototypes, low=2, kind=Integral)
         check_number("head_hidden_dim", head_hidden_dim, low=1, kind=Integral)
         check_number("head_bottleneck_dim", head_bottleneck_dim, low=1, kind=Integral)
-        if teacher_sigma != "student" and (
-            isinstance(teacher_sigma, str) or not 0 < teacher_sigma < math.inf
-        ):
-            raise ValueError(
-                f"teacher_sigma is {teacher_sigma!r}; it must be a number above 0, or 'student'."
-            )
+        check_teacher_sigma(teacher_sigma)
         if not isinstance(transformer, SDDiTTransformer2DModel):
             raise ValueError(
                 f"Discrimination compares [CLS] and patches of SD-DiT's encoder; the network is a "

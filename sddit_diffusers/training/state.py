@@ -13,10 +13,29 @@ from ..data.order import BatchSampler
 from ..data.pictures import ImageDataset
 from ..launching import on_main_process, together
 from .checkpointing import by_names_of_today, choose_checkpoint, load_state, read_about, save_checkpoint
-from .configuration import RunConfig, as_lists
+from .configuration import RunConfig, as_lists, usual
 from .engines import Engine, whole
 
+START = "pretrained_model_name_or_path"  # the option of training's that names the weights to begin with
 _PARTS = "objective", "optimizer", "ema", "scaler"
+
+
+def checkpoint_of(config: RunConfig) -> Path | None:
+    """The checkpoint that a run goes on with; None where it begins.
+
+    Raises:
+        ValueError: it is not there, or damaged.
+    """
+    name, folder = config.resume_from_checkpoint, None
+    if name and (folder := choose_checkpoint(Path(config.output_dir), name)) is None:
+        print(f"There is no checkpoint in {config.output_dir} yet: the run begins.")
+    return folder
+
+
+def without_start(config: RunConfig) -> RunConfig:
+    """The configuration of a network whose weights a checkpoint has: those it began with may be gone."""
+    given = {START} & {each.name for each in dataclasses.fields(config)}
+    return dataclasses.replace(config, **dict.fromkeys(given, ""))
 
 
 class RunState:
@@ -83,17 +102,13 @@ class RunState:
         }
         return json.loads(json.dumps(identity))  # as it comes back from a file
 
-    def resume(self) -> None:
+    def resume(self, folder: Path) -> None:
         """Loads a checkpoint, and sets the step that the run begins with.
 
         Raises:
-            ValueError: there is none, it is damaged, or of another run.
+            ValueError: it is damaged, or of another run.
         """
-        name, steps = self.config.resume_from_checkpoint, self.config.max_train_steps
-        folder = on_main_process(lambda: choose_checkpoint(self.output_dir, name), self.accelerator)
-        if folder is None:
-            self.accelerator.print(f"There is no checkpoint in {self.output_dir} yet: the run begins.")
-            return
+        steps = self.config.max_train_steps
         about = together(lambda: read_about(folder), self.accelerator)
         here = self.identity()
         # 0.1.0 had one process, and its auxiliary loss is known by its sizes; sigma_data was no option.
@@ -124,8 +139,10 @@ class RunState:
         """
         settings = dataclasses.asdict(self.config)
         of_a_start = ("resume_from_checkpoint", "overwrite_output_dir")
-        saved = settings | as_lists(saved) | {name: settings[name] for name in of_a_start}
-        for name in {"pretrained_model_name_or_path"} & settings.keys():
+        saved = (
+            settings | usual(self.config) | as_lists(saved) | {name: settings[name] for name in of_a_start}
+        )
+        for name in {START} & settings.keys():
             if saved[name] != settings[name]:
                 raise ValueError(
                     f"{name} is {settings[name]!r}; the run of {folder} began with {saved[name]!r}."

@@ -32,7 +32,7 @@ from .output import Records, alone_in, prepare_folder
 from .publishing import open_repo
 from .results import Results, open_vae, told
 from .signals import Signals
-from .state import RunState
+from .state import RunState, checkpoint_of, without_start
 from .step import train_step
 from .trackers import settings_of
 
@@ -66,6 +66,7 @@ class Trainer:
         self.dataset = main_first(lambda: open_dataset(config, network), self.accelerator)
         wanted = self.accelerator.is_main_process or config.evaluation_steps
         vae = main_first(lambda: open_vae(config, self.dataset, device) if wanted else None, self.accelerator)
+        self.checkpoint = on_main_process(lambda: checkpoint_of(config), self.accelerator)
         self.build(network | {"num_classes": self.dataset.num_classes})
         self.sampler = BatchSampler(
             len(self.dataset), config.train_batch_size, config.gradient_accumulation_steps,
@@ -73,8 +74,8 @@ class Trainer:
             max_steps=config.max_train_steps,
         )  # fmt: skip
         self.state = RunState(config, self.accelerator, self.engine, self.ema, self.dataset, self.sampler)
-        if config.resume_from_checkpoint:
-            self.state.resume()
+        if self.checkpoint is not None:
+            self.state.resume(self.checkpoint)
         self.results = Results(config, self.accelerator, self.objective, self.ema, self.dataset, vae)
         self.signals = Signals(self.accelerator, command_to_go_on(config))
         self.records = Records(self.output_dir)
@@ -83,7 +84,8 @@ class Trainer:
         """Makes the network of these arguments, what trains it, and the averages."""
         config, device = self.config, self.accelerator.device.type
         set_seed(config.seed)
-        self.objective = main_first(lambda: self.builder(config, network, device), self.accelerator)
+        asked = config if self.checkpoint is None else without_start(config)
+        self.objective = main_first(lambda: self.builder(asked, network, device), self.accelerator)
         if config.compile:
             self.objective.compile_blocks()
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32

@@ -1,6 +1,8 @@
 import io
+import json
 import math
 import time
+import zipfile
 
 import datasets
 import numpy as np
@@ -12,7 +14,13 @@ from sklearn.datasets import load_digits
 
 from sddit_diffusers.data import order
 from sddit_diffusers.data.order import BatchSampler, permuted, prefetch
-from sddit_diffusers.data.pictures import ImageDataset, UnreadableImageError, center_crop, decode_image
+from sddit_diffusers.data.pictures import (
+    ImageDataset,
+    UnreadableImageError,
+    center_crop,
+    content_of,
+    decode_image,
+)
 from sddit_diffusers.data.sources import Source
 from sddit_diffusers.seeds import generator_for
 
@@ -254,7 +262,7 @@ def test_generators_of_different_counters_differ():
 
 
 def test_too_small_a_dataset_is_named():
-    with pytest.raises(ValueError, match="has 23 rows, fewer than one global batch of 24"):
+    with pytest.raises(ValueError, match="are 23 rows to train on, fewer than one global batch of 24"):
         sampler(processes=2, batch_size=4, accumulation=3)
 
 
@@ -297,6 +305,33 @@ def test_an_unreadable_picture_is_named_by_its_row(tmp_path, pictures):
     dataset.__getitems__([0, 3])
     with pytest.raises(ValueError, match="Row 4 of .* cannot be read as a picture"):
         dataset.__getitems__([3, 4])
+    some = ImageDataset(dataset.name, "image", "label", 3, 8, max_samples=5)
+    assert some.images["image"][-1]["bytes"] == files[5]  # one of the first is left out
+    with pytest.raises(ValueError, match="Row 4 of .* cannot be read as a picture"):
+        some.__getitems__(range(5))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pictures_are_read_within_an_archive(tmp_path, pictures, streaming):
+    (tmp_path / "a").mkdir()
+    with zipfile.ZipFile(tmp_path / "a" / "train.zip", "w") as archive:
+        for i, picture in enumerate(pictures):
+            archive.writestr(f"{i}.png", png(picture))
+        rows = [json.dumps({"file_name": f"{i}.png", "label": i % 2}) for i in range(len(pictures))]
+        archive.writestr("metadata.jsonl", "\n".join(rows))
+    plain = write_parquet(tmp_path / "b", {"image": list(map(png, pictures)), "label": [0, 1] * 3})
+    dataset, expected = (ImageDataset(str(name), "image", "label", 3, 8) for name in (tmp_path / "a", plain))
+    assert torch.equal(dataset.pixels(range(6)), expected.pixels(range(6)))
+    assert dataset.identity() == expected.identity()
+    source = Source(str(tmp_path / "a"), "image", "label", "train", "", streaming, 4)
+    files = [file for unit in range(source.units) for block in source.blocks(unit, 0, 9) for file, _ in block]
+    assert list(map(content_of, files)) == list(map(png, pictures))
+
+
+def test_a_folder_may_be_at_home(tmp_path, pictures, monkeypatch):
+    write_parquet(tmp_path / "a", {"image": list(map(png, pictures)), "label": [0] * 6})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(ImageDataset("~/a", "image", "label", 3, 8)) == 6
 
 
 def test_a_label_out_of_range_is_named_by_its_row(tmp_path, pictures):

@@ -294,10 +294,12 @@ def test_weights_of_another_network_are_refused(tmp_path):
         make_trainer(tmp_path / "b", *options("dit", "--pretrained_model_name_or_path", tmp_path / "none"))
 
 
-def test_weights_that_embed_another_time_are_refused(tmp_path):
+@pytest.mark.parametrize("of", ["", "checkpoint-1"])
+def test_weights_that_embed_another_time_are_refused(tmp_path, of):
     network = SMALL_NETWORKS["dit"] | {"timestep_scale": 1e-3}
-    train(tmp_path / "a", "--method", "dit", "--transformer", json.dumps(network), "--max_train_steps", 1)
-    begin = ["--pretrained_model_name_or_path", tmp_path / "a"]
+    train(tmp_path / "a", "--method", "dit", "--transformer", json.dumps(network), "--max_train_steps", 1,
+          "--checkpointing_steps", 1)  # fmt: skip
+    begin = ["--pretrained_model_name_or_path", tmp_path / "a" / of]
     asked = (
         r"embed another time: train with --transformer '{\"timestep_scale\": 0.001, \"timestep_shift\": 0.0}'"
     )
@@ -306,9 +308,11 @@ def test_weights_that_embed_another_time_are_refused(tmp_path):
     make_trainer(tmp_path / "b", "--method", "dit", "--transformer", json.dumps(network), *begin)
 
 
-def test_weights_of_another_sigma_data_are_told_of(tmp_path):
-    train(tmp_path / "a", *options("dit", "--max_train_steps", 1, "--sigma_data", 0.3))
-    begin = ["--pretrained_model_name_or_path", tmp_path / "a"]
+@pytest.mark.parametrize("of", ["", "checkpoint-1"])
+def test_weights_of_another_sigma_data_are_told_of(tmp_path, of):
+    train(tmp_path / "a", *options("dit", "--max_train_steps", 1, "--sigma_data", 0.3),
+          "--checkpointing_steps", 1)  # fmt: skip
+    begin = ["--pretrained_model_name_or_path", tmp_path / "a" / of]
     with pytest.warns(UserWarning, match="are of sigma_data 0.3, and sigma_data is 0.6 here"):
         make_trainer(tmp_path / "b", *options("dit", *begin, "--sigma_data", 0.6))
     with warnings.catch_warnings():

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 from bad_input import contents
 from small_runs import NETWORK, make_trainer, train, weights_of
 
-from sddit_diffusers.training import trainer as trainers
 from sddit_diffusers.training.checkpointing import load_state
 from sddit_diffusers.training.options import TrainingConfig
 
@@ -189,18 +189,34 @@ def test_what_is_changed_at_resume_takes_effect(tmp_path):
         (["--head_bottleneck_dim", "4"], "head_bottleneck_dim: 8 there, 4 here"),
     ],
 )
-def test_what_would_be_ignored_at_resume_is_refused(tmp_path, monkeypatch, options, message):
+def test_what_would_be_ignored_at_resume_is_refused(tmp_path, options, message):
     train(tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 2)
     before = contents(tmp_path)
-    monkeypatch.setattr(trainers, "build_objective", without_weights(trainers.build_objective))
     with pytest.raises(SystemExit, match=message):
         train(tmp_path, "--max_train_steps", 4, "--resume_from_checkpoint", "latest", *options)
     assert contents(tmp_path) == before
 
 
-def without_weights(build):
-    """`elsewhere` has none that could be loaded."""
-    return lambda config, *rest: build(dataclasses.replace(config, pretrained_model_name_or_path=""), *rest)
+def test_a_run_goes_on_without_the_weights_that_it_began_with(tmp_path):
+    train(tmp_path / "parent", "--max_train_steps", 1)
+    begin = ["--pretrained_model_name_or_path", tmp_path / "parent", "--checkpointing_steps", 2]
+    whole = train(tmp_path / "a", "--max_train_steps", 4, *begin)
+    shutil.copytree(tmp_path / "a/checkpoint-2", tmp_path / "b/checkpoint-2")
+    shutil.rmtree(tmp_path / "parent")
+    resumed = train(tmp_path / "b", "--max_train_steps", 4, *begin, "--resume_from_checkpoint", "latest")
+    assert resumed == whole[2:] and weights_of(tmp_path / "b") == weights_of(tmp_path / "a")
+
+
+def test_what_an_earlier_version_did_as_usual_has_changed_too(tmp_path, capsys):
+    train(tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 2)
+    about = tmp_path / "checkpoint-2" / "checkpoint.json"
+    content = json.loads(about.read_text())
+    del content["settings"]["discriminative_token_ratio"], content["settings"]["label_dropout"]
+    about.write_text(json.dumps(content))
+    options = ["--resume_from_checkpoint", "latest", "--checkpointing_steps", 2]
+    train(tmp_path, "--max_train_steps", 4, *options, "--discriminative_token_ratio", 0.5)
+    told = capsys.readouterr().out.split("Changed since checkpoint-2: ")[1].split("\n")[0]
+    assert "discriminative_token_ratio: 1.0 there, 0.5 here" in told and "label_dropout" not in told
 
 
 def test_a_complete_run_is_completed_again_and_extended(tmp_path):

@@ -155,7 +155,10 @@ def test_without_labels_and_without_discrimination(tmp_path):
     [
         (["--image_column", "picture"], "digits has no column 'picture'; its columns are image, label"),
         (["--dataset_name", "./nowhere"], "There is no dataset folder ./nowhere"),
-        (["--train_batch_size", "2000"], "The dataset has 1797 rows, fewer than one global batch of 2000"),
+        (
+            ["--train_batch_size", "2000"],
+            "There are 1797 rows to train on, fewer than one global batch of 2000",
+        ),
         (["--resume_from_checkpoint", "run/checkpoint-7"], "There is no checkpoint run/checkpoint-7"),
         (["--report_to", "clouds"], "report_to is 'clouds'"),
         (["--mixed_precision", "fp16"], "mixed_precision is 'fp16', which needs a GPU"),
