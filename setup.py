@@ -32,7 +32,7 @@ setup(
         "datasets>=4.4",
         "safetensors>=0.8",
         "huggingface_hub>=0.36",
-        "filelock>=3.20",  # one run a folder; huggingface_hub needs it too
+        "filelock>=3.32.7",  # one run a folder; huggingface_hub needs it too
         "scikit-learn>=1.6.1",  # the digits
         "matplotlib>=3.9.4",  # the curves
         "torch-fidelity>=0.4.0",  # Inception and KID

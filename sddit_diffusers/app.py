@@ -1,7 +1,7 @@
 """A page to try a model: its images, how they come about, and the code that makes them.
 
-    python -m sddit_diffusers.app              # the digits that come with the package
-    python -m sddit_diffusers.app PIPELINE     # a folder or a name on the Hub
+    sddit app              # the digits that come with the package
+    sddit app PIPELINE     # a folder or a name on the Hub
 
 Image i has the seed `seed` + i, as in `generate`, and the lines of code on the page make the images again, to
 the bit on the same machine. The page listens on this machine alone unless told otherwise, and its browser
@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from sddit_diffusers.cli import Parser, check_options, one_line_errors, option
 from sddit_diffusers.page.actions import Page
-from sddit_diffusers.page.layout import launch
+from sddit_diffusers.page.layout import check_address, launch
 from sddit_diffusers.pipelines.loading import DTYPES, load_pipeline
 
 
@@ -43,9 +43,10 @@ def serve(model: str, config: AppConfig) -> None:
     """Loads a pipeline and serves its page until it is interrupted.
 
     Raises:
-        ValueError: there is no such pipeline.
+        ValueError: there is no such pipeline or address.
         OSError: the port is taken.
     """
+    check_address(config.server_name, config.server_port)
     pipe = load_pipeline(model, DTYPES[config.dtype]).to(Accelerator().device)
     blocks, url = launch(Page(pipe, model, config), config.server_name, config.server_port)
     print(f"{model} is at {url}", flush=True)
@@ -53,7 +54,7 @@ def serve(model: str, config: AppConfig) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = Parser(AppConfig, prog="app", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(AppConfig, prog="app", doc=__doc__)
     parser.add_argument(
         "model",
         nargs="?",

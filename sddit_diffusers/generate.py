@@ -36,8 +36,8 @@ from .files import LOCK, locked, read_json, remove, sha256_of, written_aside
 from .launching import check_machine, on_main_process, progress_bar
 from .pipelines.loading import DTYPES, load_pipeline, scheduler_of, settings_of, sha256_of_weights
 from .pipelines.ode import ATOL, RTOL, Dopri5Sampler
-from .pipelines.pipeline_sddit import SDDiTPipeline, default_steps
-from .pipelines.sampling import UINT8_RULE, check_interval, class_of, image_size, sample
+from .pipelines.pipeline_sddit import SDDiTPipeline, check_range, default_steps
+from .pipelines.sampling import UINT8_RULE, class_of, image_size, sample
 
 _MOST_SEED = 2**63 - 1
 _STEPS = "num_inference_steps"
@@ -100,7 +100,7 @@ class GenerateConfig:
                 raise ValueError(f"--{name} is missing.")
         if self.seed > _MOST_SEED - self.num_samples + 1:
             raise ValueError(f"seed is {self.seed}; that of the last image must be at most {_MOST_SEED}.")
-        check_interval(self.guidance_interval)
+        check_range("guidance_interval", self.guidance_interval)
         if self.s_tmin > self.s_tmax:
             raise ValueError(f"s_tmin is {self.s_tmin}; it must be at most s_tmax, {self.s_tmax}.")
         for name in () if self.solver else ("rtol", "atol"):

@@ -34,8 +34,9 @@ def check_machine(accelerator: Accelerator) -> None:
     if accelerator.device.type != "cpu":
         return
     keep_freed_memory()
-    # accelerate launch sets OMP_NUM_THREADS=1 where nobody chose a number: share the machine's cores instead.
-    if torch.get_num_threads() == 1:
+    # Launchers set OMP_NUM_THREADS=1 where nobody chose a number: share the machine's cores instead.
+    launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if launched and torch.get_num_threads() == 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 

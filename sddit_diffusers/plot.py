@@ -19,7 +19,8 @@ from PIL import Image
 from .cli import Parser, check_options, one_line_errors, option, options
 from .files import written_aside
 from .pipelines.loading import load_pipeline
-from .pipelines.sampling import check_interval, path_frames, path_grid, sample_grid
+from .pipelines.pipeline_sddit import check_range
+from .pipelines.sampling import path_frames, path_grid, sample_grid
 from .training.metrics import draw_scores, read_metrics
 
 _FILMS = (".gif", ".webp")
@@ -51,7 +52,7 @@ class PlotConfig:
 
     def __post_init__(self):
         check_options(self)
-        check_interval(self.guidance_interval)
+        check_range("guidance_interval", self.guidance_interval)
 
 
 def plot_samples(kind: str, config: PlotConfig, name: str, path: Path) -> None:

@@ -38,7 +38,7 @@ def refusal(capsys, *words: str, untouched: Path | None = None) -> Iterator[None
     output = capsys.readouterr()
     lines = [exit.value.code] if isinstance(exit.value.code, str) else output.err.strip().splitlines()[-1:]
     assert exit.value.code not in (None, 0)
-    assert "Traceback" not in output.err
+    assert "Traceback" not in output.err and "usage:" not in output.err
     (line,) = lines
     assert "\n" not in line and "error" in line and len(line) < 2100, line
     for word in words:

@@ -13,7 +13,13 @@ def class_names() -> list[str]:
         try:
             table = json.loads((folder / "model_index.json").read_text()).get("id2label") or {}
             names |= dict.fromkeys(table[number] for number in sorted(table, key=int))
-        except (OSError, ValueError, AttributeError, TypeError):  # of a damaged one, which Load will name
+        except (
+            OSError,
+            ValueError,
+            AttributeError,
+            TypeError,
+            RecursionError,
+        ):  # of a damaged one, which Load will name
             continue
     return [name for name in names if isinstance(name, str) and name.strip()]
 

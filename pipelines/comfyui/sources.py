@@ -2,11 +2,13 @@
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import folder_paths
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from sddit_diffusers import DIGITS
 from sddit_diffusers.cli import one_line
@@ -27,8 +29,9 @@ def pipeline_folders() -> dict[str, Path]:
             index = Path(folder, "model_index.json")
             if index.name in files:
                 subfolders.clear()
-                if b"SDDiTPipeline" in index.read_bytes():
-                    found.setdefault(index.parent.relative_to(root).as_posix(), index.parent)
+                with suppress(OSError):  # a link to nothing, or nobody's to read
+                    if b"SDDiTPipeline" in index.read_bytes():
+                        found.setdefault(index.parent.relative_to(root).as_posix(), index.parent)
     return dict(sorted(found.items())) | {EMBEDDED: DIGITS}
 
 
@@ -45,7 +48,7 @@ def source(folder: str, hub_name: str) -> str:
         ValueError: there is no such pipeline, the name may be a path, or the Hub does not answer.
     """
     if folder == FROM_HUB:
-        if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", hub_name) or os.path.exists(hub_name):
+        if not is_hub_name(hub_name) or os.path.exists(hub_name):
             raise ValueError(
                 f"hub_name is {hub_name!r}; it must be a name on the Hub, as 'owner/name', and no path."
             )
@@ -62,6 +65,15 @@ def source(folder: str, hub_name: str) -> str:
             f"there are: {', '.join(folders)}."
         )
     return str(folders[folder])
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a repository on the Hub may have it."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name))
 
 
 def on_hub(name: str) -> str:

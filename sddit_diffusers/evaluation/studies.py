@@ -36,7 +36,7 @@ from pathlib import Path
 
 from ..cli import shortened
 from ..files import read_json
-from ..pipelines.sampling import check_interval
+from ..pipelines.pipeline_sddit import check_range
 from ..schedulers.scheduling_edm_heun import EDMHeunScheduler
 from ..schedulers.scheduling_interpolant import InterpolantScheduler
 from .catalogue import JUDGED, METRICS, is_upward, metric_name
@@ -280,7 +280,7 @@ def _check_sampling(sampling: dict, structure: dict) -> None:
         if name.startswith("s_") and value < 0:
             raise ValueError(f"{name} is {value}; it must be at least 0.")
     if "guidance_interval" in sampling:
-        check_interval(sampling["guidance_interval"])
+        check_range("guidance_interval", sampling["guidance_interval"])
     if "scheduler_class" not in sampling:  # those of diffusers' say themselves what is wrong
         _check_scheduler(sampling.get("scheduler", {}))
 

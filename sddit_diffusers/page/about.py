@@ -8,8 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, hf_hub_download
 
-from ..pipelines.calls import is_embedded
-from ..pipelines.loading import DIGITS
+from ..pipelines.loading import DIGITS, is_embedded
 from ..pipelines.pipeline_sddit import SDDiTPipeline, default_steps
 from ..pipelines.sampling import image_size
 from ..training.methods import METHODS

@@ -64,12 +64,15 @@ class Clients:
                 return
             session = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("session_hash", [""])[0]
             reads = path.endswith("/queue/data") or "/call/" in path and scope.get("method") == "GET"
+            if not reads:
+                await app(scope, receive, send)
+                return
             key = session if path.endswith("/queue/data") else path.rpartition("/")[2]
-            self.reading[key] += reads
+            self.reading[key] += 1
             try:
                 await app(scope, receive, send)
             finally:
-                self.reading[key] -= reads
+                self.reading[key] -= 1
                 self.reading += Counter()  # forgets what is read no longer
 
         return answer

@@ -1,5 +1,10 @@
 """The page's controls: where they are, how they look, what they call."""
 
+import errno
+import os
+import socket
+from collections.abc import Callable
+
 import gradio as gr
 from starlette.middleware import Middleware
 
@@ -103,7 +108,7 @@ def _results(page: Page, made: Made | None) -> dict:
     hard.input(None, hard, None, js=_HARD)
     return {
         "gallery": gallery, "about": about, "code": code, "archive": archive, "position": position,
-        "strip": strip, "made": gr.State(made, time_to_live=3600),
+        "strip": strip, "made": gr.State(None, time_to_live=3600),  # forgotten, it is None again
     }  # fmt: skip
 
 
@@ -163,20 +168,40 @@ def build(page: Page) -> gr.Blocks:
         quality.input(page.choose, quality, [sampler, steps], **_QUICK)
         for control in (sampler, steps):
             control.input(page.preset_of, [sampler, steps], quality, **_QUICK)
-        _look_back(page, shown)
+        _look_back(page, shown, blocks.load, opening)
     blocks.queue(max_size=WAITING, api_open=False)
     page.clients = Clients(blocks._queue)
     return blocks
 
 
-def _look_back(page: Page, shown: dict) -> None:
-    """The slider and the pictures under it show how the images came about."""
+def _look_back(page: Page, shown: dict, on_load: Callable, opening: Made | None) -> None:
+    """The slider and the pictures under it show how the images came about, first those it opens with."""
+    on_load(lambda: opening, None, shown["made"], **_QUICK)
     made, position, strip = (shown[name] for name in ("made", "position", "strip"))
     at_place = [shown[name] for name in ("gallery", "about", "code", "archive")]
     quiet = dict(show_progress="hidden", trigger_mode="always_last", **_PIPELINE)
     position.input(page.show, [made, position], at_place, **quiet)
     strip.select(page.go, made, [*at_place, position], **quiet, api_visibility="private")
     shown["gallery"].select(page.look, made, [position, strip], **quiet, api_visibility="private")
+
+
+def check_address(server_name: str, server_port: int) -> None:
+    """Asks this machine for an address and a port, since gradio would try a hundred ports of a wrong address.
+
+    Raises:
+        ValueError: there is no such address here.
+        OSError: the port is taken, or nobody's to take.
+    """
+    name = server_name or os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
+    try:
+        family, *_, address = socket.getaddrinfo(name, server_port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise OSError(f"server_port is {server_port}, which cannot be had: {error.strerror}.") from None
+        raise ValueError(f"server_name is {name!r}; it must be an address of this machine.") from None
 
 
 def launch(page: Page, server_name: str, server_port: int) -> tuple[gr.Blocks, str]:

@@ -1,14 +1,15 @@
 """A call of a pipeline by somebody at a page: what may be asked, the code that asks it, what is made."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from .loading import is_embedded
 from .pipeline_sddit import SDDiTPipeline, noise_level
 from .sampling import class_name, generators, keep_denoised
 
@@ -61,7 +62,7 @@ def call_of(
     low = _within("low", "Lowest sigma", low, 0, most)
     high = _within("high", "Highest sigma", high, low, most)
     if (low, high) != (0, most):
-        arguments["guidance_interval"] = (low, high)
+        arguments["guidance_interval"] = (low, high if high < most else math.inf)
     seed = int(_within("seed", "Seed", seed, 0, MAX_SEED, whole=True))
     return arguments, range(seed, seed + len(ids) * images)
 
@@ -96,7 +97,8 @@ def code_of(
         pipe: has the scheduler of the call, which is the pipeline's own or one of diffusers' in its place.
         evaluation: after which the denoised images are taken; None for the finished ones.
     """
-    scheduler, values = type(pipe.scheduler), [f"{name}={value!r}" for name, value in arguments.items()]
+    scheduler = type(pipe.scheduler)
+    values = [f"{name}={_python(value)}" for name, value in arguments.items()]
     name, ours = ("DIGITS", "DIGITS, SDDiTPipeline") if is_embedded(model) else (repr(model), "SDDiTPipeline")
     options = f", dtype={{'transformer': {pipe.transformer.dtype}, 'default': torch.float32}}"
     options = "" if pipe.transformer.dtype == torch.float32 else options
@@ -120,9 +122,9 @@ def code_of(
     )
 
 
-def is_embedded(model: str) -> bool:
-    """Whether a name is of the pipeline that comes with the package."""
-    return model == "digits" and not Path(model).exists()
+def _python(value) -> str:
+    """A value of a call as Python has it; infinity, which has no name, too."""
+    return repr(value).replace("inf)", 'float("inf"))')
 
 
 def is_swapped(pipe: SDDiTPipeline) -> bool:
@@ -254,7 +256,7 @@ def make(
     if stopped:
         about = f"Stopped after {keep.done} of {pipe.num_timesteps} evaluations"
         if denoised:
-            images = pipe.decode(list(denoised.values())[-1])
+            images = pipe.decode(denoised[min(denoised)])  # an SDE's evaluations do not fall in their order
     labels = [label for label in arguments["class_labels"] for _ in range(arguments["num_images_per_label"])]
     names = ["" if label is None else f"{class_name(pipe, label)}, " for label in labels]
     captions = [f"{name}seed {seed}" for name, seed in zip(names, seeds, strict=True)]

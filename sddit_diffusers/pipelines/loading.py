@@ -22,9 +22,14 @@ _IN_WHEEL, _IN_CHECKOUT = _PACKAGE / "digits", _PACKAGE.parent / "pipelines/digi
 DIGITS = _IN_WHEEL if _IN_WHEEL.is_dir() else _IN_CHECKOUT
 
 
+def is_embedded(name: str) -> bool:
+    """Whether a name is of the pipeline that comes with the package, as no folder has it."""
+    return name == "digits" and not Path(name).exists()
+
+
 def place_of(name: str) -> str:
-    """Where the pipeline of a name is: itself, or for "digits" [`DIGITS`], where no folder has that name."""
-    return str(DIGITS) if name == "digits" and not Path(name).exists() else name
+    """Where the pipeline of a name is."""
+    return str(DIGITS) if is_embedded(name) else name
 
 
 def load_vae(name: str, **arguments) -> AutoencoderKL | AutoencoderTiny:
@@ -41,7 +46,7 @@ def load_vae(name: str, **arguments) -> AutoencoderKL | AutoencoderTiny:
         except Exception as error:  # whatever the Hub, the network and the reader raise
             problems.append(str(error).strip().split("\n")[0])
     else:
-        raise ValueError(f"The VAE {name!r} cannot be loaded: {problems[0]}")
+        raise ValueError(f"The VAE {name!r} cannot be loaded: {problems[Path(name, 'vae').is_dir()]}")
     if not isinstance(vae, (AutoencoderKL, AutoencoderTiny)):
         raise ValueError(
             f"{name!r} is a {type(vae).__name__}; allowed are AutoencoderKL and AutoencoderTiny."
@@ -124,7 +129,8 @@ def swappable(scheduler: SchedulerMixin) -> list[str]:
     """Names of diffusers' schedulers that can take the place of one."""
     if "path" in scheduler.config:
         return ["DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"]
-    return [name for name in dir(diffusers) if name.startswith("EDM")]
+    names = [name for name in dir(diffusers) if name.startswith("EDM")]  # with this package's own there
+    return [name for name in names if getattr(diffusers, name).__module__.startswith("diffusers.")]
 
 
 def settings_of(part: ConfigMixin) -> dict:

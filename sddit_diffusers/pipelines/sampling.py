@@ -22,12 +22,6 @@ def image_size(pipe: SDDiTPipeline) -> int:
     return pipe.transformer.config.sample_size * pipe.vae_scale_factor
 
 
-def check_interval(guidance_interval: Sequence[float]) -> None:
-    """Raises a ValueError for what is no range of sigma."""
-    if len(guidance_interval) != 2 or not guidance_interval[0] <= guidance_interval[1]:
-        raise ValueError(f"guidance_interval is {guidance_interval}; it must be two rising sigmas.")
-
-
 def class_of(pipe: SDDiTPipeline, labels: Sequence[str], seed: int, index: int) -> int:
     """The class of the image with a number and a seed, by the setting `class_labels`.
 

@@ -17,6 +17,7 @@ from sddit_diffusers import (
     SDDiTPipeline,
     SDDiTTransformer2DModel,
 )
+from sddit_diffusers.pipelines.loading import load_vae
 from sddit_diffusers.training.methods import METHODS
 
 
@@ -174,6 +175,15 @@ def test_latents_are_decoded(latent_pipe):
     torch.testing.assert_close(image, (expected / 2 + 0.5).clamp(0, 1))
     with pytest.raises(ValueError, match="18 x 16; both must be multiples of 4"):
         generate(latent_pipe, [1], height=18)
+
+
+def test_a_damaged_vae_is_told_of_where_it_is(latent_pipe, tmp_path):
+    """And not that the folder around it is none."""
+    latent_pipe.save_pretrained(tmp_path)
+    (tmp_path / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"x" * 20)
+    for name in (tmp_path, tmp_path / "vae"):
+        with pytest.raises(ValueError, match="cannot be loaded: .*vae/diffusion_pytorch_model.safetensors"):
+            load_vae(str(name))
 
 
 def test_encoding_scales_what_the_vae_makes(latent_pipe, pipe):

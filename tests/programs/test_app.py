@@ -1,8 +1,10 @@
 """The page: what a browser sends becomes a call of the pipeline or a message, and the code on it is true."""
 
+import asyncio
 import io
 import json
 import re
+import socket
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from page_values import CALL, VALUES, changed, changed_call, pixels
 from PIL import Image
 
-from sddit_diffusers import EDMHeunScheduler, InterpolantScheduler
+from sddit_diffusers import EDMHeunScheduler, InterpolantScheduler, SDDiTPipeline
 from sddit_diffusers.pipelines.calls import WrongValue, call_of, code_of, highest_level, make
 from sddit_diffusers.pipelines.loading import load_pipeline
 from sddit_diffusers.pipelines.samplers import FASTER, presets, samplers, title_of
@@ -26,6 +28,7 @@ from sddit_diffusers import app  # noqa: E402
 from sddit_diffusers.app import AppConfig  # noqa: E402
 from sddit_diffusers.page.about import about as describe  # noqa: E402
 from sddit_diffusers.page.actions import FIELDS, Page, columns_of, get_upload_folder  # noqa: E402
+from sddit_diffusers.page.clients import Clients  # noqa: E402
 from sddit_diffusers.page.layout import build  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +87,7 @@ def test_limits_are_options(pipe):
     [
         (torch.float32, {}),
         (torch.float32, {"classes": [], "low": 0.1, "high": 10.0}),
+        (torch.float32, {"low": 0.1, "high": 80.0}),
         (torch.bfloat16, {"guidance": 1}),
     ],
 )
@@ -135,6 +139,8 @@ def test_a_flow_begins_with_noise_alone(pipe):
     assert highest_level(pipe) == 1000
     arguments, seeds = call_of(pipe, AppConfig(), *changed_call(high=1000))
     assert "guidance_interval" not in arguments
+    limited, _ = call_of(pipe, AppConfig(), *changed_call(low=0.1, high=1000))
+    assert limited["guidance_interval"] == (0.1, float("inf"))  # the first evaluation is at infinity
     made = make(pipe, arguments, seeds, goes_on)
     levels = list(made.denoised)
     assert levels[0] == float("inf") and levels == sorted(levels, reverse=True)
@@ -206,11 +212,16 @@ def test_the_code_of_each_preset_and_step_is_true(digits, title):
 
 def test_the_code_of_a_stopped_call_is_true(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
-    for sampler, each in samplers(pipe).items():
+    tried = samplers(pipe)
+    pipe = SDDiTPipeline(pipe.transformer, InterpolantScheduler(diffusion="sigma"), id2label=pipe.id2label)
+    pipe.save_pretrained(tmp_path / "flow")
+    tried["InterpolantScheduler"] = pipe
+    for sampler, each in tried.items():
+        model = str(tmp_path / ("flow" if each is pipe else "model"))
         arguments, seeds = call_of(each, AppConfig(), *CALL)
         made = make(each, arguments, seeds, lambda done, total: done == 3)
         variables = {}
-        exec(made.code(str(tmp_path / "model"), each, made.positions), variables)
+        exec(made.code(model, each, made.positions), variables)
         np.testing.assert_array_equal(pixels(variables["images"]), pixels(made.images))
         assert made.stopped and made.sampler == sampler
 
@@ -223,6 +234,8 @@ def test_samplers_share_the_network(pipe):
         each.transformer is pipe.transformer and each.id2label == pipe.id2label for each in found.values()
     )
     assert title_of(pipe.scheduler) == "Heun"
+    pipe.scheduler = found["EDMEulerScheduler"].scheduler
+    assert [*samplers(pipe)] == ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]  # diffusers' alone
     pipe.scheduler = InterpolantScheduler(path="gvp")
     assert [*samplers(pipe)] == ["InterpolantScheduler"]
     pipe.scheduler = InterpolantScheduler()
@@ -306,6 +319,27 @@ def test_it_opens_with_images(digits, monkeypatch):
     shown = build(digits).config["components"]
     galleries = [each for each in shown if each["type"] == "gallery"]
     assert len(galleries) == 2 and not any(each["props"]["visible"] for each in galleries)
+
+
+def test_images_that_a_session_has_forgotten_are_not_those_it_opened_with(digits):
+    """gradio gives a forgotten state its first value again."""
+    page = build(digits)
+    (state,) = (each for each in page.blocks.values() if isinstance(each, gr.State))
+    (loaded,) = (each for each in page.fns.values() if each.targets[0][1] == "load")
+    assert state.value is None and loaded.outputs == [state] and loaded.fn().captions[0] == "3, seed 0"
+
+
+def test_a_tab_that_is_open_reads_no_answer():
+    queue, seen = SimpleNamespace(push=None), []
+
+    async def answer(scope, receive, send):
+        seen.append(dict(clients.reading))
+
+    clients = Clients(queue)
+    for path, query in (("/heartbeat/s", b""), ("/queue/data", b"session_hash=s"), ("/queue/join", b"")):
+        scope = {"path": f"/gradio_api{path}", "query_string": query, "method": "GET"}
+        asyncio.run(clients.around(answer)(scope, None, None))
+    assert seen == [{}, {"s": 1}, {}] and not clients.reading
 
 
 def test_the_archive_has_what_is_shown(digits):
@@ -470,6 +504,10 @@ def test_a_message_is_no_html(pipe):
         (["/none", "--server_port", "70000"], "server_port is 70000; it must be in 0..65535."),
         (["/none", "--max_images", "1000000000000"], "max_images is 1000000000000; it must be at most"),
         (["/none", "--server_name", "a\0"], "text has no null bytes"),
+        (
+            ["/none", "--server_name", "192.0.2.1"],
+            "server_name is '192.0.2.1'; it must be an address of this",
+        ),
         (["/none", "--share"], "unknown option --share"),
     ],
 )
@@ -477,6 +515,15 @@ def test_mistakes_of_the_command_line(capsys, monkeypatch, arguments, message):
     monkeypatch.delenv("SDDIT_MODEL", raising=False)
     with refusal(capsys, "app: error: ", message):
         app.main(arguments)
+
+
+def test_a_port_that_is_taken_is_told(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with refusal(capsys, f"server_port is {port}, which cannot be had: Address already in use."):
+            app.main(["digits", "--server_port", str(port)])
 
 
 @pytest.mark.parametrize(

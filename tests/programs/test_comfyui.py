@@ -338,6 +338,8 @@ def test_folders_of_sd_dit_pipelines_are_found(comfy, pipe):
         (HUB, "models/../secret", "it must be a name on the Hub"),
         (HUB, "models/diffusers", "hub_name is 'models/diffusers'; .* and no path"),
         (HUB, "{secret}", "it must be a name on the Hub"),
+        (HUB, "owner/my--model", "hub_name is 'owner/my--model'; it must be a name on the Hub"),
+        (HUB, "owner/a..b", "it must be a name on the Hub"),
     ],
 )
 def test_nothing_is_loaded_from_elsewhere(comfy, pipe, monkeypatch, folder, hub_name, message):
@@ -565,7 +567,14 @@ def test_links_that_lead_back_up_are_not_followed(comfy, pipe):
         (comfy.models / f"loop{i}").symlink_to(comfy.models)
     (comfy.models / "real/loop").symlink_to(comfy.models / "real")
     (comfy.models / "broken").symlink_to(comfy.models / "nowhere")
-    assert comfy.load.define_schema().inputs[0].options == ["alias/one", "real/one", EMBEDDED, HUB]
+    (comfy.models / "copied").mkdir()  # a snapshot of the Hub's cache without what its links lead to
+    (comfy.models / "copied/model_index.json").symlink_to(comfy.models / "nowhere")
+    (comfy.models / "deep").mkdir()
+    (comfy.models / "deep/model_index.json").write_text(
+        '{"_class_name": "SDDiTPipeline", "x": ' + "[" * 10**5
+    )
+    assert comfy.load.define_schema().inputs[0].options == ["alias/one", "deep", "real/one", EMBEDDED, HUB]
+    assert comfy.class_name.define_schema()
 
 
 def test_churn_is_the_pipelines(comfy, pipe):

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.utils import is_deepspeed_available
 from conftest import CORES
 from processes import launch, launch_environment, torchrun
@@ -15,6 +16,7 @@ from small_runs import NETWORK, SCRIPT, SMALL, train
 
 import distill_sddit
 from sddit_diffusers import SDDiTPipeline
+from sddit_diffusers.launching import check_machine
 from sddit_diffusers.training.checkpointing import load_state
 from sddit_diffusers.training.methods import METHODS
 from sddit_diffusers.training.metrics import read_metrics
@@ -228,6 +230,18 @@ def test_no_weight_moves_under_deepspeed_either(tmp_path, stage):
             result.stderr
         )
         assert f"process {process}: Step 3: not finite: loss (nan), loss_gen" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize(("launcher", "threads"), [(None, 1), ("TORCHELASTIC_RUN_ID", 3)])
+def test_one_thread_is_a_choice_unless_a_launcher_made_it(monkeypatch, launcher, threads):
+    for name in ("ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    if launcher:
+        monkeypatch.setenv(launcher, "1")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2}, raising=False)
+    torch.set_num_threads(1)
+    check_machine(Accelerator(cpu=True))
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.thorough
