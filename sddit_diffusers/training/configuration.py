@@ -190,7 +190,8 @@ class RunConfig:
 
         Returns:
             The `method`, `tags`, the `program`, its own `rows` of the table of settings, whether it is
-            `guided` when it samples, and a sentence on how it was `distilled`, if it was.
+            `guided` when it samples, a sentence on how it was `distilled`, if it was, whether L_D was a part
+            of the loss (`discriminates`), and the weights that its training began with (`start`), if any.
         """
         raise NotImplementedError
 

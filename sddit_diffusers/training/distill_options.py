@@ -178,6 +178,7 @@ class DistillConfig(*GROUPS, RunConfig):
         steps = f"it samples in {self.trial_steps} steps where it is not told how many"
         if isinstance(self.parent.network, ForeignNetwork):  # no config of diffusers tells it
             steps = f"sample it with num_inference_steps={self.trial_steps} and its own scheduler, DDIM"
+        trained = self.parent.settings
         return {
             "method": self.parent.title,
             "tags": ["self-distillation", self.objective],
@@ -185,6 +186,9 @@ class DistillConfig(*GROUPS, RunConfig):
             "rows": {},
             "guided": not self.distil_guidance,
             "distilled": f"It is {parent}, distilled by itself: {steps}. It was made with {self.way}.",
+            "discriminates": trained.get("auxiliary") != ["none"]
+            and trained.get("discriminative_weight") != 0,
+            "start": str(trained.get("pretrained_model_name_or_path") or ""),
         }
 
     @property

@@ -269,6 +269,8 @@ class TrainingConfig(*GROUPS, RunConfig):
             | ({"auxiliary losses": ", ".join(added)} if added else {}),
             "guided": True,
             "distilled": "",
+            "discriminates": "discrimination" in self.auxiliaries and self.discriminative_weight > 0,
+            "start": self.pretrained_model_name_or_path,
         }
 
 

@@ -89,6 +89,8 @@ def write_card(
         program=about["program"],
         rows=about["rows"],
         distilled=markdown(about["distilled"]),
+        discriminates=about["discriminates"],
+        start=about["start"] and markdown(without_places({"start": about["start"]})["start"]),
         source=markdown(source),
         images=len(dataset),
         classes=dataset.num_classes,
@@ -116,9 +118,11 @@ def _data_of(
     title: str, config: RunConfig, source: str, public: str | None, scores: list[tuple[str, float]], foreign
 ) -> ModelCardData:
     """What the Hub is told of the model."""
-    tags, task = config.card()["tags"], foreign.task if foreign else "unconditional-image-generation"
+    about, task = config.card(), foreign.task if foreign else "unconditional-image-generation"
+    tags = about["tags"]
     return ModelCardData(
-        license=None if foreign else "apache-2.0",  # that of the parent, which nobody has told
+        # None: that of others' weights, which nobody has told.
+        license=None if foreign or about["start"] else "apache-2.0",
         library_name="diffusers",
         pipeline_tag=task,
         tags=tags if foreign else ["sd-dit", *tags, "class-conditional", "diffusion-transformer"],

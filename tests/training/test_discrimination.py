@@ -78,6 +78,20 @@ def test_cross_entropy_is_float32_under_autocast():
         assert torch.equal(a, b) and b.dtype == torch.float32
 
 
+def test_gradients_are_rounded_under_bfloat16_and_no_more_than_that(chunk):
+    generator = torch.Generator().manual_seed(0)
+    teacher = [F.normalize(torch.randn(*shape, generator=generator), dim=-1) for shape in ((2, 9, 5), (8, 5))]
+    student = [F.normalize(torch.randn(*shape, generator=generator), dim=-1) for shape in ((2, 9, 5), (8, 5))]
+    gradients = []
+    for bfloat16 in (False, True):
+        leaves = [tensor.clone().requires_grad_() for tensor in student]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = cross_entropy(teacher, leaves, torch.zeros(8), 0.07, 0.1).loss
+        gradients.append(torch.autograd.grad(loss, leaves))
+    for plain, rounded in zip(*gradients, strict=True):
+        assert 0 < (plain - rounded).norm() < 0.01 * plain.norm()
+
+
 @pytest.fixture(params=[10**9, 20])
 def chunk(request, monkeypatch):
     """All tokens at once, or two or three."""

@@ -112,6 +112,18 @@ def test_cards_of_other_runs(options, tmp_path, monkeypatch):
     assert (tmp_path / "sample.png").is_file()
 
 
+def test_a_card_claims_no_loss_and_no_licence_that_it_has_not(trained, tmp_path):
+    for name, options in (("a", ["--auxiliary=none"]), ("b", ["--discriminative_weight=0"])):
+        options += ["--evaluation_steps=0", "--num_validation_images=0", f"--output_dir={tmp_path / name}"]
+        train_sddit.main([*OPTIONS, *options, f"--pretrained_model_name_or_path={trained}"])
+        card = ModelCard.load(tmp_path / name / "README.md")
+        assert card.data.license is None and "weights and the code" not in card.text
+        assert f"The training began with the weights of ./{trained.name}, whose licence" in card.text
+        assert "trained without its\nself-supervised discrimination" in card.text
+    text = (trained / "README.md").read_text()
+    assert "denoising and the self-supervised discrimination" in text and "weights and the code" in text
+
+
 HOSTILE = [
     "<img src=x onerror=alert(1)>",
     "a`b*c_d|e[f](g)~h~$i$#",
