@@ -298,6 +298,17 @@ def _as_called(program: str | None) -> str | None:
     return sys.argv[0] if sys.argv[0].startswith("sddit ") else program
 
 
+def as_arguments(settings: dict) -> list[str]:
+    """Settings of a study as a program's command line."""
+    arguments = []
+    for name, value in settings.items():
+        if isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+        else:
+            arguments.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+    return arguments
+
+
 def unknown_option(name: str, known: list[str]) -> str:
     """A message, with the nearest options that there are."""
     nearest = difflib.get_close_matches(name, known, n=3)

@@ -15,6 +15,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import partial
@@ -24,12 +25,12 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from .cli import Parser, check_options, json_object, one_line_errors, option, options, shortened
+from .cli import Parser, as_arguments, check_options, json_object, one_line_errors, option, options, shortened
 from .evaluation.figures import draw
 from .evaluation.findings import PROBED, Findings, Found
 from .evaluation.studies import Study, Table, read_study, slug
 from .evaluation.tables import Results, as_json, markdown
-from .files import read_json, remove, written_aside
+from .files import locked, read_json, remove, written_aside
 from .launching import check_machine, on_main_process
 from .training.auxiliary import Process
 from .training.building import build_process
@@ -40,6 +41,7 @@ from .training.measuring import (
     builder,
     images_a_second,
     probe_training,
+    read_kept,
     sampler,
     score_training,
     steps_a_second,
@@ -83,7 +85,7 @@ class ReproduceConfig:
 
     def __post_init__(self):
         check_options(self)
-        if Path(self.page or "results.md").is_dir():
+        if self.page and Path(self.page).is_dir():
             raise ValueError(f"page is {self.page!r}, which is a folder; it must be a file.")
 
 
@@ -131,7 +133,10 @@ class Reproduction:
         )
         check_machine(self.accelerator)
         settings = {run: comparable(asdict(config)) for run, config in self.first.items()}
-        earlier = {run: comparable(usual(config)) for run, config in self.first.items()}
+        earlier = {
+            run: comparable(usual(config) | {"label_column": config.label_column})  # which was not told
+            for run, config in self.first.items()
+        }
         self.results, self.findings = Results(), Findings(self.study, settings, earlier)
         for known in config.known:
             self.findings.read(Path(known))
@@ -221,7 +226,11 @@ class Reproduction:
         timed = self.timed()
         if not set(timed) <= self.findings.speeds.keys():
             measure = partial(steps_a_second, self.first, self.folder / ".speed", self.accelerator)
-            self.keep(self.folder / "speeds.json", timed, _SPEEDS, measure)
+            with ExitStack() as stack:  # another process that measures here has done so afterwards
+                on_main_process(
+                    lambda: stack.enter_context(locked(self.folder, patience=-1)), self.accelerator
+                )
+                self.keep(self.folder / "speeds.json", timed, _SPEEDS, measure)
         for table in self.study.tables:
             if table.kind == "evaluations" and self.is_trained(table.runs):
                 measure = partial(images_a_second, self.first, self.accelerator)
@@ -267,7 +276,8 @@ class Reproduction:
         path = self.folder / "speeds.json"
         if path.is_file():
             found = read_json(path, {"found": _SPEEDS}, "measurement of a study")["found"]
-            self.findings.take_speeds(found, is_whole=set(self.timed()) <= found.keys())
+            timed, known = {*self.timed()}, self.findings.speeds.keys()
+            self.findings.take_speeds(found, is_whole=not timed <= known and timed <= found.keys())
         for table in self.study.tables:
             if table.kind == "evaluations":
                 self.collect_samplings(table)
@@ -285,19 +295,29 @@ class Reproduction:
         self.findings.images = images or self.findings.images
 
     def report(self) -> None:
-        """Writes tables and figures."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        page = Path(self.config.page or self.folder / "results.md")
-        page.parent.mkdir(parents=True, exist_ok=True)
-        figures = Path(os.path.relpath(self.folder, page.parent)).as_posix()
-        with written_aside(page, "w") as file:
-            file.write(markdown(self.study, self.results, figures))
-        content = as_json(self.study, self.results) | {"found": self.findings.as_json()}
-        with written_aside(self.folder / "results.json", "w") as file:
-            file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        for table in self.study.tables:
-            draw(table, self.study, self.results, self.folder)
-        print(f"Done: tables and figures ({len(self.study.tables)}) are in {page}")
+        """Writes tables and figures.
+
+        Raises:
+            ValueError: another process has written what would be lost.
+        """
+        with locked(self.folder, patience=-1):
+            self.findings.check_kept(self.folder / "results.json", ())
+            write(self.study, self.results, self.findings, self.folder, self.config.page)
+
+
+def write(study: Study, results: Results, findings: Findings, folder: Path, page: str) -> None:
+    """Writes tables and figures into a folder, the tables to another page if one is named."""
+    path = Path(page or folder / "results.md")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figures = Path(os.path.relpath(folder, path.parent)).as_posix()
+    with written_aside(path, "w") as file:
+        file.write(markdown(study, results, figures))
+    content = as_json(study, results) | {"found": findings.as_json()}
+    with written_aside(folder / "results.json", "w") as file:
+        file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    for table in study.tables:
+        draw(table, study, results, folder)
+    print(f"Done: tables and figures ({len(study.tables)}) are in {path}")
 
 
 def found_in(folder: Path, run: str, study: Study) -> Found:
@@ -353,32 +373,9 @@ def comparable(settings: dict) -> dict:
     return json.loads(json.dumps({name: settings[name] for name in settings if name not in _OF_A_PLACE}))
 
 
-def as_arguments(settings: dict) -> list[str]:
-    """Settings of a study as a program's command line."""
-    arguments = []
-    for name, value in settings.items():
-        if isinstance(value, list):
-            arguments += [f"--{name}", *map(str, value)]
-        else:
-            arguments.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
-    return arguments
-
-
 def is_number(value) -> bool:
     """Whether a metric can stand in a table."""
     return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def read_kept(path: Path, of: list | dict, structure: Any, default):
-    """What [`Reproduction.keep`] found of something, or else the default.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    if not path.is_file():
-        return default
-    kept = read_json(path, {"of": (list, dict), "found": structure}, "measurement of a study")
-    return kept["found"] if kept["of"] == of else default
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -264,8 +264,7 @@ def _as_it_is(batch):
 def _load(name: str, split: str) -> datasets.Dataset:
     if name == "digits":
         return _digits()
-    name = os.path.expanduser(name)
-    if not Path(name).exists() and name.startswith((".", "/", "~")):
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
         raise ValueError(f"There is no dataset folder {name}.")
     return load_rows(name, split)
 
@@ -276,6 +275,7 @@ def load_rows(name: str, split: str, config_name: str = "", streaming: bool = Fa
     Raises:
         ValueError: it cannot be loaded.
     """
+    name = os.path.expanduser(name)
     try:
         files, folder = None, Path(name).resolve()
         if folder.is_dir() and (escaped := glob.escape(str(folder))) != str(folder):

@@ -194,7 +194,8 @@ def check_address(server_name: str, server_port: int) -> None:
     """
     name = server_name or os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
     try:
-        family, *_, address = socket.getaddrinfo(name, server_port, type=socket.SOCK_STREAM)[0]
+        host = name.strip("[]")  # which gradio wants around IPv6
+        family, *_, address = socket.getaddrinfo(host, server_port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)

@@ -4,15 +4,16 @@ import copy
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from diffusers import SchedulerMixin
 
 from ..evaluation.judge import Judge
 from ..evaluation.probe import labelled_pictures, probe
-from ..files import locked, remove
+from ..files import read_json, remove
 from ..launching import bar, on_main_process
 from ..pipelines.loading import load_pipeline, scheduler_of
 from ..pipelines.pipeline_sddit import SDDiTPipeline
@@ -38,11 +39,10 @@ def steps_a_second(
     """Of trainings by name, all in turn, round by round; medians.
 
     Args:
-        folder: is theirs meanwhile; another process that measures there is waited for.
+        folder: is theirs meanwhile, and theirs alone.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     with ExitStack() as stack:
-        on_main_process(lambda: stack.enter_context(locked(folder, patience=-1)), accelerator)
         trainers: dict[str, tuple[Trainer, Iterator]] = {}
         for i, name in enumerate(runs):
             config = copy.copy(configs[name])
@@ -56,10 +56,8 @@ def steps_a_second(
                 start = time.perf_counter()
                 trainer.train_step(step, data)  # its metrics are read back from the device
                 seconds[name].append(time.perf_counter() - start)
-        for i in range(len(runs)) if accelerator.is_main_process else ():
-            remove(folder / str(i))
-    with suppress(OSError):  # another process waits there, or has it
-        folder.rmdir()
+    if accelerator.is_main_process:
+        remove(folder)
     return {name: 1 / statistics.median(values[2:]) for name, values in seconds.items()}
 
 
@@ -137,3 +135,15 @@ def open_pipeline(config: RunConfig, accelerator: Accelerator) -> SDDiTPipeline:
     pipe = load_pipeline(config.output_dir).to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def read_kept(path: Path, of: list | dict, structure: Any, default):
+    """What `Reproduction.keep` found of something, or else the default.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not path.is_file():
+        return default
+    kept = read_json(path, {"of": (list, dict), "found": structure}, "measurement of a study")
+    return kept["found"] if kept["of"] == of else default

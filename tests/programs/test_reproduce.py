@@ -14,6 +14,7 @@ from small_study import STUDY
 from sddit_diffusers import reproduce
 from sddit_diffusers.evaluation.studies import read_study
 from sddit_diffusers.evaluation.tables import Results, markdown
+from sddit_diffusers.files import locked
 from sddit_diffusers.reproduce import ReproduceConfig, Reproduction
 from sddit_diffusers.training import measuring
 from sddit_diffusers.training.options import TrainingConfig, parse
@@ -180,6 +181,24 @@ def test_what_is_known_is_not_run_again(write, tmp_path, capsys):
         run(other, tmp_path / "other", *known)
     with refusal(capsys, "max_train_steps of DiT was 4, and is 2 in the study."):
         run(path, tmp_path / "other", *known, "--settings", '{"max_train_steps": 2}')
+
+
+def test_one_process_measures_speeds_at_a_time(write, tmp_path, monkeypatch):
+    """And one that has waited does not measure again."""
+    reproduction = Reproduction(ReproduceConfig(output_dir=str(tmp_path / "a")), write(tables=[]))
+    measured = []
+
+    def measure(configs, folder, accelerator, runs):
+        with pytest.raises(ValueError, match="is in use"), locked(tmp_path / "a", patience=0):
+            pass
+        measured.append(runs)
+        return {"DiT": 1.0}
+
+    monkeypatch.setattr(reproduction, "timed", lambda: ["DiT"])
+    monkeypatch.setattr(reproduce, "steps_a_second", measure)
+    for _ in range(2):
+        reproduction.measure()
+    assert measured == [["DiT"]] and [path.name for path in (tmp_path / "a").iterdir()] == ["speeds.json"]
 
 
 def test_the_leaderboard_is_what_was_found(tmp_path, monkeypatch):
