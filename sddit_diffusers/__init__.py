@@ -1,6 +1,6 @@
 """SD-DiT (Zhu et al., CVPR 2024) for diffusers."""
 
-from . import hub
+from . import environment, hub  # noqa: F401, environment sets what torch reads when it is loaded
 from .models.presets import PRESETS
 from .models.transformer_baselines import (
     MaskDiTTransformer2DModel,

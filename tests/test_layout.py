@@ -1,6 +1,7 @@
 """Imports run down the floors of the house, and the files that travel to the Hub stand alone."""
 
 import ast
+import os
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -18,7 +19,7 @@ HUB_FILES = [
 ]
 # Wings, and modules that stand by themselves; each imports from the floors below its own and from its wing.
 FLOORS = [
-    {"cli", "files", "hub", "launching", "seeds"},
+    {"cli", "environment", "files", "hub", "launching", "seeds"},
     {"models", "schedulers"},
     {"pipelines"},
     {"data"},
@@ -50,6 +51,24 @@ def imports(path):
                 yield from ((f"{name}.{alias.name}".removeprefix("."), True) for alias in node.names)
             else:
                 yield name, ours
+
+
+@pytest.mark.parametrize(
+    ("given", "loaded", "set_to"),
+    [({}, False, "10000"), ({}, True, None), ({"OMP_WAIT_POLICY": "active"}, False, None)],
+)
+def test_threads_wait_briefly_unless_somebody_chose(monkeypatch, given, loaded, set_to):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "modules", {"torch": None} if loaded else {})
+    exec((PACKAGE / "environment.py").read_text(), {"__name__": "environment"})
+    assert os.environ.get("GOMP_SPINCOUNT") == set_to
+    first = next(node for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text()))
+                 if isinstance(node, ast.ImportFrom))  # fmt: skip
+    assert first.names[0].name == "environment"
 
 
 @pytest.mark.parametrize("name", HUB_FILES)
