@@ -63,7 +63,9 @@ class Clients:
                 await PlainTextResponse("This page takes no files.", 403)(scope, receive, send)
                 return
             session = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("session_hash", [""])[0]
-            reads = path.endswith("/queue/data") or "/call/" in path and scope.get("method") == "GET"
+            gets = "/call/" in path and scope.get("method") == "GET"
+            # An open tab asks for a heartbeat as long as it is there, and for answers a little later.
+            reads = path.endswith("/queue/data") or "/heartbeat/" in path or gets
             if not reads:
                 await app(scope, receive, send)
                 return

@@ -329,17 +329,17 @@ def test_images_that_a_session_has_forgotten_are_not_those_it_opened_with(digits
     assert state.value is None and loaded.outputs == [state] and loaded.fn().captions[0] == "3, seed 0"
 
 
-def test_a_tab_that_is_open_reads_no_answer():
+def test_who_is_there_is_counted_while_they_are():
     queue, seen = SimpleNamespace(push=None), []
 
     async def answer(scope, receive, send):
         seen.append(dict(clients.reading))
 
     clients = Clients(queue)
-    for path, query in (("/heartbeat/s", b""), ("/queue/data", b"session_hash=s"), ("/queue/join", b"")):
+    for path, query in (("/heartbeat/s", b""), ("/queue/join", b""), ("/queue/data", b"session_hash=s")):
         scope = {"path": f"/gradio_api{path}", "query_string": query, "method": "GET"}
         asyncio.run(clients.around(answer)(scope, None, None))
-    assert seen == [{}, {"s": 1}, {}] and not clients.reading
+    assert seen == [{"s": 1}, {}, {"s": 1}] and not clients.reading
 
 
 def test_the_archive_has_what_is_shown(digits):

@@ -399,8 +399,11 @@ def test_folders_with_letters_of_patterns(model, tmp_path):
         (["--class_labels", 4], "Class label 4 is out of range; allowed are integers from 0 to 3"),
         (["--class_labels", -1], "Class label -1 is out of range"),
         (["--class_labels", "gold fish"], "Unknown class name 'gold fish'"),
-        (["--guidance_interval", 2, 1], "guidance_interval is [2.0, 1.0]; it must be two rising"),
-        (["--guidance_interval", 2], "it must be two rising"),
+        (
+            ["--guidance_interval", 2, 1],
+            "guidance_interval is [2.0, 1.0]; it must be (lowest noise level, highest or inf)",
+        ),
+        (["--guidance_interval", 2], "it must be (lowest noise level, highest or inf)"),
         (["--scheduler", "DDIMScheduler"], "no EDM scheduler 'DDIMScheduler'; diffusers has EDMDPM"),
         (["--scheduler_options", '{"roh": 1}'], "has no setting 'roh'; it has sigma_min"),
         (["--scheduler_options", "rho=1"], "scheduler_options is 'rho=1', which is no JSON"),
