@@ -5,6 +5,9 @@ import re
 
 from .sources import pipeline_folders
 
+# What reading a damaged or foreign model_index.json raises.
+_DAMAGES = (OSError, ValueError, AttributeError, TypeError, RecursionError)
+
 
 def class_names() -> list[str]:
     """Names of the classes of all pipelines that are found, each once, in the pipelines' order."""
@@ -13,13 +16,7 @@ def class_names() -> list[str]:
         try:
             table = json.loads((folder / "model_index.json").read_text()).get("id2label") or {}
             names |= dict.fromkeys(table[number] for number in sorted(table, key=int))
-        except (
-            OSError,
-            ValueError,
-            AttributeError,
-            TypeError,
-            RecursionError,
-        ):  # of a damaged one, which Load will name
+        except _DAMAGES:  # which Load will name
             continue
     return [name for name in names if isinstance(name, str) and name.strip()]
 

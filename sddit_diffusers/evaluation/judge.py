@@ -195,7 +195,7 @@ class View:
         image_column: str, label_column: str, accelerator: Accelerator,
     ):  # fmt: skip
         images, statistics = open_reference(reference, size, kind, size[0], image_column, label_column)
-        self.kind, features, self.wanted = kind, None, [*JUDGED[:1]]
+        self.kind, features, self.wanted = kind, None, ["fid"]
         self.extractor = build_extractor(kind, None, images, default_cache(), accelerator)
         if "fid" not in statistics and images is None:
             raise ValueError(f"{reference} has neither images nor {' and '.join(SCORES['fid'].statistics)}.")
@@ -203,7 +203,7 @@ class View:
             features = features_of_set(images, self.extractor, accelerator, 64, default_cache())
             # Precision and recall compare all images with one another.
             if 3 < len(images) <= 50_000 and num_samples > 3:
-                self.wanted += JUDGED[1:]
+                self.wanted = [*JUDGED]
         self.reference = Reference(features, statistics, device=accelerator.device)
         on_main_process(lambda: bool(self.reference.gaussian("fid")), accelerator)  # fails now, if ever
 
