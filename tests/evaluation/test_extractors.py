@@ -12,7 +12,7 @@ from safetensors.torch import load, load_file, save
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from transformers import Dinov2Config, Dinov2Model
 
-from sddit_diffusers.evaluation import extractors
+from sddit_diffusers.evaluation import extractors, judge
 from sddit_diffusers.evaluation.classifiers import train_classifier
 from sddit_diffusers.evaluation.extractors import (
     ClassifierExtractor,
@@ -237,3 +237,12 @@ def test_weights_of_something_else_are_no_classifier(tmp_path):
                 "sddit-classifier", ["features"],
                 feature_extractor_weights_path=str(tmp_path / "a.safetensors"),
             )  # fmt: skip
+
+
+def test_all_extractors_of_a_judge_see_the_same_pictures(monkeypatch):
+    """Of a folder with parts, those of the part that a classifier learns from."""
+    opened = []
+    monkeypatch.setattr(judge, "View", lambda *arguments: opened.append((arguments[1], arguments[5])))
+    for kinds in (["pixels", "classifier"], ["pixels", "inception"]):
+        judge.Judge("folder", kinds, (8, 8), 4, "image", "kind", None)
+    assert opened == [("pixels", "kind"), ("classifier", "kind"), ("pixels", ""), ("inception", "")]
