@@ -63,18 +63,13 @@ class Clients:
                 await PlainTextResponse("This page takes no files.", 403)(scope, receive, send)
                 return
             session = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("session_hash", [""])[0]
-            gets = "/call/" in path and scope.get("method") == "GET"
-            # An open tab asks for a heartbeat as long as it is there, and for answers a little later.
-            reads = path.endswith("/queue/data") or "/heartbeat/" in path or gets
-            if not reads:
-                await app(scope, receive, send)
-                return
+            reads = path.endswith("/queue/data") or "/call/" in path and scope.get("method") == "GET"
             key = session if path.endswith("/queue/data") else path.rpartition("/")[2]
-            self.reading[key] += 1
+            self.reading[key] += reads
             try:
                 await app(scope, receive, send)
             finally:
-                self.reading[key] -= 1
+                self.reading[key] -= reads
                 self.reading += Counter()  # forgets what is read no longer
 
         return answer

@@ -3,7 +3,6 @@
 import errno
 import os
 import socket
-from collections.abc import Callable
 
 import gradio as gr
 from starlette.middleware import Middleware
@@ -108,7 +107,7 @@ def _results(page: Page, made: Made | None) -> dict:
     hard.input(None, hard, None, js=_HARD)
     return {
         "gallery": gallery, "about": about, "code": code, "archive": archive, "position": position,
-        "strip": strip, "made": gr.State(None, time_to_live=3600),  # forgotten, it is None again
+        "strip": strip, "made": gr.State(made, time_to_live=3600),
     }  # fmt: skip
 
 
@@ -168,15 +167,14 @@ def build(page: Page) -> gr.Blocks:
         quality.input(page.choose, quality, [sampler, steps], **_QUICK)
         for control in (sampler, steps):
             control.input(page.preset_of, [sampler, steps], quality, **_QUICK)
-        _look_back(page, shown, blocks.load, opening)
+        _look_back(page, shown)
     blocks.queue(max_size=WAITING, api_open=False)
     page.clients = Clients(blocks._queue)
     return blocks
 
 
-def _look_back(page: Page, shown: dict, on_load: Callable, opening: Made | None) -> None:
-    """The slider and the pictures under it show how the images came about, first those it opens with."""
-    on_load(lambda: opening, None, shown["made"], **_QUICK)
+def _look_back(page: Page, shown: dict) -> None:
+    """The slider and the pictures under it show how the images came about."""
     made, position, strip = (shown[name] for name in ("made", "position", "strip"))
     at_place = [shown[name] for name in ("gallery", "about", "code", "archive")]
     quiet = dict(show_progress="hidden", trigger_mode="always_last", **_PIPELINE)

@@ -1,6 +1,5 @@
 """The page: what a browser sends becomes a call of the pipeline or a message, and the code on it is true."""
 
-import asyncio
 import io
 import json
 import re
@@ -28,7 +27,6 @@ from sddit_diffusers import app  # noqa: E402
 from sddit_diffusers.app import AppConfig  # noqa: E402
 from sddit_diffusers.page.about import about as describe  # noqa: E402
 from sddit_diffusers.page.actions import FIELDS, Page, columns_of, get_upload_folder  # noqa: E402
-from sddit_diffusers.page.clients import Clients  # noqa: E402
 from sddit_diffusers.page.layout import build  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -319,27 +317,6 @@ def test_it_opens_with_images(digits, monkeypatch):
     shown = build(digits).config["components"]
     galleries = [each for each in shown if each["type"] == "gallery"]
     assert len(galleries) == 2 and not any(each["props"]["visible"] for each in galleries)
-
-
-def test_images_that_a_session_has_forgotten_are_not_those_it_opened_with(digits):
-    """gradio gives a forgotten state its first value again."""
-    page = build(digits)
-    (state,) = (each for each in page.blocks.values() if isinstance(each, gr.State))
-    (loaded,) = (each for each in page.fns.values() if each.targets[0][1] == "load")
-    assert state.value is None and loaded.outputs == [state] and loaded.fn().captions[0] == "3, seed 0"
-
-
-def test_who_is_there_is_counted_while_they_are():
-    queue, seen = SimpleNamespace(push=None), []
-
-    async def answer(scope, receive, send):
-        seen.append(dict(clients.reading))
-
-    clients = Clients(queue)
-    for path, query in (("/heartbeat/s", b""), ("/queue/join", b""), ("/queue/data", b"session_hash=s")):
-        scope = {"path": f"/gradio_api{path}", "query_string": query, "method": "GET"}
-        asyncio.run(clients.around(answer)(scope, None, None))
-    assert seen == [{"s": 1}, {}, {"s": 1}] and not clients.reading
 
 
 def test_the_archive_has_what_is_shown(digits):
