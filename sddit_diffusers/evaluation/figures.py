@@ -7,7 +7,7 @@ import matplotlib
 
 from ..files import written_aside
 from .studies import FIGURES, Study, Table
-from .tables import Results, rows_of
+from .tables import Results, ratios, rows_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -26,7 +26,10 @@ def draw(table: Table, study: Study, results: Results, folder: Path) -> None:
     figure.suptitle(_text(table.title), wrap=True)
     for axis in axes[0]:
         axis.grid(alpha=0.3)
-    if axes[0, 0].get_legend_handles_labels()[1]:
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    if len(labels) > 8:  # they would cover the lines
+        figure.legend(handles, labels, fontsize=8, loc="outside right center")
+    elif labels:
         axes[0, 0].legend(fontsize=8)
     for ending in FIGURES:
         about = {"Date": None} if ending == "svg" else None
@@ -40,11 +43,16 @@ def _text(name: str) -> str:
     return name.replace("$", r"\$")
 
 
+def _style(i: int) -> dict[str, str]:
+    """Of the i-th line: ten colours, and dashes once they are used up."""
+    return {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
+
+
 def _draw_steps(axis, table: Table, study: Study, results: Results) -> None:
     for i, run in enumerate(table.runs):
         steps = results.steps([run])
         scores = [results.of(run, ("score", step)) for step in steps]
-        _draw_line(axis, steps, scores, _text(run), color=f"C{i}")
+        _draw_line(axis, steps, scores, _text(run), **_style(i))
     axis.set_xlabel("step")
     _scale_scores(axis)
 
@@ -69,7 +77,7 @@ def _draw_time(axis, seconds, table: Table, study: Study, results: Results) -> N
                 [step / speed[0] for step in steps],
                 [results.of(run, ("score", step)) for step in steps],
             )
-            _draw_line(seconds, xs, scores, _text(run), color=f"C{i}")
+            _draw_line(seconds, xs, scores, _text(run), **_style(i))
     seconds.set_xlabel("seconds of training")
     if target := results.of(table.reference, ("last",)):
         for panel in (axis, seconds):
@@ -95,6 +103,16 @@ def _draw_ranking(axis, table: Table, study: Study, results: Results) -> None:
     axis.axvline(1, linestyle="--", color="grey", linewidth=1)
     axis.set_xlabel(f"time to the last score of {_text(table.reference)}, of its time")
     axis.set_ylabel("")
+
+
+def _draw_gains(axis, table: Table, study: Study, results: Results) -> None:
+    for i, (name, pair) in enumerate(table.pairs.items()):
+        found = {step: ratios(*pair, ("score", step), results) for step in results.steps(pair)}
+        found = {step: shares for step, shares in found.items() if shares and None not in shares}
+        _draw_line(axis, [*found], [*found.values()], _text(name), **_style(i))
+    axis.axhline(1, linestyle="--", color="grey", linewidth=1)
+    axis.set_xlabel("step")
+    axis.set_ylabel(f"{_text(study.metric)} with, of that without")
 
 
 def _draw_judges(*arguments) -> None:
@@ -174,7 +192,7 @@ def _draw_evaluations(axis, speeds, table: Table, study: Study, results: Results
             found = [(results.of(run, (what, name)), results.score_of(run, name)) for run, name in points]
             found = sorted((cost[0], scores) for cost, scores in found if cost and scores)
             if found:
-                _draw_line(panel, *zip(*found, strict=True), _text(line), color=f"C{i}")
+                _draw_line(panel, *zip(*found, strict=True), _text(line), **_style(i))
         panel.set_xlabel(label)
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter("{x:g}")
@@ -208,6 +226,7 @@ DRAWINGS = {
     "time": _draw_time,
     "ranking": _draw_ranking,
     "judges": _draw_judges,
+    "gains": _draw_gains,
     "setting": _draw_setting,
     "metrics": _draw_metrics,
     "probe": _draw_probe,

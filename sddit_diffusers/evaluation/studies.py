@@ -15,6 +15,8 @@ A study is a JSON file of runs by name and of tables and figures made of them:
     score that the `reference`, one of them, has at its end;
   - `ranking`: the same in the order of that time;
   - `judges`: what several metrics, the `columns`, say of the runs, and how they agree;
+  - `gains`: what something is worth, by the ratio of the scores of two runs, one with it and one without,
+    over steps and seed by seed; the rows are `pairs`;
   - `setting`: the score over the value of a `setting`;
   - `metrics`: the last values of `columns`;
   - `probe`: what the encoder knows, at `sigmas`;
@@ -42,7 +44,8 @@ from ..schedulers.scheduling_interpolant import InterpolantScheduler
 from .catalogue import JUDGED, METRICS, is_upward, metric_name
 
 KINDS = (
-    "steps", "speed", "time", "ranking", "judges", "setting", "metrics", "probe", "sampling", "evaluations",
+    "steps", "speed", "time", "ranking", "judges", "gains", "setting", "metrics", "probe", "sampling",
+    "evaluations",
 )  # fmt: skip
 FIGURES = ("png", "svg")
 RESULTS = ("results.md", "results.json", "speeds.json", "sampling-speeds.json")  # of a study, in its folder
@@ -57,7 +60,7 @@ _LINE |= {"run": str, "num_inference_steps": [SAMPLING["num_inference_steps?"]]}
 _TABLE = {
     "title": str, "kind": str, "paper": {str: (None, [float], float)}, "setting?": str, "columns?": [str],
     "sigmas?": [float], "run?": str, "reference?": str, "samplings?": {str: SAMPLING},
-    "lines?": {str: ([str], _LINE)},
+    "lines?": {str: ([str], _LINE)}, "pairs?": {str: [str]},
 }  # fmt: skip
 _STUDY = {
     "title": str, "about": str, "settings": dict, "seeds": [range(2**32)], "metric": str,
@@ -71,7 +74,7 @@ class Table:
 
     title: str
     kind: str
-    paper: dict[str, float | list | None]  # by row; the rows are runs, samplings or lines
+    paper: dict[str, float | list | None]  # by row; the rows are runs, samplings, lines or pairs
     setting: str = ""
     columns: list[str] = field(default_factory=list)
     sigmas: list[float] = field(default_factory=list)
@@ -79,12 +82,14 @@ class Table:
     reference: str = ""
     samplings: dict[str, dict] = field(default_factory=dict)
     lines: dict[str, list[str] | dict] = field(default_factory=dict)
+    pairs: dict[str, list[str]] = field(default_factory=dict)  # of runs: one with something, one without
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"its kind is {self.kind!r}; there are {', '.join(KINDS)}.")
         needed = {"setting": "setting", "metrics": "columns", "probe": "sigmas", "sampling": "samplings"}
         needed |= {"evaluations": "lines", "judges": "columns", "time": "reference", "ranking": "reference"}
+        needed |= {"gains": "pairs"}
         if self.kind in needed and not getattr(self, needed[self.kind]):
             raise ValueError(f"a table of kind {self.kind} needs {needed[self.kind]}.")
         if any(sigma <= 0 for sigma in self.sigmas):
@@ -94,7 +99,10 @@ class Table:
         if self.reference and self.reference not in self.paper:
             raise ValueError(f"its reference is {shortened(self.reference)}, which is none of its runs.")
         rows = needed.get(self.kind)
-        if rows in ("samplings", "lines") and set(self.paper) != set(getattr(self, rows)):
+        for name, pair in self.pairs.items():
+            if len(pair) != 2:
+                raise ValueError(f"the pair {shortened(name)} has {len(pair)} runs; it is of two.")
+        if rows in ("samplings", "lines", "pairs") and set(self.paper) != set(getattr(self, rows)):
             raise ValueError(f"paper must have the names of the {rows}, with null where there is no figure.")
         for (_, name), sampling in self.sampled.items():
             try:
@@ -107,6 +115,8 @@ class Table:
         """The runs that it is made of."""
         if self.kind == "evaluations":
             return list(dict.fromkeys(run for run, _ in self.sampled))
+        if self.kind == "gains":
+            return list(dict.fromkeys(run for pair in self.pairs.values() for run in pair))
         return [self.run] if self.kind == "sampling" else list(self.paper)
 
     @property

@@ -69,6 +69,8 @@ def rows_of(table: Table, study: Study, results: Results) -> tuple[list[str], li
         return rows_of_lines(table, results)
     if table.kind in ("time", "ranking"):
         return rows_of_times(table, study, results)
+    if table.kind == "gains":
+        return rows_of_gains(table, study, results)
     columns = columns_of(table, study, results)
     rows = [
         [run, paper, *(results.of(run, what) for what in columns.values())]
@@ -78,7 +80,8 @@ def rows_of(table: Table, study: Study, results: Results) -> tuple[list[str], li
 
 
 def rows_of_times(table: Table, study: Study, results: Results) -> tuple[list[str], list[list]]:
-    """As [`rows_of`]: what a step and the whole take, and the time to the reference's score at its end.
+    """As [`rows_of`]: what a step and the whole take, the score as a multiple of the reference's of the same
+    seed, and the time to the reference's score at its end.
 
     The rows of a ranking are in the order of that time.
     """
@@ -88,11 +91,33 @@ def rows_of_times(table: Table, study: Study, results: Results) -> tuple[list[st
         total = [step[0] * steps[-1]] if step and steps else []
         reached = seconds_to(run, table.reference, results)
         shares = [found and (found / usual[seed] if usual[seed] else None) for seed, found in reached.items()]
-        rows.append([run, paper, step, total, results.of(run, ("last",)), [*reached.values()], shares])
+        score, share = results.of(run, ("last",)), ratios(run, table.reference, ("last",), results)
+        rows.append([run, paper, step, total, score, share, [*reached.values()], shares])
     if table.kind == "ranking":
-        rows.sort(key=lambda row: (_missing(row[5]), _mean(row[5]), _mean(row[4])))
-    to = f"s to {table.reference}'s"
-    return ["run", "paper", "s a step", "s in all", study.metric, to, f"× {table.reference}"], rows
+        rows.sort(key=lambda row: (_missing(row[6]), _mean(row[6]), _mean(row[4])))
+    name = table.reference
+    times = [f"s to {name}'s", f"× {name}'s time"]
+    return ["run", "paper", "s a step", "s in all", study.metric, f"× {name}'s", *times], rows
+
+
+def rows_of_gains(table: Table, study: Study, results: Results) -> tuple[list[str], list[list]]:
+    """As [`rows_of`], of the seeds that both of a pair have: last scores, and their ratio at each step."""
+    rows, steps = [], results.steps(table.runs)
+    for name, pair in table.pairs.items():
+        last = [results.by_seed(run, ("last",)) for run in pair]
+        both = [[found[seed] for seed in last[0] if seed in last[1]] for found in last]
+        shares = [ratios(*pair, ("score", step), results) for step in steps]
+        rows.append([name, table.paper[name], *both, *shares])
+    return ["pair", "paper", f"{study.metric}, with", "without", *(f"× at {step:,}" for step in steps)], rows
+
+
+def ratios(run: str, reference: str, what: tuple, results: Results) -> list[float | None]:
+    """Of what a run and a reference were found to have, by the seeds that both have; None: by nothing.
+
+    Runs of a seed saw the same images and noises, and are better and worse together.
+    """
+    ours, theirs = results.by_seed(run, what), results.by_seed(reference, what)
+    return [ours[seed] / theirs[seed] if theirs[seed] else None for seed in ours if seed in theirs]
 
 
 def seconds_to(run: str, reference: str, results: Results) -> dict[int, float | None]:
@@ -195,7 +220,8 @@ def markdown(study: Study, results: Results, figures: str = ".") -> str:
         head, rows = rows_of(table, study, results)
         lines += [f"## {table.title}", "", _row(head), "|" + "---|" * len(head)]
         for name, paper, *values in rows:
-            if 0 < (seeds := len(results.of(name, ("last",)))) < len(study.seeds):
+            seeds = min(len(results.of(run, ("last",))) for run in table.pairs.get(name, [name]))
+            if 0 < seeds < len(study.seeds):
                 name += f" ({seeds} of {len(study.seeds)} seeds)"
             quoted = " / ".join(f"{number:g}" for number in paper) if isinstance(paper, list) else show(paper)
             lines.append(_row([name, quoted, *map(show, values)]))

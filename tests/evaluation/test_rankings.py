@@ -22,10 +22,12 @@ from sddit_diffusers.evaluation.tables import (
 
 RUNS = {"DiT": {"method": "dit"}, "fast": {}, "slow": {}, "bad": {}}
 PAPER = dict.fromkeys(RUNS)
+PAIRS = {"at all": ["fast", "DiT"], "now": ["slow", "fast"]}
 TABLES = [
     Table("Ranking", "ranking", PAPER, reference="DiT"),
     Table("Time", "time", PAPER, reference="DiT"),
     Table("Judges", "judges", PAPER, columns=["fid_a", "fid_b", "fid_c"]),
+    Table("Gains", "gains", {"at all": 0.5, "now": None}, pairs=PAIRS),
 ]
 # The scores at steps 100, 200 and 400 of seeds 0 and 1.
 CURVES = {
@@ -103,22 +105,38 @@ def test_a_reference_that_gets_worse_again_is_there_when_it_first_was(findings):
     findings.tell(results)
     rows = {row[0]: row[1:] for row in rows_of(TABLES[0], study_of(), results)[1]}
     there = (100 + 100 * math.log(2) / math.log(4)) / 2
-    assert rows["fast"][4] == pytest.approx([there, there]) and rows["fast"][5] == [1, 1]
+    assert rows["fast"][5] == pytest.approx([there, there]) and rows["fast"][6] == [1, 1]
     assert rows["DiT"][4:] == rows["fast"][4:]
 
 
 def test_a_ranking_is_in_the_order_of_time(results):
     study = study_of()
     head, rows = rows_of(study.tables[0], study, results)
-    assert head == ["run", "paper", "s a step", "s in all", "fid_a", "s to DiT's", "× DiT"]
+    assert head[2:5] == ["s a step", "s in all", "fid_a"]
+    assert head[5:] == ["× DiT's", "s to DiT's", "× DiT's time"]
     assert [row[0] for row in rows] == ["fast", "DiT", "slow", "bad"]  # of two equal ones the better
-    assert rows[1] == ["DiT", None, [0.5], [200], [2, 1], [200, 200], [1, 1]]
-    assert rows[3][5][0] is None and rows[3][6][0] is None
+    assert rows[1] == ["DiT", None, [0.5], [200], [2, 1], [1, 1], [200, 200], [1, 1]]
+    assert rows[0][5] == [0.5, 0.5] and rows[2][5] == [0.5, 0.25]
+    assert rows[3][6][0] is None and rows[3][7][0] is None
     assert [row[0] for row in rows_of(study.tables[1], study, results)[1]] == list(RUNS)
     text = markdown(study, results, "figures")
-    assert "| DiT | – | 0.5 | 200 | 1.5 ± 0.71 | 200 ± 0 | 1 ± 0 |" in text
-    assert "| bad | – | 0.25 | 100 | 3.75 ± 4.6 | 87.5 (1 of 2) | 0.4375 (1 of 2) |" in text
+    assert "| DiT | – | 0.5 | 200 | 1.5 ± 0.71 | 1 ± 0 | 200 ± 0 | 1 ± 0 |" in text
+    assert "| bad | – | 0.25 | 100 | 3.75 ± 4.6 | 2 ± 2.1 | 87.5 (1 of 2) | 0.4375 (1 of 2) |" in text
     assert "](figures/ranking.png)" in text and text.endswith("A note.\n")
+
+
+def test_gains_are_ratios_of_the_same_seed(results, findings):
+    """At 100 steps "fast" has half of DiT's score with both seeds, at 200 a half and a quarter."""
+    study = study_of()
+    head, rows = rows_of(study.tables[3], study, results)
+    assert head == ["pair", "paper", "fid_a, with", "without", "× at 100", "× at 200", "× at 400"]
+    assert rows[0] == ["at all", 0.5, [1, 0.5], [2, 1], [0.5, 0.5], [0.5, 0.25], [0.5, 0.5]]
+    assert rows[1][4:] == [[2, 2], [2, 4], [1, 0.5]]
+    del findings.trainings["fast", 0]
+    findings.trainings["DiT", 1].metrics[0]["fid_a"] = 0.0
+    findings.tell(results := Results())
+    assert rows_of(study.tables[3], study, results)[1][0][2:] == [[0.5], [1], [None], [0.25], [0.5]]
+    assert "| at all (1 of 2 seeds) | 0.5 | 0.5 | 1 | – |" in markdown(study, results)
 
 
 def test_judges_agree_by_ranks(results):
@@ -163,7 +181,7 @@ def test_what_was_not_run_is_last_and_a_seed_that_is_missing_counts_not(findings
     findings.tell(results)
     rows = rows_of(TABLES[0], study_of(), results)[1]
     assert [row[0] for row in rows] == ["DiT", "slow", "bad", "fast"]
-    assert rows[2][5] == [None] and rows[3][5] == [] == rows[3][4]
+    assert rows[2][6] == [None] and rows[3][6] == [] == rows[3][5] == rows[3][4]
     told = [line.split(" |")[0] for line in markdown(study_of(), results).split("\n")]
     assert {"| DiT", "| slow", "| bad (1 of 2 seeds)", "| fast"} <= {*told}
 
@@ -224,6 +242,9 @@ def test_speeds_that_were_measured_apart_are_not_mixed(findings, tmp_path):
         ("time", {}, "a table of kind time needs reference"),
         ("ranking", {"reference": "MDT"}, "its reference is 'MDT', which is none of its runs"),
         ("judges", {"columns": ["fid"]}, "needs two or more"),
+        ("gains", {}, "a table of kind gains needs pairs"),
+        ("gains", {"pairs": {"one": ["DiT"]}}, "the pair 'one' has 1 runs; it is of two"),
+        ("gains", {"pairs": {"one": ["DiT", "fast"]}}, "paper must have the names of the pairs"),
     ],
 )
 def test_wrong_tables_are_refused(kind, changes, message):
