@@ -306,6 +306,11 @@ def test_studies_have_the_paper_s_figures():
     table_1, table_3 = (next(t for t in study.tables if t.title.startswith(f"Table {i}")) for i in (1, 3))
     assert table_1.paper == {"DiT": 68.40, "MDT": 53.46, "MaskDiT": None, "SD-DiT": 48.39}
     assert list(table_3.paper.values()) == [53.72, 62.84, 58.92]
+    steps, gains = ([t for t in study.tables if t.kind == kind] for kind in ("steps", "gains"))
+    figures = {run: figure for table in [study.tables[0], *steps] for run, figure in table.paper.items()}
+    for name, (one, other) in gains[0].pairs.items():
+        both = figures[one] and figures[other]
+        assert gains[0].paper[name] == (round(figures[one] / figures[other], 4) if both else None), name
     config = parse([f"--{name}={value}" for name, value in study.settings.items()] + ["--dataset_name=x"])
     assert (config.max_train_steps, config.train_batch_size, config.learning_rate) == (400_000, 256, 1e-4)
     assert (config.evaluation_samples, config.evaluation_extractor) == (50_000, ["inception"])
