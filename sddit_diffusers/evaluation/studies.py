@@ -7,7 +7,8 @@ A study is a JSON file of runs by name and of tables and figures made of them:
 - `runs`: the settings of each run that differ. A run with `of`, the name of another, is a distillation of
   that run with the same seed, and its settings are those of `distill_sddit.py`; `distillation` has some for
   all of these. Data and evaluation are the other run's;
-- `notes`, if there are any: paragraphs below the tables, such as what can be concluded;
+- `summary` and `notes`, if there are any: paragraphs above and below the tables, such as what came out, and
+  how it was measured;
 - `tables`: each with a `title`, a `kind` and, by name of the run, the `paper`'s figures or null. The kinds:
   - `steps`: the score over steps;
   - `speed`: steps a second against the score; the paper's are pairs;
@@ -64,7 +65,8 @@ _TABLE = {
 }  # fmt: skip
 _STUDY = {
     "title": str, "about": str, "settings": dict, "seeds": [range(2**32)], "metric": str,
-    "runs": {str: {"of?": str}}, "tables": [_TABLE], "distillation?": dict, "notes?": [str],
+    "runs": {str: {"of?": str}}, "tables": [_TABLE], "distillation?": dict, "summary?": [str],
+    "notes?": [str],
 }  # fmt: skip
 
 
@@ -168,6 +170,7 @@ class Study:
     runs: dict[str, dict]
     tables: list[Table]
     distillation: dict = field(default_factory=dict)
+    summary: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self):

@@ -215,7 +215,9 @@ def markdown(study: Study, results: Results, figures: str = ".") -> str:
         figures: the folder of the figures, from where the text will be.
     """
     folder = "" if figures == "." else f"{figures}/"
-    lines = [f"# {study.title}", "", study.about, ""]
+    lines = [f"# {study.title}", ""]
+    for paragraph in [study.about, *study.summary]:
+        lines += [paragraph, ""]
     for table in study.tables:
         head, rows = rows_of(table, study, results)
         lines += [f"## {table.title}", "", _row(head), "|" + "---|" * len(head)]

@@ -42,7 +42,9 @@ OTHERS = {"fid_b": dict(DiT=3, fast=4, slow=3.5, bad=1), "fid_c": dict(DiT=2, fa
 
 
 def study_of(tables=TABLES, **changes):
-    return Study("Title", "About.", {}, [0, 1], "fid_a", RUNS | changes, tables, notes=["A note."])
+    return Study(
+        "Title", "About.", {}, [0, 1], "fid_a", RUNS | changes, tables, summary=["So."], notes=["A note."]
+    )
 
 
 def findings_of(**changes):
@@ -122,6 +124,7 @@ def test_a_ranking_is_in_the_order_of_time(results):
     text = markdown(study, results, "figures")
     assert "| DiT | – | 0.5 | 200 | 1.5 ± 0.71 | 1 ± 0 | 200 ± 0 | 1 ± 0 |" in text
     assert "| bad | – | 0.25 | 100 | 3.75 ± 4.6 | 2 ± 2.1 | 87.5 (1 of 2) | 0.4375 (1 of 2) |" in text
+    assert text.startswith("# Title\n\nAbout.\n\nSo.\n\n## Ranking\n\n| run |")
     assert "](figures/ranking.png)" in text and text.endswith("A note.\n")
 
 
