@@ -13,8 +13,7 @@ are done are not run again, nor those of a `results.json` that is `--known`, so 
 
 import json
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
@@ -26,10 +25,10 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from .cli import Parser, as_arguments, check_options, json_object, one_line_errors, option, options, shortened
-from .evaluation.figures import draw
 from .evaluation.findings import PROBED, Findings, Found
+from .evaluation.report import write
 from .evaluation.studies import Study, Table, read_study, slug
-from .evaluation.tables import Results, as_json, markdown
+from .evaluation.tables import Results
 from .files import locked, read_json, remove, written_aside
 from .launching import check_machine, on_main_process
 from .training.auxiliary import Process
@@ -39,10 +38,10 @@ from .training.configuration import DataOptions, HubOptions, OutputOptions, RunC
 from .training.distill_options import DistillConfig, parse_planned
 from .training.measuring import (
     builder,
+    count_evaluations,
     images_a_second,
     probe_training,
     read_kept,
-    sampler,
     score_training,
     steps_a_second,
 )
@@ -68,8 +67,9 @@ class ReproduceConfig:
 
     output_dir: str = option("", "where everything goes; study-NAME if not given", metavar="FOLDER")
     settings: str = option(
-        "{}", "training's settings that differ from the study's, for all its runs", metavar="JSON"
-    )
+        "{}", "training's settings that differ from the study's, for all its runs but distillations",
+        metavar="JSON",
+    )  # fmt: skip
     runs: list[str] = options(
         [], "those of the study's that are trained now; all if not given", metavar="RUN"
     )
@@ -116,14 +116,7 @@ class Reproduction:
         for run in self.study.in_order(self.study.runs):
             for seed in self.study.seeds:
                 self.configs[run, seed] = self._configure(run, seed)
-        self.evaluations: dict[tuple[str, str], int] = {}  # of the network, by run and sampling
-        for table in self.study.tables:
-            for (run, name), sampling in table.sampled.items():
-                try:
-                    scheduler = sampler(self.process_of(run), sampling)
-                except ValueError as error:
-                    raise ValueError(f"{table.title}: {run}, {name or 'by itself'}: {error}") from None
-                self.evaluations[run, name] = len(scheduler.timesteps)
+        self.evaluations = count_evaluations(self.study, self.process_of)
         precisions = {config.mixed_precision for config in self.configs.values()}
         if len(precisions) > 1:
             raise ValueError(f"mixed_precision is {sorted(precisions)}; it must be the same in all runs.")
@@ -138,6 +131,7 @@ class Reproduction:
             for run, config in self.first.items()
         }
         self.results, self.findings = Results(), Findings(self.study, settings, earlier)
+        self.problems: list[str] = []  # of measurements
         for known in config.known:
             self.findings.read(Path(known))
         self.known = set(self.findings.trainings)
@@ -174,18 +168,23 @@ class Reproduction:
         """
         return is_complete(self.configs[run, seed]) and not find_checkpoints(self.folder_of(run, seed))
 
+    def done(self, trainings: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+        """Those that are."""
+        return [training for training in trainings if self.is_done(*training)]
+
     def run(self) -> None:
         """Trains what is missing, measures what the tables need, and reports."""
-        missing = [] if self.config.report_only else self.missing()
-        done = [training for training in self.configs if self.is_done(*training)]
-        self.findings.check_kept(self.folder / "results.json", [*done, *missing])
+        missing = [] if self.config.report_only else on_main_process(self.missing, self.accelerator)
+        self.findings.check_kept(self.folder / "results.json", [*self.done(self.configs), *missing])
+        for i, (run, seed) in enumerate(missing):
+            self.accelerator.print(f"[{i + 1} of {len(missing)}] {run}, seed {seed}", flush=True)
+            self.train(run, seed)
         if not self.config.report_only:
-            for i, (run, seed) in enumerate(missing):
-                self.accelerator.print(f"[{i + 1} of {len(missing)}] {run}, seed {seed}", flush=True)
-                self.train(run, seed)
             self.measure()
         self.collect()
         on_main_process(self.report, self.accelerator)
+        if self.problems:
+            raise ValueError(f"Not all could be measured: {' '.join(self.problems)}")
 
     def missing(self) -> list[tuple[str, int]]:
         """The trainings that are still to be done, parents first.
@@ -223,21 +222,19 @@ class Reproduction:
 
     def measure(self) -> None:
         """What tables need beside the trainings: speeds, probes, samplings; each is kept in a file."""
-        timed = self.timed()
-        if not set(timed) <= self.findings.speeds.keys():
-            measure = partial(steps_a_second, self.first, self.folder / ".speed", self.accelerator)
-            with ExitStack() as stack:  # another process that measures here has done so afterwards
-                on_main_process(
-                    lambda: stack.enter_context(locked(self.folder, patience=-1)), self.accelerator
-                )
+        with ExitStack() as stack:  # another process that measures here has done so afterwards
+            on_main_process(lambda: stack.enter_context(locked(self.folder, patience=-1)), self.accelerator)
+            timed = on_main_process(self.timed, self.accelerator)
+            if not set(timed) <= self.findings.speeds.keys():
+                measure = partial(steps_a_second, self.first, self.folder / ".speed", self.accelerator)
                 self.keep(self.folder / "speeds.json", timed, _SPEEDS, measure)
         for table in self.study.tables:
-            if table.kind == "evaluations" and self.is_trained(table.runs):
+            are_trained = partial(self.is_trained, table.runs)
+            if table.kind == "evaluations" and on_main_process(are_trained, self.accelerator):
                 measure = partial(images_a_second, self.first, self.accelerator)
                 self.keep(self.folder / "sampling-speeds.json", table.ways, _IMAGES, measure)
-            for run, seed in [(run, seed) for run in table.runs for seed in self.seeds]:
-                if not self.is_done(run, seed):
-                    continue
+            trainings = [(run, seed) for run in table.runs for seed in self.seeds]
+            for run, seed in on_main_process(partial(self.done, trainings), self.accelerator):
                 folder, given = self.folder_of(run, seed), (self.configs[run, seed], self.accelerator)
                 if table.kind == "probe":
                     self.keep(folder / "probe.json", table.sigmas, PROBED, partial(probe_training, *given))
@@ -247,11 +244,18 @@ class Reproduction:
                     self.keep(path, sampling, _SAMPLED, measure)
 
     def keep(self, path: Path, of: list | dict, structure: Any, measure: Callable) -> None:
-        """Writes what `measure` finds of something, unless that was done before."""
-        if read_kept(path, of, structure, _NOTHING) is not _NOTHING:
+        """Writes what `measure` finds of something, unless that was done before; what fails is a problem."""
+        is_kept = on_main_process(
+            lambda: read_kept(path, of, structure, _NOTHING) is not _NOTHING, self.accelerator
+        )
+        if is_kept:
             return
         self.accelerator.print(path, flush=True)
-        found = measure(of)
+        try:
+            found = measure(of)
+        except (ValueError, FloatingPointError) as error:
+            self.problems.append(f"{path.relative_to(self.folder)}: {error}")
+            return
         if self.accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
             with written_aside(path, "w") as file:
@@ -260,7 +264,7 @@ class Reproduction:
 
     def timed(self) -> list[str]:
         """The runs that can be timed: there is a training of them, and here one of what they distil."""
-        there = {run for run, _ in self.known} | {each[0] for each in self.configs if self.is_done(*each)}
+        there = {run for run, _ in [*self.known, *self.done(self.configs)]}
         lines = {run: [parent for parent in [self.study.parent_of(run)] if parent] for run in there}
         return [run for run in self.study.timed if run in there and self.is_trained(lines[run])]
 
@@ -270,9 +274,8 @@ class Reproduction:
 
     def collect(self) -> None:
         """Reads what there is."""
-        for run, seed in self.configs:
-            if self.is_done(run, seed):
-                self.findings.trainings[run, seed] = found_in(self.folder_of(run, seed), run, self.study)
+        for run, seed in self.done(self.configs):
+            self.findings.add(run, seed, found_in(self.folder_of(run, seed), run, self.study))
         path = self.folder / "speeds.json"
         if path.is_file():
             found = read_json(path, {"found": _SPEEDS}, "measurement of a study")["found"]
@@ -303,21 +306,6 @@ class Reproduction:
         with locked(self.folder, patience=-1):
             self.findings.check_kept(self.folder / "results.json", ())
             write(self.study, self.results, self.findings, self.folder, self.config.page)
-
-
-def write(study: Study, results: Results, findings: Findings, folder: Path, page: str) -> None:
-    """Writes tables and figures into a folder, the tables to another page if one is named."""
-    path = Path(page or folder / "results.md")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figures = Path(os.path.relpath(folder, path.parent)).as_posix()
-    with written_aside(path, "w") as file:
-        file.write(markdown(study, results, figures))
-    content = as_json(study, results) | {"found": findings.as_json()}
-    with written_aside(folder / "results.json", "w") as file:
-        file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    for table in study.tables:
-        draw(table, study, results, folder)
-    print(f"Done: tables and figures ({len(study.tables)}) are in {path}")
 
 
 def found_in(folder: Path, run: str, study: Study) -> Found:
@@ -360,6 +348,8 @@ def configure(run: str, settings: dict, parent: RunConfig | None) -> RunConfig:
         raise ValueError(f"{run}: {error}") from None
     if isinstance(config, DistillConfig) and len(steps := config.num_inference_steps) > 1:
         raise ValueError(f"{run}: num_inference_steps is {steps}; a run is one stage of a chain.")
+    if config.push_to_hub:
+        raise ValueError(f"{run}: push_to_hub is on; all runs of a study would be one repository.")
     if not config.evaluation_steps:
         raise ValueError(f"{run} is not scored: evaluation_steps must be in the study's settings.")
     config.checkpointing_steps = config.checkpointing_steps or config.evaluation_steps

@@ -7,7 +7,7 @@ import matplotlib
 
 from ..files import written_aside
 from .studies import FIGURES, Study, Table
-from .tables import Results, ratios, rows_of
+from .tables import Results, gains_of, rows_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -39,8 +39,8 @@ def draw(table: Table, study: Study, results: Results, folder: Path) -> None:
 
 
 def _text(name: str) -> str:
-    """A name as it is, where matplotlib would read formulas between dollars."""
-    return name.replace("$", r"\$")
+    """A name as it is: matplotlib reads formulas between dollars, and has no legend of what begins with _."""
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _style(i: int) -> dict[str, str]:
@@ -107,8 +107,8 @@ def _draw_ranking(axis, table: Table, study: Study, results: Results) -> None:
 
 def _draw_gains(axis, table: Table, study: Study, results: Results) -> None:
     for i, (name, pair) in enumerate(table.pairs.items()):
-        found = {step: ratios(*pair, ("score", step), results) for step in results.steps(pair)}
-        found = {step: shares for step, shares in found.items() if shares and None not in shares}
+        gains = gains_of(pair, study, results)
+        found = {step: shares for step, shares in gains.items() if shares and None not in shares}
         _draw_line(axis, [*found], [*found.values()], _text(name), **_style(i))
     axis.axhline(1, linestyle="--", color="grey", linewidth=1)
     axis.set_xlabel("step")
@@ -150,15 +150,15 @@ def _draw_setting(axis, table: Table, study: Study, results: Results) -> None:
 
 
 def _draw_metrics(axis, table: Table, study: Study, results: Results) -> None:
-    width = 0.8 / len(table.columns)
+    width, told = 0.8 / len(table.columns), set()
     for i, run in enumerate(table.runs):
         for j, name in enumerate(table.columns):
             if values := results.of(run, ("metric", name)):
                 low, mean, high = _spread(values)
                 place, reach = i + (j + 0.5) * width - 0.4, [[mean - low], [high - mean]]
-                axis.bar(
-                    place, mean, width, yerr=reach, capsize=2, color=f"C{j}", label=None if i else _text(name)
-                )
+                label = None if name in told else _text(name)
+                axis.bar(place, mean, width, yerr=reach, capsize=2, color=f"C{j}", label=label)
+                told.add(name)
     axis.set_xticks(range(len(table.runs)), [*map(_text, table.runs)], rotation=20)
     axis.set_ylabel("")
 
@@ -217,7 +217,8 @@ def _draw_line(axis, xs, values: list[list[float]], label: str, **style) -> None
 
 
 def _spread(values: list[float]) -> tuple[float, float, float]:
-    return min(values), statistics.fmean(values), max(values)
+    low, high = min(values), max(values)
+    return low, min(max(statistics.fmean(values), low), high), high  # a mean of equal values may be rounded
 
 
 DRAWINGS = {

@@ -70,10 +70,20 @@ class Findings:
             there = found["runs"][run]
             self._compare(path, run, there)
             for seed in [seed for seed in self.study.seeds if str(seed) in there["seeds"]]:
-                self.trainings[run, seed] = self._known(path, run, there["seeds"][str(seed)])
+                self.add(run, seed, self._known(path, run, there["seeds"][str(seed)]))
         self.take_speeds(found["speeds"])
-        if len(found["images"]) > len(self.images):
-            self.images = found["images"]
+        ways = [
+            {"run": run, "of": way} for table in self.study.tables for (run, _), way in table.sampled.items()
+        ]
+        asked = [each for each in found["images"] if {"run": each["run"], "of": each["of"]} in ways]
+        if len(asked) > len(self.images):
+            self.images = asked
+
+    def add(self, run: str, seed: int, found: Found) -> None:
+        """Adds those of a training; what was measured of it earlier, and is not in them, stays."""
+        earlier = self.trainings.get((run, seed), Found([]))
+        samplings = earlier.samplings | found.samplings
+        self.trainings[run, seed] = Found(found.metrics, found.probe or earlier.probe, samplings)
 
     def check_kept(self, path: Path, coming: Iterable[tuple[str, int]]) -> None:
         """Raises a ValueError where a `results.json` has trainings that the next one there would not have.

@@ -174,13 +174,13 @@ class Judge:
                     break
                 for extraction in seen:
                     extraction.add(pixels.permute(0, 3, 1, 2).expand(-1, 3, -1, -1))
-        found = [extraction.features() for extraction in seen]
 
         def check() -> None:
             if problems:
                 raise problems[0]
 
-        together(check, self.accelerator)
+        together(check, self.accelerator)  # before the features, which may be of no image at all
+        found = [extraction.features() for extraction in seen]
         scores = {}
         for view, samples in zip(self.views, found, strict=True):
             scores |= view.score(samples) if samples is not None else {}

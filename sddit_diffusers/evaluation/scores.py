@@ -1,7 +1,7 @@
 """The scores of ADM's evaluator (Dhariwal & Nichol 2021) from features: what FID, sFID, IS, P and R mean.
 
 Nothing here knows images. Features are `[images, d]`, float32; statistics and distances between Gaussians are
-float64. tests/test_scores.py restates each score in plain numpy.
+float64. tests/evaluation/test_scores.py restates each score in plain numpy.
 """
 
 from collections.abc import Iterator

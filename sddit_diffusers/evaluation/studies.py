@@ -181,6 +181,8 @@ class Study:
         for table in self.tables:
             for run in table.runs:
                 self._check_run(table, run)
+            if table.kind == "setting":
+                self._check_places(table)
             if table.reference and is_upward(self.metric):
                 raise ValueError(
                     f"{table.title}: of {self.metric} more is better; time is measured to a distance."
@@ -249,10 +251,23 @@ class Study:
             raise ValueError(f"{table.title}: {run} has no setting {table.setting!r}.")
         if (run, "") in table.sampled and self.parent_of(run) is None:
             raise ValueError(f"{table.title}: {shortened(run)} is no distillation; give its line samplings.")
-        if table.kind == "setting" and not _is_place(value := settings[table.setting]):
-            raise ValueError(
-                f"{table.title}: {table.setting} is {shortened(value)}; an axis needs a number or 'student'."
-            )
+
+    def _check_places(self, table: Table) -> None:
+        """Of the runs of a table over a setting: each has one, and its own."""
+        taken = {}
+        for run in table.runs:
+            value = self.settings_of(run)[table.setting]
+            if not _is_place(value):
+                raise ValueError(
+                    f"{table.title}: {table.setting} is {shortened(value)}; an axis needs a number or "
+                    "'student'."
+                )
+            place = value if value == "student" else float(value)
+            if place in taken:
+                raise ValueError(
+                    f"{table.title}: {taken[place]} and {run} both have {table.setting} {shortened(value)}."
+                )
+            taken[place] = run
 
     def _check_files(self) -> None:
         """No two runs or tables share a file, nor two samplings of a run that differ."""

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Sequence
+from urllib.parse import quote
 
 from scipy.stats import spearmanr
 
@@ -85,39 +86,60 @@ def rows_of_times(table: Table, study: Study, results: Results) -> tuple[list[st
 
     The rows of a ranking are in the order of that time.
     """
-    rows, usual = [], seconds_to(table.reference, table.reference, results)
+    rows, name, usual = [], table.reference, seconds_to(table.reference, table.reference, results)
     for run, paper in table.paper.items():
         step, steps = [1 / speed for speed in results.of(run, ("speed",))], results.steps([run])
         total = [step[0] * steps[-1]] if step and steps else []
-        reached = seconds_to(run, table.reference, results)
-        shares = [found and (found / usual[seed] if usual[seed] else None) for seed, found in reached.items()]
-        score, share = results.of(run, ("last",)), ratios(run, table.reference, ("last",), results)
-        rows.append([run, paper, step, total, score, share, [*reached.values()], shares])
+        multiples, reached = ratios(run, name, ("last",), results), seconds_to(run, name, results)
+        shares = {
+            seed: None if found is None or not usual[seed] else found / usual[seed]
+            for seed, found in reached.items()
+        }
+        scores = results.by_seed(run, ("last",))
+        against = [multiples.get(seed) for seed in scores] if multiples else []
+        times = [*reached.values()], [*shares.values()]
+        rows.append([run, paper, step, total, [*scores.values()], against, *times])
     if table.kind == "ranking":
         rows.sort(key=lambda row: (_missing(row[6]), _mean(row[6]), _mean(row[4])))
-    name = table.reference
-    times = [f"s to {name}'s", f"× {name}'s time"]
-    return ["run", "paper", "s a step", "s in all", study.metric, f"× {name}'s", *times], rows
+    of_reference = [f"× {name}'s", f"s to {name}'s", f"× {name}'s time"]
+    return ["run", "paper", "s a step", "s in all", study.metric, *of_reference], rows
 
 
 def rows_of_gains(table: Table, study: Study, results: Results) -> tuple[list[str], list[list]]:
-    """As [`rows_of`], of the seeds that both of a pair have: last scores, and their ratio at each step."""
-    rows, steps = [], results.steps(table.runs)
+    """As [`rows_of`], of the seeds that both of a pair have: last scores, their ratio, earlier ones."""
+    rows, steps = [], results.steps(table.runs)[:-1]
     for name, pair in table.pairs.items():
-        last = [results.by_seed(run, ("last",)) for run in pair]
-        both = [[found[seed] for seed in last[0] if seed in last[1]] for found in last]
-        shares = [ratios(*pair, ("score", step), results) for step in steps]
-        rows.append([name, table.paper[name], *both, *shares])
-    return ["pair", "paper", f"{study.metric}, with", "without", *(f"× at {step:,}" for step in steps)], rows
+        seeds, gains = common_seeds(pair, results), gains_of(pair, study, results)
+        both = [[results.by_seed(run, ("last",))[seed] for seed in seeds] for run in pair]
+        last = [*ratios(*pair, ("last",), results).values()]
+        rows.append([name, table.paper[name], *both, last, *(gains.get(step, []) for step in steps)])
+    head = ["pair", "paper", f"{study.metric}, with", "without", "×", *(f"× at {step:,}" for step in steps)]
+    return head, rows
 
 
-def ratios(run: str, reference: str, what: tuple, results: Results) -> list[float | None]:
+def gains_of(pair: Sequence[str], study: Study, results: Results) -> dict[int, list[float | None]]:
+    """The ratios of two runs' scores by step, which are none if one of them distils and the other does not.
+
+    A distillation's steps come after all of its parent's.
+    """
+    if len({study.parent_of(run) is None for run in pair}) > 1:
+        return {}
+    return {step: [*ratios(*pair, ("score", step), results).values()] for step in results.steps(pair)}
+
+
+def common_seeds(runs: Sequence[str], results: Results) -> list[int]:
+    """The seeds that all of the runs have."""
+    first, *others = (results.by_seed(run, ("last",)) for run in runs)
+    return [seed for seed in first if all(seed in other for other in others)]
+
+
+def ratios(run: str, reference: str, what: tuple, results: Results) -> dict[int, float | None]:
     """Of what a run and a reference were found to have, by the seeds that both have; None: by nothing.
 
     Runs of a seed saw the same images and noises, and are better and worse together.
     """
     ours, theirs = results.by_seed(run, what), results.by_seed(reference, what)
-    return [ours[seed] / theirs[seed] if theirs[seed] else None for seed in ours if seed in theirs]
+    return {seed: ours[seed] / theirs[seed] if theirs[seed] else None for seed in ours if seed in theirs}
 
 
 def seconds_to(run: str, reference: str, results: Results) -> dict[int, float | None]:
@@ -214,7 +236,7 @@ def markdown(study: Study, results: Results, figures: str = ".") -> str:
     Args:
         figures: the folder of the figures, from where the text will be.
     """
-    folder = "" if figures == "." else f"{figures}/"
+    folder = "" if figures == "." else quote(f"{figures}/")
     lines = [f"# {study.title}", ""]
     for paragraph in [study.about, *study.summary]:
         lines += [paragraph, ""]
@@ -222,7 +244,7 @@ def markdown(study: Study, results: Results, figures: str = ".") -> str:
         head, rows = rows_of(table, study, results)
         lines += [f"## {table.title}", "", _row(head), "|" + "---|" * len(head)]
         for name, paper, *values in rows:
-            seeds = min(len(results.of(run, ("last",))) for run in table.pairs.get(name, [name]))
+            seeds = len(common_seeds(table.pairs.get(name, [name]), results))
             if 0 < seeds < len(study.seeds):
                 name += f" ({seeds} of {len(study.seeds)} seeds)"
             quoted = " / ".join(f"{number:g}" for number in paper) if isinstance(paper, list) else show(paper)
@@ -240,7 +262,7 @@ def markdown(study: Study, results: Results, figures: str = ".") -> str:
 
 def _row(cells: Sequence[str]) -> str:
     """A line of a table, whose cells may have its bars."""
-    escaped = [cell.replace("|", r"\|") for cell in cells]
+    escaped = [cell.replace("|", r"\|").replace("\n", " ") for cell in cells]
     return f"| {' | '.join(escaped)} |"
 
 

@@ -175,7 +175,7 @@ class SDDiTDecoder(nn.Module):
     """The light decoder G: the complete token set H to an image-shaped output (Sec. 3.3).
 
     # Paper silent: widths and the way of [CLS] into the decoder follow from the parameter counts (see
-    # README). MaskDiT's decoder is the same without [CLS] (`has_cls=False`).
+    # docs/paper.md). MaskDiT's decoder is the same without [CLS] (`has_cls=False`).
     """
 
     def __init__(

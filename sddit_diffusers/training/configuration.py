@@ -90,7 +90,9 @@ class EvaluationOptions:
 
     evaluation_steps: int = option(0, "score the averaged weights every so many steps; 0: never", low=0)
     evaluation_samples: int = option(
-        10_000, f"images that are made for it, in {TRIAL_STEPS} steps of the sampler", low=2
+        10_000,
+        f"images that are made for it, in {TRIAL_STEPS} steps of the sampler, of a distillation in its own",
+        low=2,
     )
     evaluation_reference: str = option(
         "", "a REFERENCE of `sddit evaluate`; all pictures of the dataset if not given"

@@ -282,7 +282,7 @@ def defaults_of(parent: Parent, objective: str) -> dict:
     if parent.vae is not None:
         found["vae"] = parent.name
     if parent.settings.get("preset") in ("digits", "digits-flow"):
-        found |= OF_DIGITS | {"learning_rate": RATES_OF_DIGITS[objective]}
+        found |= OF_DIGITS | {"learning_rate": RATES_OF_DIGITS.get(objective, 1e-4)}
     if not parent.is_child:  # the papers' batches are those of all processes
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         found["train_batch_size"] = max(1, found["train_batch_size"] // processes)

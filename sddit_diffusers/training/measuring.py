@@ -3,21 +3,24 @@
 import copy
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from diffusers import SchedulerMixin
 
 from ..evaluation.judge import Judge
 from ..evaluation.probe import labelled_pictures, probe
+from ..evaluation.studies import Study
 from ..files import read_json, remove
 from ..launching import bar, on_main_process
 from ..pipelines.loading import load_pipeline, scheduler_of
 from ..pipelines.pipeline_sddit import SDDiTPipeline
 from ..pipelines.sampling import class_of, image_size, sample
+from .auxiliary import Process
 from .building import build_objective
 from .configuration import RunConfig
 from .distill_options import DistillConfig
@@ -53,12 +56,20 @@ def steps_a_second(
             trainers[name] = trainer, data
         for step in bar(range(SPEED_ROUNDS + 2), desc="speed", unit="round", leave=False):
             for name, (trainer, data) in trainers.items():
+                take_turn(trainer)
                 start = time.perf_counter()
                 trainer.train_step(step, data)  # its metrics are read back from the device
                 seconds[name].append(time.perf_counter() - start)
     if accelerator.is_main_process:
         remove(folder)
     return {name: 1 / statistics.median(values[2:]) for name, values in seconds.items()}
+
+
+def take_turn(trainer: Trainer) -> None:
+    """Sets what a process has once as this run wants it; the one that was opened last had it."""
+    config = trainer.config
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    trainer.accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
 
 
 def sampler(process: SchedulerMixin, sampling: dict) -> SchedulerMixin:
@@ -73,6 +84,26 @@ def sampler(process: SchedulerMixin, sampling: dict) -> SchedulerMixin:
         sampling.get("scheduler", {}),
         sampling.get("num_inference_steps"),
     )
+
+
+def count_evaluations(study: Study, process_of: Callable[[str], Process]) -> dict[tuple[str, str], int]:
+    """Of the network, by run and sampling.
+
+    Raises:
+        ValueError: there is no such sampling, or two of a line would stand in one place.
+    """
+    found = {}
+    for table in study.tables:
+        for (run, name), sampling in table.sampled.items():
+            try:
+                found[run, name] = len(sampler(process_of(run), sampling).timesteps)
+            except ValueError as error:
+                raise ValueError(f"{table.title}: {run}, {name or 'by itself'}: {error}") from None
+        for line, points in table.points.items():
+            counts = [found[place] for place in points]
+            if len(set(counts)) < len(counts):
+                raise ValueError(f"{table.title}: {line} has one number of evaluations twice: {counts}.")
+    return found
 
 
 def call_arguments(sampling: dict) -> dict:

@@ -275,7 +275,7 @@ class SDDiTObjective(Objective):
     - Loss = L_G + L_D: `forward`;
     - back-propagation and the student's update: `training.step.train_step`;
     - the teacher's and the centers' updates: `Discrimination.after_step`;
-    - H(T, S, C): `discrimination.cross_entropy`.
+    - H(T, S, C): `prototypes.cross_entropy`.
 
     Args:
         transformer, scheduler, mask_ratio_schedule, label_dropout: as of [`Objective`].

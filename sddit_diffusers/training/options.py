@@ -1,7 +1,7 @@
 """How a run is configured: options by axis, and the recipes of the presets.
 
-A setting comes from, in rising order: Table A1 (the defaults), the preset's recipe, the method's settings,
-the JSON file of `--config`, the command line.
+A setting comes from, in rising order: Table A1 (the defaults), the process's settings, the preset's recipe,
+the method's settings, the JSON file of `--config`, the command line.
 """
 
 from dataclasses import dataclass

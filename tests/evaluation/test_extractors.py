@@ -1,11 +1,13 @@
 import re
 import urllib.error
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torch_fidelity
+from accelerate import Accelerator
 from conftest import Touch, randomize
 from damages import DAMAGES
 from safetensors.torch import load, load_file, save
@@ -246,3 +248,18 @@ def test_all_extractors_of_a_judge_see_the_same_pictures(monkeypatch):
     for kinds in (["pixels", "classifier"], ["pixels", "inception"]):
         judge.Judge("folder", kinds, (8, 8), 4, "image", "kind", None)
     assert opened == [("pixels", "kind"), ("classifier", "kind"), ("pixels", ""), ("inception", "")]
+
+
+def test_a_sample_that_is_not_finite_is_told_of_as_such(monkeypatch, inception_weights):
+    """The first too, where no image has features yet; a run saves a checkpoint of it."""
+
+    def sample(*arguments):
+        raise FloatingPointError("The image of seed 0 is not finite.")
+
+    accelerator = Accelerator(cpu=True)
+    extractor = judge.build_extractor("inception", str(inception_weights), None, None, accelerator)
+    monkeypatch.setattr(judge, "View", lambda *arguments: SimpleNamespace(extractor=extractor))
+    monkeypatch.setattr(judge, "sample", sample)
+    monkeypatch.setattr(judge, "class_of", lambda *arguments: 0)
+    with pytest.raises(FloatingPointError, match="The image of seed 0"):
+        judge.Judge("folder", ["inception"], (8, 8), 4, "image", "", accelerator)(None, 2)

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from sddit_diffusers.evaluation.figures import draw
@@ -125,6 +126,8 @@ def test_a_ranking_is_in_the_order_of_time(results):
     assert "| DiT | – | 0.5 | 200 | 1.5 ± 0.71 | 1 ± 0 | 200 ± 0 | 1 ± 0 |" in text
     assert "| bad | – | 0.25 | 100 | 3.75 ± 4.6 | 2 ± 2.1 | 87.5 (1 of 2) | 0.4375 (1 of 2) |" in text
     assert text.startswith("# Title\n\nAbout.\n\nSo.\n\n## Ranking\n\n| run |")
+    assert "](my%20figures/ranking.png)" in markdown(study, results, "my figures")
+    assert "| a b |" in markdown(study_of([Table("T", "steps", {"a\nb": None})], **{"a\nb": {}}), results)
     assert "](figures/ranking.png)" in text and text.endswith("A note.\n")
 
 
@@ -132,14 +135,40 @@ def test_gains_are_ratios_of_the_same_seed(results, findings):
     """At 100 steps "fast" has half of DiT's score with both seeds, at 200 a half and a quarter."""
     study = study_of()
     head, rows = rows_of(study.tables[3], study, results)
-    assert head == ["pair", "paper", "fid_a, with", "without", "× at 100", "× at 200", "× at 400"]
-    assert rows[0] == ["at all", 0.5, [1, 0.5], [2, 1], [0.5, 0.5], [0.5, 0.25], [0.5, 0.5]]
-    assert rows[1][4:] == [[2, 2], [2, 4], [1, 0.5]]
+    assert head == ["pair", "paper", "fid_a, with", "without", "×", "× at 100", "× at 200"]
+    assert rows[0] == ["at all", 0.5, [1, 0.5], [2, 1], [0.5, 0.5], [0.5, 0.5], [0.5, 0.25]]
+    assert rows[1][4:] == [[1, 0.5], [2, 2], [2, 4]]
     del findings.trainings["fast", 0]
     findings.trainings["DiT", 1].metrics[0]["fid_a"] = 0.0
     findings.tell(results := Results())
-    assert rows_of(study.tables[3], study, results)[1][0][2:] == [[0.5], [1], [None], [0.25], [0.5]]
-    assert "| at all (1 of 2 seeds) | 0.5 | 0.5 | 1 | – |" in markdown(study, results)
+    assert rows_of(study.tables[3], study, results)[1][0][2:] == [[0.5], [1], [0.5], [None], [0.25]]
+    assert "| at all (1 of 2 seeds) | 0.5 | 0.5 | 1 | 0.5 | – |" in markdown(study, results)
+
+
+def test_gains_of_a_distillation_are_those_of_the_ends(results):
+    study = study_of(fast={"of": "DiT"})
+    rows = rows_of(study.tables[3], study, results)[1]
+    assert rows[0][4:] == [[0.5, 0.5], [], []] and rows[1][4:] == [[1, 0.5], [], []]
+
+
+def test_seeds_are_those_that_both_of_a_pair_have(findings):
+    del findings.trainings["fast", 0], findings.trainings["DiT", 1]
+    findings.tell(results := Results())
+    study = study_of()
+    text = markdown(study, results)
+    assert "| at all | 0.5 | – | – | – | – | – |" in text
+    assert "| now (1 of 2 seeds) | – | 0.25 | 0.5 | 0.5 |" in text
+    slow = next(row for row in rows_of(study.tables[0], study, results)[1] if row[0] == "slow")
+    assert slow[5] == [0.5, None] and slow[7] == pytest.approx([3])
+
+
+def test_what_is_there_at_once_has_no_share_of_no_time(findings):
+    """A distillation is scored before its first step."""
+    for run in ("DiT", "fast"):
+        findings.trainings[run, 0].metrics[0] |= {"step": 0, "fid_a": 1.0}
+    findings.tell(results := Results())
+    rows = {row[0]: row[1:] for row in rows_of(TABLES[0], study_of(), results)[1]}
+    assert rows["fast"][5][0] == rows["DiT"][5][0] == 0 and rows["fast"][6][0] is rows["DiT"][6][0] is None
 
 
 def test_judges_agree_by_ranks(results):
@@ -178,6 +207,37 @@ def test_figures_of_what_there_is(results, table, tmp_path):
     assert drawn[0] > 0 == drawn[1]
 
 
+@pytest.mark.parametrize("kind", ["ranking", "metrics", "speed"])
+@pytest.mark.figures
+def test_figures_of_equal_seeds(kind, tmp_path):
+    """Whose mean may be rounded to a number that is none of theirs."""
+    study, results = study_of([], _run={}), Results()
+    study.seeds, names = [0, 1, 2], {"DiT": 0.1, "_run": 0.7}
+    for run, value in names.items():
+        for seed in study.seeds:
+            for what in (("last",), ("score", 100), ("metric", "kl")):
+                results.add(run, seed, what, value)
+        results.add(run, 0, ("speed",), value)
+    table = Table("T", kind, dict.fromkeys(names), reference="DiT", columns=["kl"])
+    draw(table, study, results, tmp_path)
+    assert (tmp_path / "t.png").is_file()
+
+
+def test_legends_tell_of_all_that_is_drawn(tmp_path, monkeypatch):
+    """Whatever it is called, and whatever the first run lacks."""
+    study, results, told = study_of([], _run={}), Results(), []
+    for value, name in enumerate(("kl", "entropy"), 1):
+        results.add("_run", 0, ("metric", name), value)
+    results.add("_run", 0, ("score", 1), 1.0)
+    legend = Axes.legend
+    monkeypatch.setattr(Axes, "legend", lambda axis, **given: told.append(legend(axis, **given)))
+    paper = {"DiT": None, "_run": None}
+    draw(Table("T", "metrics", paper, columns=["kl", "entropy"]), study, results, tmp_path)
+    draw(Table("T", "steps", paper), study, results, tmp_path)
+    names = [[text.get_text().strip("\u200b") for text in legend.get_texts()] for legend in told]
+    assert names == [["kl", "entropy"], ["_run"]]
+
+
 def test_what_was_not_run_is_last_and_a_seed_that_is_missing_counts_not(findings):
     del findings.trainings["fast", 0], findings.trainings["fast", 1], findings.trainings["bad", 1]
     results = Results()
@@ -192,6 +252,18 @@ def test_what_was_not_run_is_last_and_a_seed_that_is_missing_counts_not(findings
 def test_time_is_measured_to_a_distance_alone():
     with pytest.raises(ValueError, match="Ranking: of recall_pixels more is better"):
         Study("T", "A", {}, [0], "recall_pixels", RUNS, TABLES[:1])
+
+
+def test_what_was_measured_earlier_stays(findings, tmp_path):
+    """Where the same training comes again without it; images of samplings that are not asked for do not."""
+    path, probe = tmp_path / "results.json", [{"probe": "k-NN", "features": "f", "sigma": 1.0, "accuracy": 1}]
+    findings.trainings["fast", 0].probe = probe
+    findings.images = [{"run": "fast", "of": {"s_churn": 1.0}, "a_second": 2.0}]
+    path.write_text(json.dumps({"found": findings.as_json()}))
+    again = findings_of()
+    again.read(path)
+    again.add("fast", 0, Found([{"step": 1, "fid_a": 3.0}]))
+    assert again.trainings["fast", 0] == Found([{"step": 1, "fid_a": 3.0}], probe) and again.images == []
 
 
 def test_findings_come_back_from_their_file(findings, tmp_path):

@@ -12,6 +12,7 @@ from processes import Started, launch
 from small_study import STUDY
 
 from sddit_diffusers import reproduce
+from sddit_diffusers.evaluation import report
 from sddit_diffusers.evaluation.studies import read_study
 from sddit_diffusers.evaluation.tables import Results, markdown
 from sddit_diffusers.files import locked
@@ -201,9 +202,37 @@ def test_one_process_measures_speeds_at_a_time(write, tmp_path, monkeypatch):
     assert measured == [["DiT"]] and [path.name for path in (tmp_path / "a").iterdir()] == ["speeds.json"]
 
 
+def test_a_measurement_that_fails_keeps_the_others(write, tmp_path, monkeypatch, capsys):
+    """And the tables, whatever cannot be sampled."""
+    sampling = STUDY["tables"][5] | {"samplings": {"N = 2": {"sigmas": [1.0, 2.0]}, "rho 3": {}}}
+    steps = {"title": "Table 1", "kind": "steps", "paper": {"DiT": None}}
+    path = write(tables=[steps, sampling], runs={"DiT": STUDY["runs"]["DiT"]}, seeds=[0])
+    with refusal(capsys, "Not all could be measured: dit/seed-0/sampling-n-2.json: "):
+        run(path, tmp_path / "a")
+    results = json.loads((tmp_path / "a/results.json").read_text())
+    assert table_of(results, "Sampler")["N = 2"] == [None, []]
+    assert len(table_of(results, "Sampler")["rho 3"][1]) == len(table_of(results, "Table 1")["DiT"][-1]) == 1
+
+
+def test_each_run_is_timed_with_its_own_accumulation(write, tmp_path, monkeypatch):
+    other = STUDY["runs"]["SD-DiT"] | {"gradient_accumulation_steps": 4, "allow_tf32": False}
+    reproduction = Reproduction(ReproduceConfig(), write(runs=STUDY["runs"] | {"SD-DiT": other}))
+    seen = []
+
+    def train_step(trainer, step, data):
+        flag = torch.backends.cuda.matmul.allow_tf32
+        seen.append((trainer.accelerator.gradient_accumulation_steps, flag))
+
+    monkeypatch.setattr(measuring, "SPEED_ROUNDS", 1)
+    monkeypatch.setattr(measuring.Trainer, "train_step", train_step)
+    accelerator = reproduction.accelerator
+    measuring.steps_a_second(reproduction.first, tmp_path / "speed", accelerator, ["DiT", "SD-DiT"])
+    assert seen == [(1, True), (4, False)] * 3
+
+
 def test_the_leaderboard_is_what_was_found(tmp_path, monkeypatch):
     """docs/leaderboard.md has no number that is not in its results."""
-    monkeypatch.setattr(reproduce, "draw", lambda *arguments: None)
+    monkeypatch.setattr(report, "draw", lambda *arguments: None)
     docs, page = STUDIES.parent / "docs", tmp_path / "leaderboard.md"
     known = ["--known", str(docs / "leaderboard/results.json"), "--settings", '{"dataset_name": "somewhere"}']
     run(STUDIES / "leaderboard.json", tmp_path / "leaderboard", "--report_only", "--page", str(page), *known)
@@ -243,6 +272,11 @@ def test_other_settings_than_those_begun_with_are_refused(write, tmp_path, capsy
         ({"metric": "fid_resnet"}, "DiT has no 'fid_resnet': its evaluation_extractor, pixels, gives fid"),
         ({"tables": [STUDY["tables"][3] | {"columns": ["kl", "fid"]}]}, "DiT has no 'fid': its evaluation_e"),
         ({"settings": {"preset": "cifar10"}}, "is not scored"),
+        ({"settings": STUDY["settings"] | {"push_to_hub": True}}, "DiT: push_to_hub is on"),
+        (
+            {"runs": STUDY["runs"] | {"mask 0": STUDY["runs"]["SD-DiT"]}},
+            "Figure 5: mask 0 and SD-DiT both have mask_ratio 0.5",
+        ),
     ],
 )  # fmt: skip
 def test_wrong_studies_are_refused(changes, message, write, tmp_path, capsys):
