@@ -32,6 +32,7 @@ PRESETS = {
     "cifar10":     _network(  32,   2,   3,     8,    4,  64, (4,  6, 32),     10),
     "cifar10-latent": _network(8,   2,   4,     8,    4,  64, (2,  6, 32),     10),
     "cifar10-latent-tiny": _network(8, 1, 4,    4,    4,  24, (2,  4, 24),     10),
+    "cifar10-latent-light": _network(8, 1, 4,   4,    4,  24, (2,  4, 24),     10),
 }
 # fmt: on
 

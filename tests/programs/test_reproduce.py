@@ -230,15 +230,15 @@ def test_each_run_is_timed_with_its_own_accumulation(write, tmp_path, monkeypatc
     assert seen == [(1, True), (4, False)] * 3
 
 
-def test_the_leaderboard_is_what_was_found(tmp_path, monkeypatch):
-    """docs/leaderboard.md has no number that is not in its results."""
+@pytest.mark.parametrize("name", ["leaderboard", "discrimination"])
+def test_a_page_of_a_study_is_what_was_found(name, tmp_path, monkeypatch):
+    """docs/NAME.md has no number that is not in its results."""
     monkeypatch.setattr(report, "draw", lambda *arguments: None)
-    docs, page = STUDIES.parent / "docs", tmp_path / "leaderboard.md"
-    known = ["--known", str(docs / "leaderboard/results.json"), "--settings", '{"dataset_name": "somewhere"}']
-    run(STUDIES / "leaderboard.json", tmp_path / "leaderboard", "--report_only", "--page", str(page), *known)
-    assert page.read_text() == (docs / "leaderboard.md").read_text()
-    found = (docs / "leaderboard/results.json").read_text()
-    assert (tmp_path / "leaderboard/results.json").read_text() == found
+    docs, page = STUDIES.parent / "docs", tmp_path / f"{name}.md"
+    known = ["--known", str(docs / name / "results.json"), "--settings", '{"dataset_name": "somewhere"}']
+    run(STUDIES / f"{name}.json", tmp_path / name, "--report_only", "--page", str(page), *known)
+    assert page.read_text() == (docs / f"{name}.md").read_text()
+    assert (tmp_path / name / "results.json").read_text() == (docs / name / "results.json").read_text()
 
 
 def test_precisions_cannot_differ(write, tmp_path, capsys):
