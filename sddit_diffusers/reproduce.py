@@ -175,13 +175,15 @@ class Reproduction:
     def run(self) -> None:
         """Trains what is missing, measures what the tables need, and reports."""
         missing = [] if self.config.report_only else on_main_process(self.missing, self.accelerator)
-        self.findings.check_kept(self.folder / "results.json", [*self.done(self.configs), *missing])
+        path = self.folder / "results.json"
+        on_main_process(
+            lambda: self.findings.check_kept(path, [*self.done(self.configs), *missing]), self.accelerator
+        )
         for i, (run, seed) in enumerate(missing):
             self.accelerator.print(f"[{i + 1} of {len(missing)}] {run}, seed {seed}", flush=True)
             self.train(run, seed)
         if not self.config.report_only:
             self.measure()
-        self.collect()
         on_main_process(self.report, self.accelerator)
         if self.problems:
             raise ValueError(f"Not all could be measured: {' '.join(self.problems)}")
@@ -298,12 +300,13 @@ class Reproduction:
         self.findings.images = images or self.findings.images
 
     def report(self) -> None:
-        """Writes tables and figures.
+        """Writes tables and figures of what there is.
 
         Raises:
             ValueError: another process has written what would be lost.
         """
         with locked(self.folder, patience=-1):
+            self.collect()
             self.findings.check_kept(self.folder / "results.json", ())
             write(self.study, self.results, self.findings, self.folder, self.config.page)
 

@@ -315,7 +315,7 @@ def test_the_project_s_studies_can_be_run(path, tmp_path):
     )
     study = reproduction.study
     assert len(study.seeds) >= 3 or path.stem == "imagenet"
-    headings = len(study.tables) + sum(note.startswith("## ") for note in study.notes)
+    headings = len(study.tables) + sum(note.startswith("## ") for note in study.summary + study.notes)
     assert markdown(study, Results()).count("\n## ") == headings
 
 
