@@ -123,8 +123,8 @@ def test_defaults_that_depend_on_something_say_so(capsys, tmp_path):
     assert "optimizer steps (default: by the preset, here 1650)" in digits
     assert "optimizer steps (default: by the preset, here 2400000)" in paper
     assert "latents (default: by the preset, here none)" in paper
-    assert "routed blocks (default: by the method, here 0.2)" in digits
-    assert "routed blocks (default: by the method, here 0.5)" in told("--method", "tread")
+    assert "routed blocks (default: by the preset and method, here 0.2)" in digits
+    assert "routed blocks (default: by the preset and method, here 0.5)" in told("--method", "tread")
     assert "in training (default: by the preset and process, here -1.2)" in paper
     assert "seed of weights, data order and noise (default: 0)" in paper
     (tmp_path / "c.json").write_text('{"seed": 5}')
