@@ -194,6 +194,15 @@ def button(page, name):
     return page.get_by_role("button", name=name, exact=True)
 
 
+def wait_for(page, text):
+    """For a text; where it does not come, what is there instead is told."""
+    try:
+        page.get_by_text(text).first.wait_for()
+    except Exception as error:
+        raise AssertionError(f"{text!r} is not in: {page.locator('body').inner_text()}") from error
+
+
+@pytest.mark.thorough
 def test_in_a_browser(served, browser):
     page = opened(browser, served)
     np.testing.assert_array_equal(shown_images(page), made_by_code(page))
@@ -206,32 +215,32 @@ def test_in_a_browser(served, browser):
     enter(page, "Steps", 3)
     enter(page, "Seed", 5)
     button(page, "Generate").click()
-    page.get_by_text("range(5, 11)").wait_for()
+    wait_for(page, "range(5, 11)")
     images, code = shown_images(page), page.locator(".cm-content").inner_text()
     assert "class_labels=[1, 2, 3]" in code and "EDMDPMSolverMultistepScheduler" in code
     np.testing.assert_array_equal(images, made_by_code(page))
 
     page.get_by_role("slider", name="came about").press("Home")
-    page.get_by_text("Code of step 1 of 3").wait_for()
+    wait_for(page, "Code of step 1 of 3")
     first = shown_images(page)
     assert first.shape == images.shape and np.abs(first - images).mean() > 5
     np.testing.assert_array_equal(first, made_by_code(page))
     page.locator(".page-strip button").nth(1).click()
-    page.get_by_text("Code of step 2 of 3").wait_for()
+    wait_for(page, "Code of step 2 of 3")
     second = shown_images(page)
 
     enter(page, "Seed", -3)
     button(page, "Generate").click()
-    page.get_by_text("Seed: -3 is not a whole number from 0 to 4294967295.").wait_for()
+    wait_for(page, "Seed: -3 is not a whole number from 0 to 4294967295.")
     assert "Seed" in page.locator(".page-wrong").inner_text() and page.locator(".page-wrong").count() == 1
     np.testing.assert_array_equal(shown_images(page), second)
 
     enter(page, "Seed", 3)
     enter(page, "Steps", 3000)
     button(page, "Generate").click()
-    page.get_by_text("Denoising").first.wait_for()
+    wait_for(page, "Denoising")
     button(page, "Stop").click()
-    page.get_by_text("Stopped after").wait_for()
+    wait_for(page, "Stopped after")
     assert page.locator(".page-wrong").count() == 0
 
     hosts = {urlsplit(address).netloc for address in page.asked if not address.startswith(("data:", "blob:"))}
@@ -241,14 +250,14 @@ def test_in_a_browser(served, browser):
 def test_one_click_is_an_example(served, browser):
     page = opened(browser, served)
     button(page, "Every class").click()
-    page.get_by_text("class_labels=[0, 1, 2, 3]").wait_for()
+    wait_for(page, "class_labels=[0, 1, 2, 3]")
     assert len(shown_images(page)) == 4
     seed = page.locator(".cm-content").inner_text().split("range(")[1]
     button(page, "New seed").click()
     page.wait_for_function("s => !document.querySelector('.cm-content').innerText.includes(s)", arg=seed)
     page.get_by_label("Fast").check()
     button(page, "Generate").click()
-    page.get_by_text("num_inference_steps=8").wait_for()
+    wait_for(page, "num_inference_steps=8")
     with page.expect_download() as download:
         page.locator(".page-bar button").click()
     with zipfile.ZipFile(download.value.path()) as archive:
@@ -283,7 +292,7 @@ def test_screenshots(tmp_path, browser):
             for scheme in ("light", "dark"):
                 size = {"width": width, "height": height}
                 page = opened(browser, url, viewport=size, color_scheme=scheme)
-                page.get_by_text("trained on scikit-learn's handwritten digits").wait_for()
+                wait_for(page, "trained on scikit-learn's handwritten digits")
                 page.locator(".cm-content").wait_for()
                 page.wait_for_timeout(2000)  # until all is where it stays
                 assert page.evaluate("document.documentElement.scrollWidth") <= width
