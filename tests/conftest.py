@@ -19,7 +19,7 @@ from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 from sddit_diffusers import EDMHeunScheduler, SDDiTPipeline, SDDiTTransformer2DModel, prepare_latents
 from sddit_diffusers.evaluation.classifiers import train_classifier
 from sddit_diffusers.models.transformer_sddit import SDDiTBlock
-from sddit_diffusers.training import encoders
+from sddit_diffusers.training import encoders, metrics
 
 CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {*range(os.cpu_count())}
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
@@ -48,6 +48,11 @@ NETWORKS = {
     "mdt": _ENCODER | {"num_decoder_layers": 2},
     "tread": _ENCODER | {"route_start": 1, "route_end": 2},
 }
+
+
+def thorough(*cases):
+    """Values of a parameter, or tuples of several, that `pytest -m thorough` alone runs."""
+    return [pytest.param(*(x if isinstance(x, tuple) else (x,)), marks=pytest.mark.thorough) for x in cases]
 
 
 def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -94,6 +99,7 @@ def blank_figures(request, monkeypatch):
     savefig = Figure.savefig
     if not request.node.get_closest_marker("figures"):
         monkeypatch.setattr(Figure, "savefig", lambda self, *a, **options: savefig(Figure(), *a, **options))
+        monkeypatch.setattr(metrics, "_draw_curves", lambda rows, file: savefig(Figure(), file, format="png"))
 
 
 @pytest.fixture(autouse=True)

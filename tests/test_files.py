@@ -3,13 +3,12 @@
 import json
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import Started
 
 from sddit_diffusers.files import (
     LOCK,
@@ -69,25 +68,29 @@ def test_a_folder_takes_the_place_of_another_when_it_is_whole(tmp_path):
 
 @pytest.mark.process
 def test_one_run_writes_in_a_folder(tmp_path):
-    holder = (
+    folder, script, held = (tmp_path / name for name in ("run", "holder.py", "held"))
+    folder.mkdir()
+    script.write_text(
         "import sys, time; from pathlib import Path; from sddit_diffusers.files import locked\n"
-        "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+        "with locked(Path(sys.argv[1])): Path(sys.argv[2]).touch(); time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], stdout=subprocess.PIPE) as other:
-        assert other.stdout.readline() == b"held\n"
-        try:
-            with pytest.raises(ValueError, match=f"is in use by process {other.pid} "):
-                with locked(tmp_path, patience=0):
+
+    def in_use():
+        if held.exists():
+            with pytest.raises(ValueError, match=f"is in use by process {other.pids[0]} "):
+                with locked(folder, patience=0):
                     pass
-        finally:
-            other.kill()
-    (tmp_path / f".samples.npz.{other.pid}.tmp").write_text("left over")
-    with locked(tmp_path, patience=5):  # it went with the process
-        assert os.listdir(tmp_path) == [LOCK]  # and so has what it left
+        return held.exists()
+
+    other = Started(1, script, folder, held)
+    other.kill_when(in_use)
+    (folder / f".samples.npz.{other.pids[0]}.tmp").write_text("left over")
+    with locked(folder, patience=5):  # it went with the process
+        assert os.listdir(folder) == [LOCK]  # and so has what it left
         with pytest.raises(ValueError, match=f"process {os.getpid()} "):
-            with locked(tmp_path, patience=0):
+            with locked(folder, patience=0):
                 pass
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(folder) == []
 
 
 STRUCTURE = {"count": range(0, 10), "shards": [{"file": str, "rows?": int}], "names": (None, [str])}
@@ -121,7 +124,7 @@ def test_what_is_no_json_is_refused(text):
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
                     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))  # fmt: skip
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_json_is_either_of_the_structure_or_refused(value):
     try:
         found = parse_json(json.dumps(value), {str: [float]}, "record", "here")

@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import datasets
@@ -342,6 +342,7 @@ def _column(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
     return rows.with_format("arrow")[:][name]
 
 
+@cache
 def _digits() -> datasets.Dataset:
     from sklearn.datasets import load_digits
 

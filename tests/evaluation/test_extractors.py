@@ -184,7 +184,7 @@ def test_the_residual_classifier_learns_and_is_another(digits, tmp_path):
             ClassifierExtractor(f"sddit-{kind}", names, feature_extractor_weights_path=str(other))
 
 
-@pytest.mark.long
+@pytest.mark.thorough
 def test_torch_fidelity_knows_them_by_name(digits):
     class Part(torch.utils.data.Dataset):
         def __init__(self, start):

@@ -112,6 +112,7 @@ def reference(tmp_path):
     return tmp_path / "reference.npz"
 
 
+@pytest.mark.thorough
 @pytest.mark.process
 def test_processes_without_images_take_part(reference, tmp_path):
     """Three processes, of which one has none of the samples and none of the reference's two pictures."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY, randomize
+from conftest import TINY, randomize, thorough
 
 from sddit_diffusers import (
     MaskDiTTransformer2DModel,
@@ -43,7 +43,7 @@ def dynamic():
     return {"hidden_states": image, "timestep": {0: b}, "class_labels": {0: b}, "return_dict": None}
 
 
-@pytest.mark.parametrize("method", NETWORKS)
+@pytest.mark.parametrize("method", ["sddit", *thorough(*(name for name in NETWORKS if name != "sddit"))])
 def test_exported_for_all_batches_and_sizes(method):
     network = make(method)
     exported = torch.export.export(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NETWORKS, randomize
+from conftest import NETWORKS, randomize, thorough
 from torch.utils.flop_counter import FlopCounterMode
 
 from sddit_diffusers import PRESETS, EDMHeunScheduler, PlainDiTTransformer2DModel, TREADTransformer2DModel
@@ -293,7 +293,7 @@ def test_every_token_is_denoised(inputs):
     )
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("schedule", ["constant", *thorough("cosine")])
 def test_compiled_blocks_take_both_lengths(schedule, inputs, graphs):
     x0, _, labels = inputs
     objective = Objective(make(), EDMHeunScheduler(), mask_ratio=0.5, mask_ratio_schedule=schedule)

@@ -112,6 +112,7 @@ save_images(pipe, "diffusers_modules", target)
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.process
 def test_an_interpolant_needs_no_package_either(pipe, tmp_path):
     pipe.scheduler = InterpolantScheduler(path="vp", diffusion="kl")

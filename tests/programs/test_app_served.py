@@ -129,6 +129,7 @@ def test_one_step_is_a_call(served):
     assert "event: complete" in answer
 
 
+@pytest.mark.thorough
 def test_a_client_that_reads_nothing_does_not_fill_the_queue(served):
     """Whatever its sessions are called. Its calls end by themselves, so the next one has its turn."""
     with pytest.raises(urllib.error.HTTPError) as refused:

@@ -51,6 +51,16 @@ def content(folder):
     }
 
 
+WHOLE = {}
+
+
+def content_of_twelve(model):
+    """Of a generation of twelve images that nothing stopped; the model of each test is the same."""
+    if not WHOLE:
+        WHOLE.update(content(run(model, model.parent / "whole", "--num_samples", 12)))
+    return WHOLE
+
+
 @pytest.mark.process
 def test_the_same_bytes_at_any_batch_size_and_number_of_processes(model, tmp_path):
     options = ["--num_samples", 64, "--format", "npz", "png"]
@@ -267,7 +277,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_batches_are_made_again(model, tmp_path, capsys, damage):
-    whole = content(run(model, tmp_path / "whole", "--num_samples", 12))
+    whole = content_of_twelve(model)
     batches = stopped_after_two_batches(model, tmp_path / "out")
     DAMAGES[damage](batches / "000000000-000000004.npy")
     capsys.readouterr()
@@ -281,7 +291,7 @@ def test_damaged_batches_are_made_again(model, tmp_path, capsys, damage):
 
 
 def test_batches_without_settings_are_not_taken(model, tmp_path):
-    whole = content(run(model, tmp_path / "whole", "--num_samples", 12))
+    whole = content_of_twelve(model)
     batches = stopped_after_two_batches(model, tmp_path / "out", "--seed", 5)
     (batches / "settings.json").unlink()
     run(model, tmp_path / "out", "--num_samples", 12)

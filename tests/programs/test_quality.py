@@ -95,6 +95,7 @@ def run(monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.thorough
 @pytest.mark.figures
 def test_settings_of_a_pipeline_side_by_side(run, tmp_path):
     settings = ["heun:6", "euler:2", "diffusers-dpm:4:taylor=2", "heun:6:guided=2:interval"]

@@ -76,6 +76,7 @@ def test_children_are_trained_after_their_parents_and_scored_beside_them(write, 
     assert [path.name for path in files if path.stat().st_mtime_ns != times[path]] == ["sampling-speeds.json"]
 
 
+@pytest.mark.thorough
 @pytest.mark.process
 def test_killed_in_a_child_and_started_again_it_gives_the_same(write, tmp_path):
     path = write(tables=CHILDREN["tables"][:1])

@@ -5,7 +5,7 @@ import random
 import shutil
 
 import pytest
-from conftest import write_latents
+from conftest import thorough, write_latents
 from processes import Started
 from small_runs import HEAD, NETWORK, weights_of
 
@@ -37,7 +37,7 @@ train_sddit.main(arguments)
 """
 
 
-@pytest.fixture(params=["digits", "latents"])
+@pytest.fixture(params=[*thorough("digits"), "latents"])
 def data(request, tmp_path):
     """The options that choose the data."""
     network, options = NETWORK, HEAD

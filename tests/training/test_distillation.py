@@ -2,10 +2,11 @@
 
 import copy
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
-from conftest import NETWORKS, randomize
+from conftest import NETWORKS, randomize, thorough
 
 from sddit_diffusers import EDMHeunScheduler, InterpolantScheduler
 from sddit_diffusers.models.transformer_sddit import SDDiTBlock
@@ -89,9 +90,13 @@ def stepped(process, x, s, t, velocity):
     return moved(found) if process.order == 1 else moved((found + parts(moved(found), t)) / 2)
 
 
-@pytest.mark.parametrize("guidance", [None, "of the step", "learnt"])
-@pytest.mark.parametrize("process", PROCESSES)
-@pytest.mark.parametrize("method", METHODS)
+TRIOS = [*product(METHODS, PROCESSES, [None, "of the step", "learnt"])]
+QUICK = [(m, p, g) for m, p, g in TRIOS if m == "sddit" or (p, g) == ("linear", None)]
+
+
+@pytest.mark.parametrize(
+    ("method", "process", "guidance"), [*QUICK, *thorough(*(trio for trio in TRIOS if trio not in QUICK))]
+)
 def test_ssd_is_algorithm_1(method, process, guidance, batch):
     arguments = {} if guidance is None else {"guidance_scales": (1.5, 3.0)}
     objective = make(method=method, process=process, distil_guidance=guidance == "learnt", **arguments)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import randomize
+from conftest import randomize, thorough
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -459,7 +459,7 @@ def test_trained_is_what_knows_most_pictures(share, trained, dit_folder, dit_lat
         assert (unexplained(trainer) < 1) == trained
 
 
-@pytest.mark.parametrize("kind", ["dit", "sd"])
+@pytest.mark.parametrize("kind", ["dit", *thorough("sd")])
 def test_a_run_goes_on_as_if_it_had_not_been_stopped(kind, request, tmp_path):
     parent, latents = (request.getfixturevalue(f"{kind}_{part}") for part in ("folder", "latents"))
     whole = distil(parent, latents, tmp_path / "whole", "--num_validation_images", 0)

@@ -59,6 +59,7 @@ def objective(checkpointing=None, **changes):
     return build
 
 
+@pytest.mark.thorough
 def test_the_parts_are_what_was_built():
     memory, real = step_memory(objective(), 8), objective()()
     trained = sum(4 * p.numel() for p in real.parameters() if p.requires_grad)

@@ -38,6 +38,7 @@ def telling(folder, place):
     return [path for path in files if os.fsencode(place) in path.read_bytes()]
 
 
+@pytest.mark.thorough
 def test_a_run_on_absolute_paths_leaves_none(tmp_path, pictures, capsys):
     """Not of its pictures, its folder, its parent, its reference, its checkpoint or its options."""
     train(tmp_path / "parent", "--max_train_steps", 1, "--dataset_name", pictures)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_deepspeed_available
-from conftest import CORES
+from conftest import CORES, thorough
 from processes import launch, launch_environment, torchrun
 from small_runs import NETWORK, SCRIPT, SMALL, train
 
@@ -24,7 +24,7 @@ from sddit_diffusers.training.metrics import read_metrics
 pytestmark = pytest.mark.process
 
 
-@pytest.mark.parametrize(("start", "accumulation"), [(launch, 1), (torchrun, 2)])
+@pytest.mark.parametrize(("start", "accumulation"), [(launch, 1), *thorough((torchrun, 2))])
 def test_two_processes_train_what_one_does(tmp_path, vision_model, start, accumulation):
     losses = ["--auxiliary", "discrimination", "sra", "repa", "--sra_momentum", "0.9"]
     losses += ["--repa_encoder", vision_model, "--repa_until_step", "7"]
@@ -81,6 +81,7 @@ train_sddit.main(sys.argv[1:-1])
 needs_deepspeed = pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("engine", ["fsdp2", pytest.param("deepspeed", marks=needs_deepspeed)])
 def test_trains_in_shards_what_one_process_does(tmp_path, vision_model, engine):
     """Losses, checkpoints and pipeline are those of one process; a stopped run goes on with or without it."""

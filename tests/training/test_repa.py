@@ -366,6 +366,7 @@ def test_the_classifier_is_trained_on_the_kept_pictures_and_its_file_stands_for_
     assert train(tmp_path / "second", *options, file)[0]["loss_repa"] == rows[0]["loss_repa"]
 
 
+@pytest.mark.thorough
 def test_the_memory_model_counts_the_encoder(vision_model, tmp_path):
     def build(*auxiliaries):
         options = ["--auxiliary", *auxiliaries]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import thorough
 from PIL import Image
 from small_runs import NETWORK, make_trainer, train
 
@@ -95,7 +96,7 @@ def test_compiled_blocks_train_alike(tmp_path, monkeypatch):
     SDDiTPipeline.from_pretrained(tmp_path / "b")
 
 
-@pytest.mark.parametrize("method", ["sddit", "maskdit", "mdt"])
+@pytest.mark.parametrize("method", ["sddit", *thorough("maskdit", "mdt")])
 def test_one_compilation_serves_all_lengths(tmp_path, graphs, method):
     """Counted by what reaches the backend; torch gives up after eight."""
     network = (
@@ -109,6 +110,7 @@ def test_one_compilation_serves_all_lengths(tmp_path, graphs, method):
     assert len(lengths) > 8 and len(graphs) < 2 * len(lengths)
 
 
+@pytest.mark.thorough
 def test_bfloat16_follows_float32(tmp_path):
     full = train(tmp_path / "a", "--max_train_steps", 40)
     AcceleratorState._reset_state(True)

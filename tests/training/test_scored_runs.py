@@ -17,6 +17,7 @@ from sddit_diffusers.evaluation.classifiers import train_classifier
 from sddit_diffusers.training.output import is_complete
 
 
+@pytest.mark.thorough
 def test_evaluation_scores_the_averaged_weights_and_changes_nothing(tmp_path, capsys):
     options = ["--max_train_steps", 5, "--evaluation_samples", 40]
     plain = train(tmp_path / "plain", *options)

@@ -19,6 +19,7 @@ from sddit_diffusers.training.trainer import Trainer
 OPTIONS = ["--max_train_steps", 3, "--validation_steps", 1, "--num_validation_images", 10]
 
 
+@pytest.mark.thorough
 @pytest.mark.figures
 def test_tensorboard_has_the_samples_and_the_curves(tmp_path):
     """At each validation step and at the end, as they are in the folder."""
