@@ -7,7 +7,7 @@ import matplotlib
 
 from ..files import written_aside
 from .studies import FIGURES, Study, Table
-from .tables import Results, gains_of, rows_of
+from .tables import Results, gains_of, rows_of, with_seeds
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -97,7 +97,8 @@ def _draw_ranking(axis, table: Table, study: Study, results: Results) -> None:
             told = f"{len(found)} of {len(shares)} come there" if shares else "no time yet"
             told = told if results.of(run, ("last",)) else "not run"
             axis.text(0.02, i, told, va="center", fontsize=8)
-    axis.set_yticks(range(len(rows)), [_text(run) for run, *_ in rows])
+    names = [with_seeds(run, table, study, results) for run, *_ in rows]
+    axis.set_yticks(range(len(rows)), [*map(_text, names)])
     axis.set_ylim(len(rows) - 0.4, -0.6)  # the first on top
     axis.set_axisbelow(True)
     axis.axvline(1, linestyle="--", color="grey", linewidth=1)

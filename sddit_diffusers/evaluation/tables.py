@@ -244,9 +244,7 @@ def markdown(study: Study, results: Results, figures: str = ".") -> str:
         head, rows = rows_of(table, study, results)
         lines += [f"## {table.title}", "", _row(head), "|" + "---|" * len(head)]
         for name, paper, *values in rows:
-            seeds = len(common_seeds(table.pairs.get(name, [name]), results))
-            if 0 < seeds < len(study.seeds):
-                name += f" ({seeds} of {len(study.seeds)} seeds)"
+            name = with_seeds(name, table, study, results)
             quoted = " / ".join(f"{number:g}" for number in paper) if isinstance(paper, list) else show(paper)
             lines.append(_row([name, quoted, *map(show, values)]))
         if table.kind == "judges":
@@ -258,6 +256,12 @@ def markdown(study: Study, results: Results, figures: str = ".") -> str:
     for note in study.notes:
         lines += [note, ""]
     return "\n".join(lines)
+
+
+def with_seeds(name: str, table: Table, study: Study, results: Results) -> str:
+    """A row's name, with the number of its seeds where they are not all there."""
+    seeds = len(common_seeds(table.pairs.get(name, [name]), results))
+    return f"{name} ({seeds} of {len(study.seeds)} seeds)" if 0 < seeds < len(study.seeds) else name
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -223,6 +223,20 @@ def test_figures_of_equal_seeds(kind, tmp_path):
     assert (tmp_path / "t.png").is_file()
 
 
+def test_the_ranking_tells_how_many_seeds_a_bar_has(tmp_path, monkeypatch):
+    study, results, told = study_of([]), Results(), []
+    for run, seed in (("DiT", 0), ("DiT", 1), ("SD-DiT", 0)):
+        results.add(run, seed, ("last",), 1.0)
+    set_yticks = Axes.set_yticks
+    monkeypatch.setattr(
+        Axes,
+        "set_yticks",
+        lambda axis, *given, **options: told.append(given) or set_yticks(axis, *given, **options),
+    )
+    draw(Table("T", "ranking", {"DiT": None, "SD-DiT": None}, reference="DiT"), study, results, tmp_path)
+    assert ["DiT", "SD-DiT (1 of 2 seeds)"] in [[*names] for _, *rest in told for names in rest]
+
+
 def test_legends_tell_of_all_that_is_drawn(tmp_path, monkeypatch):
     """Whatever it is called, and whatever the first run lacks."""
     study, results, told = study_of([], _run={}), Results(), []
