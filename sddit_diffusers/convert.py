@@ -36,7 +36,7 @@ from .files import parse_json, remove, save_tensors
 from .models.originals import FLOWS, ORIGINS, origin_of, translate
 from .models.presets import read_changes
 from .models.transformer_sddit import PatchTransformer2DModel, read_single_file
-from .pipelines.loading import load_pipeline, load_vae
+from .pipelines.loading import load_pipeline, load_vae, way_from_checkpoint
 from .pipelines.pipeline_sddit import SDDiTPipeline
 from .schedulers.scheduling_edm_heun import EDMHeunScheduler
 from .schedulers.scheduling_interpolant import InterpolantScheduler
@@ -112,7 +112,9 @@ def read_source(name: str) -> Source:
         source.vae, source.id2label = load_vae(name), index.get("id2label")
         return source
     except Exception as error:  # whatever the Hub, the network and the readers raise
-        raise ValueError(f"{name!r} cannot be loaded: {_first_line(error)}") from None
+        raise ValueError(
+            f"{name!r} cannot be loaded: {way_from_checkpoint(name) or _first_line(error)}"
+        ) from None
 
 
 def _read_file(path: Path) -> Source:

@@ -81,7 +81,19 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> SDDiTPipelin
         if not Path(name).exists():  # diffusers' own words are of caches and of a stack trace
             hub = f", and the Hub gave none ({one_line(error.__cause__ or error)})"
             problem = f"there is no such folder{'' if name.startswith(('/', '.', '~')) else hub}."
+        problem = way_from_checkpoint(name) or problem
         raise ValueError(f"The pipeline {name!r} cannot be loaded: {problem}") from None
+
+
+def way_from_checkpoint(name: str) -> str:
+    """How a training's checkpoint becomes a pipeline, if a folder is one."""
+    if not Path(name, "checkpoint.json").is_file():
+        return ""
+    steps = Path(name).name.removeprefix("checkpoint-")
+    return (
+        f"it is a checkpoint; its training, with --resume_from_checkpoint {name} --max_train_steps {steps}, "
+        "leaves a pipeline."
+    )
 
 
 def scheduler_of(

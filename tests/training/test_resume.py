@@ -5,9 +5,10 @@ import json
 import shutil
 
 import pytest
-from bad_input import contents
+from bad_input import contents, refusal
 from small_runs import NETWORK, make_trainer, train, weights_of
 
+from sddit_diffusers import SDDiTPipeline, convert, generate
 from sddit_diffusers.training.checkpointing import load_state
 from sddit_diffusers.training.options import TrainingConfig
 
@@ -26,6 +27,21 @@ def test_resumed_run_equals_an_undisturbed_one(tmp_path):
         (tmp_path / name / "transformer/diffusion_pytorch_model.safetensors").read_bytes() for name in "ab"
     )
     assert a == b
+
+
+def test_a_checkpoint_is_no_pipeline_and_its_training_makes_one(tmp_path, capsys):
+    run, output = tmp_path / "run", tmp_path / "out"
+    train(run, "--max_train_steps", 3, "--checkpointing_steps", 2)
+    shutil.rmtree(run / "transformer")
+    name = str(run / "checkpoint-2")
+    options = ["--resume_from_checkpoint", name, "--max_train_steps", "2"]
+    for program, command in (
+        (convert, [name, str(output)]), (generate, ["--model", name, "--output_dir", str(output)])
+    ):  # fmt: skip
+        with refusal(capsys, "it is a checkpoint", " ".join(options), untouched=tmp_path):
+            program.main(command)
+    assert train(run, *options)[-1]["step"] == 2
+    assert SDDiTPipeline.from_pretrained(run).transformer.config.num_layers == 2
 
 
 def test_checkpoints_of_an_earlier_run_are_not_overwritten(tmp_path):
