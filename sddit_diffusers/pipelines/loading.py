@@ -125,13 +125,15 @@ def scheduler_of(
             raise ValueError(f"The scheduler has no setting {shortened(setting)}; it has {', '.join(known)}.")
         if problem := _setting_problem(known[setting], value):
             raise ValueError(f"{setting} of scheduler_options is {shortened(value)}; {problem}.")
+    # Told whose settings they are, diffusers does not warn of those that another scheduler has no use for.
+    settings = scheduler.config | {"_class_name": type(scheduler).__name__}
     try:
-        made = kind.from_config(scheduler.config, **changes)
+        made = kind.from_config(settings, **changes)
         check_scheduler(made)
         made.set_timesteps(num_inference_steps or default_steps(made))
     except Exception as error:  # whatever the schedulers' arithmetic raises
         raise ValueError(f"The scheduler's settings cannot be used: {one_line(error)}") from None
-    goes_up = hasattr(made, "diffusion")  # an SDE's steps add noise
+    goes_up = hasattr(type(made), "diffusion")  # an SDE's steps add noise
     if not made.sigmas.isfinite().all() or not (goes_up or (made.sigmas.diff() <= 0).all()):
         raise ValueError("The scheduler's settings cannot be used: its noise levels do not fall.")
     return made

@@ -11,9 +11,10 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
+    configuration_utils,
 )
 
-from sddit_diffusers import InterpolantScheduler, SDDiTPipeline, SDDiTTransformer2DModel
+from sddit_diffusers import EDMHeunScheduler, InterpolantScheduler, SDDiTPipeline, SDDiTTransformer2DModel
 from sddit_diffusers.pipelines.loading import scheduler_of
 from sddit_diffusers.pipelines.pipeline_sddit import noise_level
 from sddit_diffusers.pipelines.sampling import path_grid
@@ -155,6 +156,20 @@ def test_schedulers_by_name(flow):
     score = InterpolantScheduler(prediction_type="score")
     with pytest.raises(ValueError, match="does not sample the path 'linear' with the prediction 'score'"):
         scheduler_of(score, "DPMSolverMultistepScheduler", {})
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("ours", "name"),
+    [
+        (EDMHeunScheduler(p_mean=-0.4), "EDMDPMSolverMultistepScheduler"),
+        (InterpolantScheduler(solver="euler"), "FlowMatchEulerDiscreteScheduler"),
+    ],
+    ids=["edm", "flow"],
+)
+def test_a_scheduler_takes_the_place_of_one_that_was_just_made_without_a_warning(ours, name, monkeypatch):
+    monkeypatch.setattr(configuration_utils.logger, "warning", lambda message: pytest.fail(message))
+    assert type(scheduler_of(ours, name, {})).__name__ == name
 
 
 def test_edms_churn_is_refused(flow):
