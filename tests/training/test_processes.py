@@ -146,7 +146,7 @@ def test_distils_in_shards_what_one_process_does(tmp_path, objective):
     assert_same_run(tmp_path / "one", tmp_path / "two", rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["maskdit", "mdt"])
+@pytest.mark.parametrize("method", ["maskdit", *thorough("mdt")])
 def test_what_only_a_mask_uses_is_not_distilled(tmp_path, method):
     """Two processes wait for no gradient of it, and a checkpoint has no state of it."""
     network = METHODS[method].network(NETWORK | {"num_layers": 3})
