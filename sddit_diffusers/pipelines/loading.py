@@ -4,6 +4,8 @@ import hashlib
 import inspect
 import json
 import math
+import re
+import shlex
 from pathlib import Path
 
 import diffusers
@@ -89,11 +91,10 @@ def way_from_checkpoint(name: str) -> str:
     """How a training's checkpoint becomes a pipeline, if a folder is one."""
     if not Path(name, "checkpoint.json").is_file():
         return ""
-    steps = Path(name).name.removeprefix("checkpoint-")
-    return (
-        f"it is a checkpoint; its training, with --resume_from_checkpoint {name} --max_train_steps {steps}, "
-        "leaves a pipeline."
-    )
+    found = re.search(r"checkpoint-(\d+)", Path(name).name)  # it may be renamed, or set aside
+    steps = found[1] if found else "STEP"
+    options = f"--resume_from_checkpoint {shlex.quote(name)} --max_train_steps {steps}"
+    return f"it is a checkpoint; its training, with {options}, leaves a pipeline."
 
 
 def scheduler_of(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 
 import pytest
@@ -30,7 +31,7 @@ def test_resumed_run_equals_an_undisturbed_one(tmp_path):
 
 
 def test_a_checkpoint_is_no_pipeline_and_its_training_makes_one(tmp_path, capsys):
-    run, output = tmp_path / "run", tmp_path / "out"
+    run, output = tmp_path / "a run", tmp_path / "out"
     train(run, "--max_train_steps", 3, "--checkpointing_steps", 2)
     shutil.rmtree(run / "transformer")
     name = str(run / "checkpoint-2")
@@ -38,7 +39,7 @@ def test_a_checkpoint_is_no_pipeline_and_its_training_makes_one(tmp_path, capsys
     for program, command in (
         (convert, [name, str(output)]), (generate, ["--model", name, "--output_dir", str(output)])
     ):  # fmt: skip
-        with refusal(capsys, "it is a checkpoint", " ".join(options), untouched=tmp_path):
+        with refusal(capsys, "it is a checkpoint", shlex.join(options), untouched=tmp_path):
             program.main(command)
     assert train(run, *options)[-1]["step"] == 2
     assert SDDiTPipeline.from_pretrained(run).transformer.config.num_layers == 2
