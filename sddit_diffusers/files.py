@@ -184,8 +184,8 @@ def parse_json(content: str | bytes, structure: Any, kind: str, name: str) -> An
     Args:
         structure: `str`, `bool`, `int`, `float` (a finite number), `dict`, `list` or None (null) for a value
             of that type; a `range` for a whole number in it; `[x]` for a list of x; for an object
-            `{"name": x, "other?": y}`, where other may be missing and it may have more, or, with any names,
-            `{str: x}`; a tuple for one of several, of which the last is told of.
+            `{"name": x, "other?": y}`, where other may be missing and it may have more, or, with any other
+            names, `{str: x}`; a tuple for one of several, of which the last is told of.
         kind: what it is called in messages.
         name: where it is from.
 
@@ -231,9 +231,11 @@ def _mismatch(value: Any, structure: Any, place: str) -> str:
 
 
 def _object_mismatch(value: dict, structure: dict, place: str) -> str:
+    named = {key.removesuffix("?") for key in structure if key is not str}
     for key, inner in structure.items():
         if key is str:
-            found = (_mismatch(one, inner, f"{place}.{name:.60}".lstrip(".")) for name, one in value.items())
+            others = {name: one for name, one in value.items() if name not in named}
+            found = (_mismatch(one, inner, f"{place}.{name:.60}".lstrip(".")) for name, one in others.items())
             if problem := next(filter(None, found), ""):
                 return problem
             continue

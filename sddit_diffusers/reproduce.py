@@ -325,7 +325,9 @@ def found_in(folder: Path, run: str, study: Study) -> Found:
     for row in scored:
         if not is_number(row[metric]):
             raise ValueError(f"{folder}: its {metric} is {shortened(row[metric])}, no number.")
-    found = Found([{name: value for name, value in row.items() if is_number(value)} for row in scored])
+    found = Found([
+        {name: value for name, value in row.items() if name == "judges" or is_number(value)} for row in scored
+    ])  # fmt: skip
     for table in study.tables:
         if table.kind == "probe":
             found.probe = read_kept(folder / "probe.json", table.sigmas, PROBED, [])

@@ -16,7 +16,7 @@ from .tables import Results
 # What is kept of measurements; see `files.parse_json` for such structures.
 PROBED = [{"probe": str, "features": str, "sigma": float, "accuracy": float}]
 _SEED = {
-    "metrics": [{"step": range(2**63), str: float}],
+    "metrics": [{"step": range(2**63), "judges?": {str: str}, str: float}],
     "probe": PROBED,
     "samplings": {str: {"of": dict, "score": float}},
 }
@@ -163,8 +163,8 @@ class Findings:
             add(run, seed, ("last",), found.metrics[-1][self.study.metric])
             for row in found.metrics:
                 add(run, seed, ("score", row["step"]), row[self.study.metric])
-            for name, value in found.metrics[-1].items():
-                add(run, seed, ("metric", name), value)
+            for name in found.metrics[-1].keys() - {"judges"}:
+                add(run, seed, ("metric", name), found.metrics[-1][name])
             for row in found.probe:
                 if row["probe"] == "k-NN":
                     add(run, seed, ("k-NN", row["features"], row["sigma"]), row["accuracy"])
@@ -177,6 +177,29 @@ class Findings:
                 for each in self.images:
                     if (each["run"], each["of"]) == (run, sampling):
                         results.add(run, 0, ("images", name), each["a_second"])
+
+    def doubts(self) -> list[str]:
+        """Of each extractor whose scores are by several judges, what cannot be compared.
+
+        Those of earlier versions do not tell their judge, and are in no doubt.
+        """
+        seen: dict[str, dict[str, dict[tuple[str, int], None]]] = {}
+        for training in self._in_order():
+            for row in self.trainings[training].metrics:
+                for extractor, judge in row.get("judges", {}).items():
+                    seen.setdefault(extractor, {}).setdefault(judge, {})[training] = None
+        told = []
+        for extractor, judges in seen.items():
+            by = [
+                f"{judge} scored {len(judged)}, such as {run} of seed {seed}"
+                for judge, judged in judges.items()
+                for run, seed in [next(iter(judged))]
+            ]
+            if len(by) > 1:
+                told.append(
+                    f"**Scores by {extractor} do not compare, as its judges differ:** {'; '.join(by)}."
+                )
+        return told
 
     def _in_order(self) -> Iterable[tuple[str, int]]:
         """The trainings as the study has them."""

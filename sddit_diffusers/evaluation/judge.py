@@ -1,5 +1,6 @@
 """What samples are scored against, by which features, and the scores; and how a run scores itself."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from ..files import sha256_of
 from ..launching import on_main_process, together
 from ..pipelines.pipeline_sddit import SDDiTPipeline
 from ..pipelines.sampling import class_of, sample
@@ -21,7 +23,7 @@ from .extractors import (
     PixelExtractor,
     find_inception,
 )
-from .features import Extraction, Features, features_of_set, full_precision
+from .features import Extraction, Features, features_of_set, full_precision, identity_of
 from .image_sets import DatasetImages, ImageSet, has_images, open_images
 from .scores import Gaussian, Manifold, frechet_distance, inception_score, kernel_distance, precision_recall
 from .statistics import read_statistics
@@ -152,6 +154,11 @@ class Judge:
         columns = image_column, label_column if any(kind in CLASSIFIERS for kind in extractors) else ""
         self.views = [View(reference, kind, size, num_samples, *columns, accelerator) for kind in extractors]
 
+    @property
+    def identities(self) -> dict[str, str]:
+        """By extractor, what tells its scores from those by other weights or against other pictures."""
+        return {view.kind: view.identity for view in self.views}
+
     def __call__(self, pipe: SDDiTPipeline, batch_size: int, **arguments) -> dict[str, float]:
         """The scores, on the main process, by their names in metrics.jsonl.
 
@@ -206,6 +213,16 @@ class View:
                 self.wanted = [*JUDGED]
         self.reference = Reference(features, statistics, device=accelerator.device)
         on_main_process(lambda: bool(self.reference.gaussian("fid")), accelerator)  # fails now, if ever
+
+        def identify() -> str:
+            if images is not None:
+                return identity_of(images, self.extractor)[:16]
+            with open(reference, "rb") as file:
+                return hashlib.sha256(f"{sha256_of(file)} {self.extractor.identity}".encode()).hexdigest()[
+                    :16
+                ]
+
+        self.identity = on_main_process(identify, accelerator)
 
     def score(self, samples: Features) -> dict[str, float]:
         """The scores by their names in metrics.jsonl."""

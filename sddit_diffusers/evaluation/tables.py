@@ -230,15 +230,16 @@ def show(value: float | list[float] | None) -> str:
     return f"{value:g}"
 
 
-def markdown(study: Study, results: Results, figures: str = ".") -> str:
+def markdown(study: Study, results: Results, figures: str = ".", doubts: Sequence[str] = ()) -> str:
     """All tables; a mean over the seeds has their standard deviation after ±.
 
     Args:
         figures: the folder of the figures, from where the text will be.
+        doubts: what is told above the tables of how little they can be trusted.
     """
     folder = "" if figures == "." else quote(f"{figures}/")
     lines = [f"# {study.title}", ""]
-    for paragraph in [study.about, *study.summary]:
+    for paragraph in [study.about, *study.summary, *doubts]:
         lines += [paragraph, ""]
     for table in study.tables:
         head, rows = rows_of(table, study, results)

@@ -124,7 +124,7 @@ class Results:
         scores = self.evaluate()
         self.accelerator.log(scores, step=0)
         if self.accelerator.is_main_process:
-            log.write({"step": 0, **scores})
+            log.write({"step": 0, **scores, "judges": self.judge.identities})
             print(told(0, scores), file=sys.stderr, flush=True)
 
     def draw_samples(self, pipe: SDDiTPipeline, path: Path, **arguments) -> bool:

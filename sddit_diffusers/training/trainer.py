@@ -165,7 +165,8 @@ class Trainer:
                 if logged:
                     self.accelerator.log(metrics, step=done)
                     if main:
-                        log.write({"step": done, **metrics})
+                        judges = {"judges": self.results.judge.identities} if evaluated else {}
+                        log.write({"step": done, **metrics, **judges})
                 stopped = self.signals.came()
                 if stopped or due(config.checkpointing_steps, done, last):
                     self.save(done)

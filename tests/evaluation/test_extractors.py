@@ -250,6 +250,25 @@ def test_all_extractors_of_a_judge_see_the_same_pictures(monkeypatch):
     assert opened == [("pixels", "kind"), ("classifier", "kind"), ("pixels", ""), ("inception", "")]
 
 
+def test_a_judge_is_known_by_its_weights_and_its_pictures(tmp_path, monkeypatch):
+    """Scores of two compare only if both are the same."""
+    monkeypatch.setattr(judge, "default_cache", lambda: tmp_path)
+    np.savez(tmp_path / "a.npz", arr_0=np.arange(384, dtype=np.uint8).reshape(2, 8, 8, 3))
+    np.savez(tmp_path / "b.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8))
+    for name in ("c", "d"):
+        np.savez(tmp_path / f"{name}.npz", mu=np.full(2048, float(name == "d")), sigma=np.eye(2048))
+
+    def identity(reference: str, weights: str) -> str:
+        extractor = PixelExtractor("sddit-pixels", ["features"])
+        extractor.identity = weights
+        monkeypatch.setattr(judge, "build_extractor", lambda *arguments: extractor)
+        arguments = (8, 8), 2, "", "", Accelerator(cpu=True)
+        return judge.Judge(str(tmp_path / reference), ["inception"], *arguments).identities["inception"]
+
+    seen = {identity(f"{name}.npz", weights) for name in "abcd" for weights in ("one", "two")}
+    assert len(seen) == 8 and {identity("a.npz", "one"), identity("c.npz", "two")} <= seen
+
+
 def test_a_sample_that_is_not_finite_is_told_of_as_such(monkeypatch, inception_weights):
     """The first too, where no image has features yet; a run saves a checkpoint of it."""
 

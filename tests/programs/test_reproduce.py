@@ -170,6 +170,14 @@ def test_what_is_known_is_not_run_again(write, tmp_path, capsys):
     assert "](../here/table-1.png)" in page.read_text() and not (tmp_path / "here/results.md").exists()
     drawn = run(path, tmp_path / "drawn", "--report_only", "--known", str(tmp_path / "here/results.json"))
     assert drawn == here
+    assert "do not compare" not in page.read_text()
+    capsys.readouterr()
+    for row in there["found"]["runs"]["DiT"]["seeds"]["0"]["metrics"]:
+        row["judges"]["pixels"] = "another"
+    (tmp_path / "there/results.json").write_text(json.dumps(there))
+    run(path, tmp_path / "here", *known, "--page", str(page))
+    doubt = "Scores by pixels do not compare, as its judges differ: another scored 1, such as DiT of seed 0; "
+    assert doubt in capsys.readouterr().err and "**Scores by pixels do not compare, as" in page.read_text()
     kept = (tmp_path / "drawn/results.json").read_bytes()
     with refusal(
         capsys, "drawn/results.json has 2 trainings that are not here, such as DiT of seed 0, and they"

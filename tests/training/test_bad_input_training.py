@@ -148,6 +148,10 @@ ROWS = {
     "half a step": ('{"step": 1.5}\n', "step is 1.5"),
     "text": ('{"step": 1, "loss": "low"}\n', "loss is 'low'; it must be a finite number"),
     "NaN": ('{"step": 1, "loss": NaN}\n', "NaN is no number of JSON"),
+    "a judge without a name": (
+        '{"step": 1, "judges": {"pixels": 1}}\n',
+        "judges.pixels is 1; it must be text",
+    ),
     "a cut line": ('{"step": 1}\n{"st\n{"step": 3}\n', "line 2"),
     "bytes": (b"\xff\xfe\n", "line 1"),
 }

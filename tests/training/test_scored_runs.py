@@ -63,10 +63,11 @@ def test_several_extractors_score_the_same_samples(tmp_path, monkeypatch):
     options = ["--max_train_steps", 2, "--evaluation_steps", 2, "--evaluation_samples", 20]
     kinds = ["pixels", "classifier", "resnet"]
     together = train(tmp_path / "all", *options, "--evaluation_extractor", *kinds)[-1]
-    alone = {}
+    alone, judges = {}, {}
     for kind in kinds:
         alone |= train(tmp_path / kind, *options, "--evaluation_extractor", kind)[-1]
-    assert together == alone
+        judges |= alone["judges"]
+    assert together == alone | {"judges": judges} and len({*judges.values()}) == len(kinds)
     scores = {together[f"{name}_{kind}"] for name in ("fid", "precision", "recall") for kind in kinds}
     assert len(scores) > 6  # each sees with eyes of its own
 
