@@ -17,7 +17,7 @@ A study is a JSON file of runs by name and of tables and figures made of them:
   - `ranking`: the same in the order of that time;
   - `judges`: what several metrics, the `columns`, say of the runs, and how they agree;
   - `gains`: what something is worth, by the ratio of the scores of two runs, one with it and one without,
-    over steps and seed by seed; the rows are `pairs`;
+    over steps and seed by seed, and at the end by other metrics, the `columns`; the rows are `pairs`;
   - `setting`: the score over the value of a `setting`;
   - `metrics`: the last values of `columns`;
   - `probe`: what the encoder knows, at `sigmas`;

@@ -106,14 +106,25 @@ def rows_of_times(table: Table, study: Study, results: Results) -> tuple[list[st
 
 
 def rows_of_gains(table: Table, study: Study, results: Results) -> tuple[list[str], list[list]]:
-    """As [`rows_of`], of the seeds that both of a pair have: last scores, their ratio, earlier ones."""
+    """As [`rows_of`], of the seeds that both of a pair have: last scores, their ratio, those of the table's
+    columns, which are other metrics, and earlier ones.
+    """
     rows, steps = [], results.steps(table.runs)[:-1]
     for name, pair in table.pairs.items():
         seeds, gains = common_seeds(pair, results), gains_of(pair, study, results)
         both = [[results.by_seed(run, ("last",))[seed] for seed in seeds] for run in pair]
-        last = [*ratios(*pair, ("last",), results).values()]
-        rows.append([name, table.paper[name], *both, last, *(gains.get(step, []) for step in steps)])
-    head = ["pair", "paper", f"{study.metric}, with", "without", "×", *(f"× at {step:,}" for step in steps)]
+        whats = [("last",), *(("metric", metric) for metric in table.columns)]
+        last = [[*ratios(*pair, what, results).values()] for what in whats]
+        rows.append([name, table.paper[name], *both, *last, *(gains.get(step, []) for step in steps)])
+    judged = ["×", *(f"× {metric}" for metric in table.columns)]
+    head = [
+        "pair",
+        "paper",
+        f"{study.metric}, with",
+        "without",
+        *judged,
+        *(f"× at {step:,}" for step in steps),
+    ]
     return head, rows
 
 

@@ -145,6 +145,14 @@ def test_gains_are_ratios_of_the_same_seed(results, findings):
     assert "| at all (1 of 2 seeds) | 0.5 | 0.5 | 1 | 0.5 | – |" in markdown(study, results)
 
 
+def test_gains_are_told_by_other_metrics_too(results):
+    """By "fid_b" the worse of a pair is the better one."""
+    gains = Table("Gains", "gains", {"at all": 0.5, "now": None}, pairs=PAIRS, columns=["fid_b", "fid_c"])
+    head, rows = rows_of(gains, study_of([gains]), results)
+    assert head[4:] == ["×", "× fid_b", "× fid_c", "× at 100", "× at 200"]
+    assert rows[0][4:7] == [[0.5, 0.5], [4 / 3, 4 / 3], [0.5, 0.5]] and rows[1][5:7] == [[0.875] * 2, [4, 4]]
+
+
 def test_gains_of_a_distillation_are_those_of_the_ends(results):
     study = study_of(fast={"of": "DiT"})
     rows = rows_of(study.tables[3], study, results)[1]
