@@ -163,8 +163,9 @@ class Findings:
             add(run, seed, ("last",), found.metrics[-1][self.study.metric])
             for row in found.metrics:
                 add(run, seed, ("score", row["step"]), row[self.study.metric])
-            for name in found.metrics[-1].keys() - {"judges"}:
-                add(run, seed, ("metric", name), found.metrics[-1][name])
+            for name, value in found.metrics[-1].items():
+                if name != "judges":
+                    add(run, seed, ("metric", name), value)
             for row in found.probe:
                 if row["probe"] == "k-NN":
                     add(run, seed, ("k-NN", row["features"], row["sigma"]), row["accuracy"])

@@ -216,13 +216,11 @@ class View:
 
         def identify() -> str:
             if images is not None:
-                return identity_of(images, self.extractor)[:16]
+                return identity_of(images, self.extractor)
             with open(reference, "rb") as file:
-                return hashlib.sha256(f"{sha256_of(file)} {self.extractor.identity}".encode()).hexdigest()[
-                    :16
-                ]
+                return hashlib.sha256(f"{sha256_of(file)} {self.extractor.identity}".encode()).hexdigest()
 
-        self.identity = on_main_process(identify, accelerator)
+        self.identity = on_main_process(identify, accelerator)[:16]
 
     def score(self, samples: Features) -> dict[str, float]:
         """The scores by their names in metrics.jsonl."""

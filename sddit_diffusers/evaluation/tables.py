@@ -116,15 +116,8 @@ def rows_of_gains(table: Table, study: Study, results: Results) -> tuple[list[st
         whats = [("last",), *(("metric", metric) for metric in table.columns)]
         last = [[*ratios(*pair, what, results).values()] for what in whats]
         rows.append([name, table.paper[name], *both, *last, *(gains.get(step, []) for step in steps)])
-    judged = ["×", *(f"× {metric}" for metric in table.columns)]
-    head = [
-        "pair",
-        "paper",
-        f"{study.metric}, with",
-        "without",
-        *judged,
-        *(f"× at {step:,}" for step in steps),
-    ]
+    multiples = ["", *table.columns, *(f"at {step:,}" for step in steps)]
+    head = ["pair", "paper", f"{study.metric}, with", "without", *(f"× {what}".strip() for what in multiples)]
     return head, rows
 
 

@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 # A row of metrics.jsonl: numbers by name and, where there are scores, which judge gave them, by extractor.
-ROW = {"step": range(2**63), "judges?": {str: str}, str: float}
+_ROW = {"step": range(2**63), "judges?": {str: str}, str: float}
 
 
 class MetricsLog:
@@ -54,9 +54,9 @@ def read_metrics(path: Path) -> list[dict]:
         ValueError: a line that is no row.
     """
     *lines, last = path.read_bytes().split(b"\n")
-    rows = [parse_json(line, ROW, "row of metrics", f"{path}, line {i}") for i, line in enumerate(lines, 1)]
+    rows = [parse_json(line, _ROW, "row of metrics", f"{path}, line {i}") for i, line in enumerate(lines, 1)]
     try:
-        return [*rows, parse_json(last, ROW, "row of metrics", str(path))]
+        return [*rows, parse_json(last, _ROW, "row of metrics", str(path))]
     except ValueError:
         return rows
 
