@@ -90,12 +90,6 @@ class Features:
         return manifold
 
 
-def identity_of(images: ImageSet, extractor: Extractor) -> str:
-    """What tells features of these images by this extractor from all others."""
-    key = f"{images.sha256} {extractor.identity} {' '.join(extractor.features_list)}"
-    return hashlib.sha256(key.encode()).hexdigest()
-
-
 def features_of_set(
     images: ImageSet, extractor: Extractor, accelerator: Accelerator, batch_size: int, cache: Path | None
 ) -> Features | None:
@@ -111,7 +105,8 @@ def features_of_set(
     def path_of_cache() -> Path | None:
         if cache is None:
             return None
-        return cache / f"features-{identity_of(images, extractor)}.safetensors"
+        key = f"{images.sha256} {extractor.identity} {' '.join(extractor.features_list)}"
+        return cache / f"features-{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
     path = on_main_process(path_of_cache, accelerator)
     known = Features.load(path) if path is not None and accelerator.is_main_process else None

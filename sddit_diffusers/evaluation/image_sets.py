@@ -240,7 +240,15 @@ class DatasetImages:
     @cached_property
     def sha256(self) -> str:
         labels = b"" if self.labels is None else self.labels.tobytes()
-        digest = hashlib.sha256(f"{self.size}".encode() + labels)
-        for row in self.dataset.images:
-            digest.update(hashlib.sha256(content_of(row[self.dataset.image_column])).digest())
-        return digest.hexdigest()
+        return hashlib.sha256(f"{self.size}".encode() + labels + self._contents).hexdigest()
+
+    @cached_property
+    def sha256_of_pictures(self) -> str:
+        """Whatever their labels, which may not have been read."""
+        return hashlib.sha256(f"{self.size}".encode() + self._contents).hexdigest()
+
+    @cached_property
+    def _contents(self) -> bytes:
+        """The hashes of the pictures."""
+        column = self.dataset.image_column
+        return b"".join(hashlib.sha256(content_of(row[column])).digest() for row in self.dataset.images)

@@ -23,7 +23,7 @@ from .extractors import (
     PixelExtractor,
     find_inception,
 )
-from .features import Extraction, Features, features_of_set, full_precision, identity_of
+from .features import Extraction, Features, features_of_set, full_precision
 from .image_sets import DatasetImages, ImageSet, has_images, open_images
 from .scores import Gaussian, Manifold, frechet_distance, inception_score, kernel_distance, precision_recall
 from .statistics import read_statistics
@@ -215,10 +215,14 @@ class View:
         on_main_process(lambda: bool(self.reference.gaussian("fid")), accelerator)  # fails now, if ever
 
         def identify() -> str:
-            if images is not None:
-                return identity_of(images, self.extractor)
-            with open(reference, "rb") as file:
-                return hashlib.sha256(f"{sha256_of(file)} {self.extractor.identity}".encode()).hexdigest()
+            if isinstance(images, DatasetImages):
+                pictures = images.sha256_of_pictures
+            elif images is not None:
+                pictures = images.sha256
+            else:
+                with open(reference, "rb") as file:
+                    pictures = sha256_of(file)
+            return hashlib.sha256(f"{pictures} {self.extractor.identity}".encode()).hexdigest()
 
         self.identity = on_main_process(identify, accelerator)[:16]
 
