@@ -239,7 +239,7 @@ def test_each_run_is_timed_with_its_own_accumulation(write, tmp_path, monkeypatc
     assert seen == [(1, True), (4, False)] * 3
 
 
-@pytest.mark.parametrize("name", ["leaderboard", "discrimination"])
+@pytest.mark.parametrize("name", ["leaderboard", "discrimination", "showcase"])
 def test_a_page_of_a_study_is_what_was_found(name, tmp_path, monkeypatch):
     """docs/NAME.md has no number that is not in its results."""
     monkeypatch.setattr(report, "draw", lambda *arguments: None)
